@@ -1,0 +1,58 @@
+# make install | test | quality | demo | serve | bench | parity | cost | plots | clean
+VLLM_VERSION ?= 0.32.0
+VENV ?= .venv
+OLDER_VLLM_VERSION ?= 0.31.0
+OLDER_VENV ?= .venv31
+PYTHON ?= python3
+ARGS ?=
+
+STAMP := $(VENV)/.installed-$(VLLM_VERSION)
+INSTALL_INPUTS := pyproject.toml scripts/install.sh $(wildcard packaging/vllm-alias/*)
+RUN := $(VENV)/bin/python
+
+.PHONY: install install-older test quality demo serve bench parity cost plots clean
+
+install: $(STAMP)
+
+$(STAMP): $(INSTALL_INPUTS)
+	@VENV=$(VENV) VLLM_VERSION=$(VLLM_VERSION) PYTHON=$(PYTHON) scripts/install.sh
+
+install-older:
+	@$(MAKE) --no-print-directory install VENV=$(OLDER_VENV) VLLM_VERSION=$(OLDER_VLLM_VERSION)
+
+# Everything that needs no GPU. ARGS goes to pytest.
+test: install install-older
+	$(OLDER_VENV)/bin/python -m pytest -m integration $(ARGS)
+	$(RUN) -m pytest $(ARGS)
+
+quality: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Serves with and without double, streams the same prompts through both, compares speed and text.
+demo: install
+	@$(RUN) -m benchmarks.demo $(ARGS)
+
+# The double server on the bundled pair, in the foreground.
+serve: install
+	@$(RUN) -m benchmarks.serve $(ARGS)
+
+# ARGS: see `python -m benchmarks.run --help`.
+bench: install
+	@$(RUN) -m benchmarks.run $(ARGS)
+
+# Greedy text of double and of plain vLLM, token by token.
+parity: install
+	@$(RUN) -m benchmarks.parity $(ARGS)
+
+# Step time of the plain target by number of layers, for choosing C.
+cost: install
+	@$(RUN) -m benchmarks.cost $(ARGS)
+
+plots: install
+	@$(RUN) -c 'import matplotlib' 2>/dev/null || $(VENV)/bin/pip install --quiet 'matplotlib>=3.8'
+	@$(RUN) -m benchmarks.plots $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(OLDER_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""Streams completions from a server and keeps what a comparison needs: tokens, text and times."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+
+__all__ = ["Completion", "Request", "Round", "complete", "play"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to ask for; the prompt is text or token ids."""
+
+    id: str
+    prompt: str | tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    ignore_eos: bool = False
+
+    def body(self) -> dict[str, object]:
+        """The JSON body; no seed, because seeded requests are not drafted for at T > 0."""
+        return {
+            "model": "target",
+            "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt),
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "ignore_eos": self.ignore_eos,
+            "stream": True,
+            "return_token_ids": True,
+        }
+
+
+@dataclass
+class Completion:
+    """What came back: token ids, text, why it ended, and when (seconds since the request was sent)."""
+
+    id: str
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    first_token_s: float = 0.0
+    seconds: float = 0.0
+    chunk_s: list[float] = field(default_factory=list)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between chunks; without speculation a chunk is one token."""
+        return [later - earlier for earlier, later in zip(self.chunk_s, self.chunk_s[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """All completions of one pass over the requests, in the order of the requests, and its wall time."""
+
+    completions: list[Completion]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens, end-of-sequence included."""
+        return sum(len(completion.tokens) for completion in self.completions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over wall time."""
+        return self.tokens / self.seconds
+
+
+async def complete(session: aiohttp.ClientSession, url: str, request: Request) -> Completion:
+    """Streams one completion; RuntimeError with the server's words when it refuses or breaks off."""
+    found = Completion(request.id)
+    start = time.perf_counter()
+    async with session.post(f"{url}/v1/completions", json=request.body()) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"{request.id}: HTTP {answer.status}: {(await answer.text())[:500]}")
+        async for line in answer.content:
+            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(f"{request.id}: {event['error']}")
+            for choice in event["choices"]:
+                now = time.perf_counter() - start
+                ids = choice.get("token_ids") or []
+                if ids:
+                    found.first_token_s = found.first_token_s or now
+                    found.chunk_s.append(now)
+                found.tokens += ids
+                found.text += choice["text"]
+                found.finish_reason = choice.get("finish_reason") or found.finish_reason
+    found.seconds = time.perf_counter() - start
+    if not found.finish_reason:
+        raise RuntimeError(
+            f"{request.id}: the stream ended without a reason after {len(found.tokens)} tokens"
+        )
+    return found
+
+
+async def play(
+    url: str, requests: Sequence[Request], batch: int, progress: Callable[[Completion], None] | None = None
+) -> Round:
+    """Runs the requests with ``batch`` of them in flight at any time."""
+    completions: list[Completion | None] = [None] * len(requests)
+    waiting = iter(range(len(requests)))
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:
+
+        async def worker() -> None:
+            for index in waiting:
+                completion = await complete(session, url, requests[index])
+                completions[index] = completion
+                if progress is not None:
+                    progress(completion)
+
+        start = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(batch)))
+        seconds = time.perf_counter() - start
+    return Round([completion for completion in completions if completion is not None], seconds)

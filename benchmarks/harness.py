@@ -1,0 +1,157 @@
+"""A fleet of servers, one per arm, all up at once and asked in turn: idle ones use hardly any CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from benchmarks.arms import Arm
+from benchmarks.client import Completion, Request, Round, play
+from benchmarks.metrics import Speculation, counters, speculation
+from benchmarks.server import Server, ServerConfig, ServerError
+from benchmarks.stats import first_difference, median_ratio
+
+__all__ = ["Fleet", "Series", "interleave"]
+
+WORKER_UP = "vllm:double_worker_up"
+BYTES_PER_SERVER = 2 << 30
+
+
+@dataclass
+class Series:
+    """The rounds of one arm in one cell (temperature, batch), and what its counters grew by in them."""
+
+    arm: Arm
+    rounds: list[Round] = field(default_factory=list)
+    speculation: Speculation | None = None
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second, by round."""
+        return [round_.tokens_per_second for round_ in self.rounds]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """All completions of all rounds."""
+        return [completion for round_ in self.rounds for completion in round_.completions]
+
+    def speedup(self, other: Series) -> float:
+        """Median over rounds of the ratio of tokens per second."""
+        return median_ratio(self.rates, other.rates)
+
+    def identical(self, other: Series) -> list[bool]:
+        """Per completion: whether tokens and text are those of ``other``."""
+        return [
+            first_difference(a.tokens, b.tokens) is None and a.text == b.text
+            for a, b in zip(self.completions, other.completions, strict=True)
+        ]
+
+
+class Fleet:
+    """Servers for several arms with the same configuration otherwise; a context manager."""
+
+    def __init__(self, arms: Sequence[Arm], base: ServerConfig, log_folder: Path | None = None) -> None:
+        """``base`` holds what is alike for all arms; nothing is started before the context is entered."""
+        self.arms = list(arms)
+        self._base = base
+        self._log_folder = log_folder
+        self._stack = ExitStack()
+        self._servers: dict[str, Server] = {}
+
+    def __enter__(self) -> Fleet:
+        wanted = len(self.arms) * BYTES_PER_SERVER
+        if psutil.virtual_memory().available < wanted:
+            raise ServerError(
+                f"{len(self.arms)} servers at once need about {wanted >> 30} GiB of memory; name fewer arms"
+            )
+        with ExitStack() as stack:
+            width = max(1, len(self._base.cores))
+            for start in range(0, len(self.arms), width):
+                for arm in self.arms[start : start + width]:
+                    config = replace(self._base, speculative=arm.speculative, threads=arm.threads)
+                    self._servers[arm.label] = stack.enter_context(
+                        Server(arm.label, config, self._log_folder)
+                    )
+                for arm in self.arms[start : start + width]:
+                    self._servers[arm.label].wait_healthy()
+                    wait_for_drafts(self._servers[arm.label])
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def server(self, arm: Arm) -> Server:
+        """The server of an arm; KeyError when the fleet has no such arm."""
+        return self._servers[arm.label]
+
+    def idle_share(self, seconds: float = 3.0) -> float:
+        """Cores that all servers together burn while nobody asks."""
+        before = {label: server.cpu_seconds() for label, server in self._servers.items()}
+        time.sleep(seconds)
+        return sum(server.cpu_seconds() - before[label] for label, server in self._servers.items()) / seconds
+
+    def ask(
+        self,
+        arm: Arm,
+        requests: Sequence[Request],
+        batch: int,
+        progress: Callable[[Completion], None] | None = None,
+    ) -> Round:
+        """One pass over the requests, with cold caches."""
+        server = self.server(arm)
+        server.reset_caches()
+        return asyncio.run(play(server.url, requests, batch, progress))
+
+    def warm_up(self, requests: Sequence[Request], batch: int) -> None:
+        """Lets every server answer a few requests that are not measured."""
+        for arm in self.arms:
+            self.ask(arm, requests, batch)
+
+
+def wait_for_drafts(server: Server, deadline_s: float = 120.0) -> None:
+    """Waits until the draft worker of a double server is up; at once where there is none."""
+    speculative = server.config.speculative or {}
+    settings = speculative.get("double") or {}
+    if speculative.get("method") != "double" or "model" not in speculative:
+        return
+    if isinstance(settings, dict) and not settings.get("enabled", True):
+        return
+    end = time.monotonic() + deadline_s
+    while not counters(server.metrics()).get(WORKER_UP):
+        if time.monotonic() > end:
+            raise ServerError(f"{server.name}: no draft worker within {deadline_s:.0f} s:\n{server.tail()}")
+        time.sleep(0.2)
+
+
+def interleave(
+    fleet: Fleet,
+    arms: Sequence[Arm],
+    requests: Sequence[Request],
+    batch: int,
+    num_rounds: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Series]:
+    """``num_rounds`` rounds over all arms, each starting with another arm; {arm's label: its series}."""
+    series = {arm.label: Series(arm) for arm in arms}
+    before = {arm.label: counters(fleet.server(arm).metrics()) for arm in arms}
+    for number in range(num_rounds):
+        shift = number % len(arms)
+        for arm in [*arms[shift:], *arms[:shift]]:
+            round_ = fleet.ask(arm, requests, batch)
+            series[arm.label].rounds.append(round_)
+            progress(
+                f"round {number + 1}/{num_rounds}  {arm.label:<28} {round_.tokens_per_second:8.1f} tokens/s"
+            )
+    for arm in arms:
+        series[arm.label].speculation = speculation(before[arm.label], counters(fleet.server(arm).metrics()))
+    return series

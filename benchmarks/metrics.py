@@ -1,0 +1,58 @@
+"""Reads a server's /metrics page: vLLM's counters of speculation and, where present, those of double."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+__all__ = ["Speculation", "counters", "speculation"]
+
+
+def counters(page: str) -> dict[str, float]:
+    """All samples summed over their labels, by sample name (a counter's ends in ``_total``)."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        if family.type in ("counter", "gauge"):
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What a server did between two readings; None where it does not count such a thing."""
+
+    tokens_per_forward: float | None
+    acceptance: float | None
+    chain_length: float | None
+    hit_rate: float | None
+    draft_step_ms: float | None
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return None if numerator is None or not denominator else numerator / denominator
+
+
+def speculation(before: dict[str, float], after: dict[str, float]) -> Speculation:
+    """Rates from the counters' growth; ``tokens_per_forward`` counts forwards without drafts too."""
+
+    def grown(name: str) -> float | None:
+        return after[name] - before.get(name, 0.0) if name in after else None
+
+    generated = grown("vllm:generation_tokens_total")
+    drafts = grown("vllm:spec_decode_num_drafts_total")
+    drafted = grown("vllm:spec_decode_num_draft_tokens_total")
+    accepted = grown("vllm:spec_decode_num_accepted_tokens_total")
+    # A sequence's forward commits one token of its own and the accepted ones.
+    forwards = None if generated is None else generated - (accepted or 0.0)
+    seconds = grown("vllm:double_draft_forward_seconds_total")
+    step = _ratio(seconds, grown("vllm:double_draft_iterations_total"))
+    return Speculation(
+        tokens_per_forward=_ratio(generated, forwards),
+        acceptance=_ratio(accepted, drafted),
+        chain_length=_ratio(drafted, drafts),
+        hit_rate=_ratio(grown("vllm:double_hits_total"), grown("vllm:double_rounds_total")),
+        draft_step_ms=None if step is None else 1000 * step,
+    )

@@ -1,0 +1,118 @@
+"""What context retrieval costs on one core: python -m benchmarks.retrieval_bench
+
+Text: the words of Python's standard library, one id each (repetitive, as code is), the same words shuffled (hardly
+repetitive), and a loop of 7 tokens such as a model falls into (as repetitive as can be).
+"""
+
+import re
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vllm_double.retrieval import ContextRetriever, Tokens
+from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.reference import scan
+
+CONTEXTS = (1024, 16 * 1024, 128 * 1024)
+CALLS = 2000
+MAX_TOKENS = 16
+TAIL = 8
+
+
+def standard_library_tokens(num_tokens: int) -> Tokens:
+    """Words, spaces and signs of the library's files in name order, numbered as they appear. int32 [n]."""
+    ids: dict[str, int] = {}
+    tokens: list[int] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        words = re.findall(r"\w+|\s+|[^\w\s]", path.read_text(encoding="utf-8", errors="replace"))
+        tokens += [ids.setdefault(word, len(ids)) for word in words]
+        if len(tokens) >= num_tokens:
+            return np.array(tokens[:num_tokens], np.int32)
+    raise ValueError(f"the standard library has only {len(tokens)} tokens")
+
+
+def texts(num_tokens: int) -> dict[str, Tokens]:
+    """Name and tokens of each kind of text."""
+    code = standard_library_tokens(num_tokens)
+    return {
+        "code": code,
+        "shuffled": np.random.default_rng(0).permutation(code),
+        "loop": np.resize(np.arange(7, dtype=np.int32), num_tokens),
+    }
+
+
+def quantiles(call: Callable[[int], object], calls: int = CALLS) -> str:
+    """Microseconds of call(0), call(1), ...: p50, p99, max."""
+    clock = time.perf_counter_ns
+    spent = np.empty(calls)
+    for i in range(calls):
+        begin = clock()
+        call(i)
+        spent[i] = clock() - begin
+    p50, p99 = np.quantile(spent, [0.5, 0.99]) / 1e3
+    return f"{p50:6.2f} {p99:7.2f} {spent.max() / 1e3:8.1f}"
+
+
+def check(text: Tokens) -> None:
+    """Refuse to time what is wrong."""
+    retriever = ContextRetriever()
+    retriever.start(0, text)
+    retriever.work(len(text))
+    for tail in ([], text[100:108].tolist()):
+        expected = scan(text.tolist(), len(text), tail, MAX_TOKENS, retriever.max_match)
+        assert retriever.lookup(0, tail, MAX_TOKENS) == expected
+
+
+def measure(name: str, text: Tokens, context: int) -> None:
+    """Print one row: index ``context`` tokens, then look up and extend by what follows in the text."""
+    retriever = ContextRetriever()
+    begin = time.perf_counter()
+    retriever.start(0, text[:context])
+    retriever.work(context)
+    bulk = (time.perf_counter() - begin) / context * 1e6
+    automaton = retriever._requests[0].automaton
+    used, reserved = automaton.num_bytes
+    following = text[context:].tolist()
+    feed = np.array(following[:TAIL], np.int32)
+    compiled = quantiles(lambda i: automaton.match(feed, TAIL, True, MAX_TOKENS))
+    bare = quantiles(lambda i: retriever.lookup(0, (), MAX_TOKENS))
+    tailed = quantiles(lambda i: retriever.lookup(0, following[i : i + TAIL], MAX_TOKENS))
+    single = quantiles(lambda i: retriever.extend(0, following[i : i + 1]))
+    print(
+        f"{name:9} {context:7} | {bulk:6.3f} | {single} | {compiled} | {bare} | {tailed}"
+        f" | {used / context:6.1f} {reserved / context:6.1f}"
+    )
+
+
+def doubling(text: Tokens) -> float:
+    """Microseconds of the one `extend` that finds no room in the largest context."""
+    retriever = ContextRetriever()
+    retriever.start(0, text[: max(CONTEXTS) - 1])
+    retriever.work(max(CONTEXTS))
+    retriever.extend(0, [0])
+    begin = time.perf_counter_ns()
+    retriever.extend(0, [0])
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def main() -> None:
+    """Print a table."""
+    begin = time.perf_counter()
+    warm_up()
+    print(f"warm_up {time.perf_counter() - begin:.2f} s; microseconds, calls through Python: p50 p99 max")
+    print(
+        f"{'text':9} {'context':>7} | {'bulk':>6} | {'extend by 1 token':>23} | {'compiled lookup':>23}"
+        f" | {'lookup, no tail':>23} | {f'lookup, tail {TAIL}':>23} | bytes/token used, reserved"
+    )
+    for name, text in texts(max(CONTEXTS) + CALLS + TAIL).items():
+        check(text[:2000])
+        for context in CONTEXTS:
+            measure(name, text, context)
+        print(f"{name:9} the token that doubles a context of {max(CONTEXTS)}: {doubling(text):.0f} us")
+
+
+if __name__ == "__main__":
+    main()

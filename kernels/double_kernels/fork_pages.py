@@ -1,0 +1,68 @@
+"""Copies of the used slots of key/value pages, for branches that go separate ways from a shared tail page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["fork_pages"]
+
+
+def fork_pages(
+    caches: Sequence[torch.Tensor],
+    triples: Sequence[tuple[int, int, int]],
+    *,
+    page_size: int,
+    slot_dim: int | None,
+) -> None:
+    """Copy slots 0 .. used - 1 of each (source page, destination page, used slots) triple, in every cache.
+
+    caches: views of the key/value cache, any dtype, device and strides, pages in dimension 0. One per layer, one per layer for keys
+        and one for values, or one with the layers as an inner dimension: whatever the layout allows.
+    triples: destinations are distinct and are no source of the same call, so the order does not matter.
+    page_size: slots in a page; 0 <= used <= page_size. Nothing is copied where used is 0.
+    slot_dim: the dimension whose length is page_size and which counts the slots of a page. None if the
+        layout inside a page is the attention kernel's own business (vLLM's CPU kernels keep keys transposed, or in tiles): then
+        whole pages are copied, and what lies behind the used slots of a destination is undefined.
+
+    Raises ValueError for a page or a count out of range, destinations that clash, or caches of different sizes.
+    """
+    if not triples:
+        return
+    num_pages = _check(caches, page_size, slot_dim)
+    sources = [source for source, _, _ in triples]
+    destinations = [destination for _, destination, _ in triples]
+    if min(*sources, *destinations) < 0 or max(*sources, *destinations) >= num_pages:
+        raise ValueError(f"a copy names a page outside 0..{num_pages - 1}")
+    if len({*destinations}) != len(destinations) or not {*sources}.isdisjoint(destinations):
+        raise ValueError("destinations of a copy must be distinct and no source of the same call")
+    for _, _, used in triples:
+        if not 0 <= used <= page_size:
+            raise ValueError(f"copy of {used} slots, a page has {page_size}")
+
+    for source, destination, used in triples:
+        if used == 0:
+            continue
+        for cache in caches:
+            if slot_dim is None:
+                cache[destination].copy_(cache[source])
+            else:
+                kept = cache.narrow(slot_dim, 0, used)
+                kept[destination].copy_(kept[source])
+
+
+def _check(caches: Sequence[torch.Tensor], page_size: int, slot_dim: int | None) -> int:
+    """Number of pages, after a look at the caches' shapes."""
+    if not caches:
+        raise ValueError("there is no cache to copy in")
+    num_pages = caches[0].shape[0]
+    for cache in caches:
+        if cache.shape[0] != num_pages:
+            raise ValueError(f"caches have {num_pages} and {cache.shape[0]} pages")
+        if slot_dim is not None:
+            if not 1 <= slot_dim < cache.ndim:
+                raise ValueError(f"slot_dim is {slot_dim}, a cache has {cache.ndim} dimensions, the first for pages")
+            if cache.shape[slot_dim] != page_size:
+                raise ValueError(f"dimension {slot_dim} has {cache.shape[slot_dim]} slots, a page has {page_size}")
+    return num_pages

@@ -1,0 +1,59 @@
+"""The most probable next tokens and their probabilities, from logits."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["top_branches"]
+
+
+def top_branches(
+    logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `num_children` best tokens of every row, and their softmax probabilities.
+
+    logits: float16, bfloat16 or float32 [rows, vocab], not changed; rows may be strided, -inf is a token of probability
+        zero.
+    num_children: 1 .. vocab.
+    temperatures: None (all 1) or float32 [rows] on the same device, each positive.
+
+    Returns tokens int64 [rows, num_children] and probabilities float32 [rows, num_children], by falling logit; of equal
+    logits the lower token id comes first, also where the cut falls between them. Arithmetic is in float32.
+
+    Raises ValueError for a wrong shape, dtype or count. A row with NaN, with +inf or without a finite logit gives
+    NaN probabilities.
+    """
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point [rows, vocab], not {logits.dtype} {tuple(logits.shape)}")
+    num_rows, vocab_size = logits.shape
+    if not 1 <= num_children <= vocab_size:
+        raise ValueError(f"num_children is {num_children}, the vocabulary has {vocab_size} tokens")
+    if temperatures is not None and temperatures.shape != (num_rows,):
+        raise ValueError(f"temperatures must be [{num_rows}], not {tuple(temperatures.shape)}")
+
+    scores = logits.float()
+    # One more than is wanted tells whether the cut falls between equal logits: topk then takes any of them.
+    best = torch.topk(scores, min(num_children + 1, vocab_size), dim=-1)
+    best_scores, tokens = best.values, best.indices
+    if vocab_size > 1:
+        is_tied = (best_scores[:, 1:] == best_scores[:, :-1]).any(dim=-1)
+        if bool(is_tied.any()):
+            tokens = tokens.clone()
+            for row in is_tied.nonzero().flatten().tolist():
+                tokens[row, :num_children] = _lowest_ids_first(
+                    scores[row], best_scores[row, num_children - 1], num_children
+                )
+    tokens = tokens[:, :num_children].contiguous()
+
+    if temperatures is not None:
+        scores = scores / temperatures.unsqueeze(-1)
+    # torch's fused softmax is three times as fast as logsumexp on a CPU, and subtracts the same log-sum-exp.
+    probs = torch.softmax(scores, dim=-1).gather(-1, tokens)
+    return tokens, probs
+
+
+def _lowest_ids_first(scores: torch.Tensor, cut: torch.Tensor, num_children: int) -> torch.Tensor:
+    """Best tokens int64 [num_children] of one row, whose `num_children`-th best score is `cut`."""
+    candidates = (scores >= cut).nonzero().flatten()
+    order = scores[candidates].argsort(descending=True, stable=True)
+    return candidates[order[:num_children]]

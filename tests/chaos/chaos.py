@@ -1,0 +1,149 @@
+"""Finding, killing and counting the processes of one run, and what it leaves on the machine.
+
+A run is named by a token in the environment of its first process (``VLLM_DOUBLE_RUN``), which all descendants inherit.
+Some of Ray's processes overwrite their environment with their title, so the sessions of our hosts are followed too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+MARKER = "VLLM_DOUBLE_RUN"
+_ROLES = {
+    "gcs/gcs_server": "gcs",
+    "raylet/raylet": "raylet",
+    "ray::DraftActor": "actor",
+    "ray::DashboardAgent": "agent",
+    "ray::RuntimeEnvAgent": "agent",
+    "VLLM::EngineCore": "engine",
+    "VLLM::Worker": "worker",
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    parent: int
+    session: int
+    started: int
+    command: str
+
+    @property
+    def role(self) -> str:
+        if "vllm_double.draft.host" in self.command:
+            return "guard" if self.pid == self.session else "driver"
+        return next((role for part, role in _ROLES.items() if part in self.command), "other")
+
+    def alive(self) -> bool:
+        now = _read(self.pid)
+        return now is not None and now.started == self.started
+
+
+def _read(pid: int) -> Process | None:
+    """None for a process that is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        command = (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        )
+    except (OSError, ValueError):
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), command)
+
+
+def all_processes() -> list[Process]:
+    found = (_read(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return [process for process in found if process is not None]
+
+
+@dataclass
+class Run:
+    """All processes of one run; remembers the sessions of its hosts, so that orphans are found as well."""
+
+    token: str
+    sessions: set[int] = field(default_factory=set)
+
+    def processes(self) -> list[Process]:
+        everything = all_processes()
+        marked = {process.pid for process in everything if self._is_marked(process.pid)}
+        self.sessions |= {p.session for p in everything if p.pid in marked and p.role in ("guard", "driver")}
+        return [p for p in everything if p.pid in marked or p.session in self.sessions]
+
+    def by_role(self, role: str) -> list[Process]:
+        return [process for process in self.processes() if process.role == role]
+
+    def kill(self, role: str, number: int = signal.SIGKILL) -> Process:
+        """Signals the one process of this role and returns it."""
+        found = self.by_role(role)
+        assert len(found) == 1, f"{len(found)} processes are {role!r}: {self.processes()}"
+        os.kill(found[0].pid, number)
+        return found[0]
+
+    def wait_until_gone(self, timeout_s: float, spare: Iterable[int] = ()) -> None:
+        kept = set(spare)
+        left = [p for p in self.processes() if p.pid not in kept]
+
+        def gone() -> bool:
+            left[:] = [p for p in self.processes() if p.pid not in kept]
+            return not left
+
+        wait_for(gone, timeout_s, lambda: f"still there: {left}")
+
+    def end(self) -> None:
+        """Kills whatever is left; for the end of a test."""
+        for process in self.processes():
+            try:
+                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def _is_marked(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return f"{MARKER}={self.token}".encode() in environment.split(b"\0")
+
+
+def wait_for(look: Callable[[], T], timeout_s: float, explain: Callable[[], str] = str) -> T:
+    """The first true value of ``look``; AssertionError after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := look()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s; {explain()}"
+        time.sleep(0.02)
+    return value
+
+
+def footprint(pids: Iterable[int] = ()) -> set[str]:
+    """What a run may leave behind: runtime folders, sockets below them, OpenMP's and other entries of /dev/shm.
+
+    Entries of OpenMP name a process; those of other processes than ``pids`` are not counted.
+    """
+    folders = {str(path) for path in Path(tempfile.gettempdir()).glob("vllm-double-ray-*")}
+    sockets = {
+        line.split()[-1]
+        for line in Path("/proc/net/unix").read_text().splitlines()
+        if "/vllm-double-ray-" in line
+    }
+    numbers = {str(pid) for pid in pids}
+    shared = {
+        str(path)
+        for path in Path("/dev/shm").iterdir()
+        if not path.name.startswith("__KMP_") or path.name.split("_")[-2] in numbers
+    }
+    return folders | sockets | shared
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

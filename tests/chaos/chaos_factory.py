@@ -1,0 +1,35 @@
+"""What the actor runs in these tests: a worker that attaches, beats, and loads no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_double.transport.shared import SharedWorkerEnd
+
+
+class BeatingWorker:
+    def __init__(self, end: SharedWorkerEnd) -> None:
+        self._end = end
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        while not should_stop() and not self._end.superseded:
+            self._end.beat()
+            self._end.receive()
+            self._end.wait(0.001)
+
+
+def build(settings: dict[str, Any]) -> BeatingWorker:
+    return BeatingWorker(SharedWorkerEnd.attach(settings["address"]))
+
+
+def build_with_openmp(settings: dict[str, Any]) -> BeatingWorker:
+    """As a real worker does, leaves an entry of Intel's OpenMP in /dev/shm where torch brings that library."""
+    import torch
+
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    return build(settings)
+
+
+def refuse(settings: dict[str, Any]) -> BeatingWorker:
+    raise ValueError("the draft model is not there")

@@ -1,0 +1,42 @@
+"""Stands for the target's worker process: holds the target's end and the supervisor, and prints what it sees.
+
+One JSON line whenever something changes: state, starts, session, actor's pid, and whether the heart of this session beats.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from vllm_double.draft.host import HostSettings
+from vllm_double.draft.supervisor import DraftSupervisor
+from vllm_double.transport.shared import SharedTargetEnd
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    end = SharedTargetEnd.create(1 << 16, 1 << 16)
+    supervisor = DraftSupervisor(HostSettings.from_json(sys.argv[1]), end.address)
+    seen: dict[str, object] = {}
+    session, first_beat = 0, 0
+    while True:
+        if end.session != session:
+            session, first_beat = end.session, end.heartbeat
+        now: dict[str, object] = {
+            "state": supervisor.state,
+            "starts": supervisor.starts,
+            "last_exit": supervisor.last_exit,
+            "actor_pid": supervisor.actor_pid,
+            "session": session,
+            "beats": bool(session) and end.heartbeat > first_beat + 3,
+        }
+        if now != seen:
+            seen = now
+            print(json.dumps(now), flush=True)
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()

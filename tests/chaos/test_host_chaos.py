@@ -1,0 +1,94 @@
+"""Whatever of ours is killed comes back, and whatever end the target finds, nothing of ours stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.chaos.chaos import Process, wait_for
+from tests.chaos.targets import Target, beating
+
+START_S = 60.0
+END_S = 15.0
+pytestmark = pytest.mark.integration
+StartTarget = Callable[..., Target]
+
+
+def test_a_killed_process_of_ours_comes_back_and_its_kin_are_gone(start_target: StartTarget) -> None:
+    target = start_target()
+    before = target.wait_for(beating, START_S)
+    # By falling depth in the process tree: the actor alone is replaced, for all others the host is started again.
+    for role, new_host in (
+        ("actor", False),
+        ("raylet", True),
+        ("gcs", True),
+        ("driver", True),
+        ("guard", True),
+    ):
+        old = {process.role: process for process in target.run.processes() if process.role != "agent"}
+        target.run.kill(role)
+
+        def back(seen: dict[str, Any], old_session: int = before["session"]) -> bool:
+            return beating(seen) and seen["session"] not in (0, old_session)
+
+        now = target.wait_for(back, START_S)
+        assert (now["starts"] > before["starts"]) == new_host, f"after the {role} was killed"
+        replaced = [p for name, p in old.items() if name != "other" and (new_host or name == "actor")]
+        _wait_until_gone(replaced, role)
+        assert target.process.poll() is None, f"the target died with the {role}"
+        before = now
+    assert len([path for path in target.left_behind() if path.count("/") == 2]) == 1, target.left_behind()
+
+
+def _wait_until_gone(processes: list[Process], role: str) -> None:
+    left: list[Process] = []
+
+    def gone() -> bool:
+        left[:] = [process for process in processes if process.alive()]
+        return not left
+
+    wait_for(gone, END_S, lambda: f"outlived the {role}: {left}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_nothing_is_left_after_the_target_ends_by(number: signal.Signals, start_target: StartTarget) -> None:
+    target = start_target(factory="chaos_factory:build_with_openmp")
+    target.wait_for(beating, START_S)
+    assert target.run.by_role("actor"), "the run's processes are not found"
+    os.kill(target.process.pid, number)
+    target.process.wait(END_S)
+    target.run.wait_until_gone(END_S)
+    wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")
+
+
+def test_nothing_is_left_after_the_target_is_killed_while_ray_starts(start_target: StartTarget) -> None:
+    target = start_target()
+    wait_for(lambda: target.run.by_role("gcs"), START_S)
+    target.process.kill()
+    target.process.wait(END_S)
+    target.run.wait_until_gone(END_S)
+    wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")
+
+
+def test_what_a_killed_target_and_guard_leave_is_removed_by_the_next_start(start_target: StartTarget) -> None:
+    first = start_target()
+    first.wait_for(beating, START_S)
+    for process in [*first.run.by_role("guard"), *first.run.by_role("driver")]:
+        os.kill(process.pid, signal.SIGSTOP)  # so that none of the three can act on the others' deaths
+    first.process.kill()
+    first.run.kill("guard")
+    for process in first.run.by_role("driver"):
+        os.kill(process.pid, signal.SIGKILL)
+    first.process.wait(END_S)
+    first.run.wait_until_gone(END_S)
+    assert first.left_behind(), "somebody else has cleaned up; this test shows nothing"
+    second = start_target()
+    second.wait_for(beating, START_S)
+    second.process.terminate()
+    second.process.wait(END_S)
+    second.run.wait_until_gone(END_S)
+    wait_for(lambda: not first.left_behind(), END_S, lambda: f"left: {first.left_behind()}")

@@ -1,0 +1,283 @@
+"""A tiny language model, what it should say by exact enumeration, and what vLLM's rejection sampler makes of it.
+
+The exact side (`next_token_probs`, `exact_joint`) is plain Python and shares nothing with vLLM. The sampled side
+(`sample_joint`) goes through vLLM's `RejectionSampler` step by step, with the tensors that `GPUModelRunner` would
+build for chains of drafted tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+VOCAB = 8
+JOINT = 3
+"""How many tokens of each row are compared."""
+MAX_CHAIN = 4
+PROMPT: tuple[int, ...] = (5, 1, 5, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRule:
+    """What a request asks of the sampler; the defaults change nothing."""
+
+    temperature: float = 1.0
+    top_k: int = VOCAB
+    top_p: float = 1.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenModel:
+    """Next-token logits that depend on the last two tokens: `logits[second last, last, next]`, float32."""
+
+    logits: np.ndarray
+    drafts: np.ndarray
+    """The drafter's guess after the last two tokens: often the likely token, sometimes an unlikely one."""
+
+    @classmethod
+    def random(cls, seed: int) -> TokenModel:
+        generator = np.random.default_rng(seed)
+        logits = generator.normal(0.0, 1.2, (VOCAB, VOCAB, VOCAB)).astype(np.float32)
+        drafts = (logits + generator.normal(0.0, 1.2, logits.shape)).argmax(axis=-1)
+        return cls(logits, drafts)
+
+
+def next_token_probs(logits: Sequence[float], rule: SamplingRule, output: Sequence[int]) -> list[float]:
+    """The distribution of the next token after PROMPT and `output`, one number after the other, in float64."""
+    scores = [float(value) for value in logits]
+    for token in range(VOCAB):
+        if token in PROMPT or token in output:
+            scores[token] *= 1 / rule.repetition if scores[token] > 0 else rule.repetition
+        scores[token] -= rule.frequency * list(output).count(token)
+        scores[token] -= rule.presence if token in output else 0.0
+    if rule.temperature == 0:
+        return [float(token == scores.index(max(scores))) for token in range(VOCAB)]
+    weights = [math.exp(score / rule.temperature) for score in scores]
+    by_weight = sorted(range(VOCAB), key=lambda token: -weights[token])
+    kept: list[int] = []
+    mass_of_top_k = sum(weights[token] for token in by_weight[: rule.top_k])
+    for token in by_weight[: rule.top_k]:
+        if sum(weights[earlier] for earlier in kept) / mass_of_top_k >= rule.top_p:
+            break
+        kept.append(token)
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(VOCAB)]
+
+
+def exact_joint(model: TokenModel, rule: SamplingRule) -> np.ndarray:
+    """Probability of every sequence of JOINT tokens after PROMPT, shape [VOCAB] * JOINT."""
+    joint = np.zeros((VOCAB,) * JOINT)
+    for tokens in product(range(VOCAB), repeat=JOINT):
+        probability = 1.0
+        for position, token in enumerate(tokens):
+            text = PROMPT + tokens[:position]
+            probs = next_token_probs(model.logits[text[-2], text[-1]], rule, tokens[:position])
+            probability *= probs[token]
+        joint[tokens] = probability
+    return joint
+
+
+Lengths = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From the last two tokens of each row [rows, 2]: how many tokens are scheduled, and how many are real (then -1)."""
+
+
+def fixed(length: int) -> Lengths:
+    return lambda last: (np.full(len(last), length), np.full(len(last), length))
+
+
+def cut(last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged chains of 0 to MAX_CHAIN tokens, by what the text ends with."""
+    length = (3 * last[:, 0] + last[:, 1]) % (MAX_CHAIN + 1)
+    return length, length
+
+
+def padded(last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """MAX_CHAIN scheduled tokens, of which the first 0 to 3 are real."""
+    return np.full(len(last), MAX_CHAIN), (last[:, 0] + last[:, 1]) % MAX_CHAIN
+
+
+def padding_only(last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the scheduler sends for a request that nobody drafted for."""
+    return np.full(len(last), MAX_CHAIN), np.zeros(len(last), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Rows of one batch that share a rule and a way of drafting."""
+
+    name: str
+    rule: SamplingRule
+    lengths: Lengths
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The state of a running batch: which case each row belongs to and what it has generated."""
+
+    case: np.ndarray
+    outputs: list[list[int]]
+
+    def last_two(self) -> np.ndarray:
+        return np.array([(*PROMPT[-2:], *output)[-2:] for output in self.outputs])
+
+
+def sample_joint(
+    model: TokenModel, cases: Sequence[Case], samples: int, seed: int, batch: int = 4096
+) -> list[np.ndarray]:
+    """Counts of the first JOINT tokens, one array [VOCAB] * JOINT of total `samples` for every case.
+
+    The cases are interleaved, so that neighbouring rows of a batch have different parameters and chains.
+    """
+    torch.manual_seed(seed)
+    counts = [np.zeros((VOCAB,) * JOINT, dtype=np.int64) for _ in cases]
+    sampler = _rejection_sampler()
+    order = np.tile(np.arange(len(cases)), samples)
+    for start in range(0, len(order), batch):
+        case = order[start : start + batch]
+        rows = _Rows(case, [[] for _ in case])
+        while rows.outputs:
+            _step(model, cases, rows, sampler)
+            finished = np.array([len(output) >= JOINT for output in rows.outputs])
+            done = np.array([output[:JOINT] for output in rows.outputs if len(output) >= JOINT])
+            for index in np.unique(rows.case[finished]):
+                tokens = done[rows.case[finished] == index]
+                np.add.at(counts[index], tuple(tokens.T), 1)
+            rows.outputs = [output for output in rows.outputs if len(output) < JOINT]
+            rows.case = rows.case[~finished]
+    return counts
+
+
+def p_value(counts: np.ndarray, probs: np.ndarray, smallest_cell: float = 5.0) -> float:
+    """Chi-square test of the counts against the exact probabilities; cells of small expectation are pooled.
+
+    Pooling goes by the expectation alone. A count in a cell of probability 0 gives 0. Pearson's statistic, because
+    its mean is exact whatever the expectations are, so that many p-values can be combined.
+    """
+    if counts[probs == 0].any():
+        return 0.0
+    expected = probs[probs > 0] * counts.sum()
+    observed = counts[probs > 0]
+    order = np.argsort(expected)
+    expected, observed = expected[order], observed[order]
+    num_small = int(np.searchsorted(expected, smallest_cell))
+    while num_small and expected[:num_small].sum() < smallest_cell:
+        num_small += 1
+    expected = np.append(expected[num_small:], expected[:num_small].sum())
+    observed = np.append(observed[num_small:], observed[:num_small].sum())
+    keep = expected > 0
+    expected, observed = expected[keep], observed[keep]
+    if len(expected) < 2:
+        raise ValueError("fewer than two cells are left: more samples are needed")
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    return float(stats.chi2.sf(statistic, len(expected) - 1))
+
+
+def _rejection_sampler() -> Any:
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.sample.sampler import Sampler
+
+    return RejectionSampler(Sampler())
+
+
+def _step(model: TokenModel, cases: Sequence[Case], rows: _Rows, sampler: Any) -> None:
+    """One target forward and its sampling for every row, as the model runner does it; extends `rows.outputs`."""
+    last = rows.last_two()
+    scheduled = np.zeros(len(last), dtype=np.int64)
+    real = np.zeros(len(last), dtype=np.int64)
+    for index in np.unique(rows.case):
+        mine = rows.case == index
+        scheduled[mine], real[mine] = cases[index].lengths(last[mine])
+    chain, logits = _draft_and_score(model, last, scheduled, real)
+    sampling = _sampling_metadata(cases, rows, scheduled, chain)
+    if scheduled.any():
+        output = sampler(_metadata(scheduled, chain), None, logits, sampling)
+        tokens, _ = sampler.parse_output(output.sampled_token_ids, VOCAB)
+    else:
+        output = sampler.sampler(logits, sampling)
+        tokens = output.sampled_token_ids.tolist()
+    for generated, new in zip(rows.outputs, tokens, strict=True):
+        generated.extend(new)
+
+
+def _draft_and_score(
+    model: TokenModel, last: np.ndarray, scheduled: np.ndarray, real: np.ndarray
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Chains [rows, MAX_CHAIN] and the target's logits at all their positions, flat [sum(scheduled + 1), VOCAB]."""
+    num_rows = len(last)
+    chain = np.full((num_rows, MAX_CHAIN), -1)
+    scores = np.empty((num_rows, MAX_CHAIN + 1, VOCAB), dtype=np.float32)
+    before, latest = last[:, 0], last[:, 1]
+    for position in range(MAX_CHAIN + 1):
+        scores[:, position] = model.logits[before, latest]
+        if position < MAX_CHAIN:
+            chain[:, position] = np.where(position < real, model.drafts[before, latest], -1)
+            # vLLM feeds token 0 where a padding stands.
+            before, latest = latest, np.maximum(chain[:, position], 0)
+    return chain, torch.from_numpy(scores[np.arange(MAX_CHAIN + 1) <= scheduled[:, None]])
+
+
+def _metadata(scheduled: np.ndarray, chain: np.ndarray) -> Any:
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    drafted = np.arange(MAX_CHAIN) < scheduled[:, None]
+    ends = np.cumsum(scheduled + 1)
+    all_logits = np.arange(ends[-1])
+    bonus = ends - 1
+    return SpecDecodeMetadata(
+        draft_token_ids=torch.from_numpy(chain[drafted].astype(np.int32)),
+        num_draft_tokens=scheduled.tolist(),
+        cu_num_draft_tokens=torch.from_numpy(np.cumsum(scheduled).astype(np.int32)),
+        cu_num_sampled_tokens=torch.from_numpy(ends.astype(np.int32)),
+        target_logits_indices=torch.from_numpy(np.setdiff1d(all_logits, bonus).astype(np.int32)),
+        bonus_logits_indices=torch.from_numpy(bonus.astype(np.int32)),
+        logits_indices=torch.from_numpy(all_logits.astype(np.int32)),
+    )
+
+
+def _sampling_metadata(cases: Sequence[Case], rows: _Rows, scheduled: np.ndarray, chain: np.ndarray) -> Any:
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    rules = [case.rule for case in cases]
+
+    def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor([getattr(rule, name) for rule in rules], dtype=dtype)[torch.from_numpy(rows.case)]
+
+    penalises = any(rule.penalises for rule in rules)
+    temperature = column("temperature")
+    drafts = None
+    if penalises:
+        drafts = [row[:length] for row, length in zip(chain.tolist(), scheduled.tolist(), strict=True)]
+    return SamplingMetadata(
+        temperature=temperature,
+        all_greedy=False,
+        all_random=bool((temperature > 0).all()),
+        top_p=column("top_p") if any(rule.top_p < 1 for rule in rules) else None,
+        top_k=column("top_k", torch.int32) if any(rule.top_k < VOCAB for rule in rules) else None,
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=not penalises,
+        prompt_token_ids=torch.tensor([PROMPT] * len(rows.case)) if penalises else None,
+        frequency_penalties=column("frequency"),
+        presence_penalties=column("presence"),
+        repetition_penalties=column("repetition"),
+        output_token_ids=rows.outputs if penalises else [],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+        spec_token_ids=drafts,
+    )

@@ -1,0 +1,224 @@
+"""The frontier against a fake engine whose pages notice every wrong share, under random targets and commands."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.hashing import mix, seed
+from vllm_double.transport.messages import Admit, Commit, Release
+
+VOCAB = 12
+NO_TOKENS = np.empty(0, np.int32)
+NO_PROBS = np.empty(0, np.float32)
+
+
+def make(num_pages: int = 200, page_size: int = 4, **limits: float) -> tuple[FakeEngine, Frontier]:
+    engine = FakeEngine(
+        hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120
+    )
+    return engine, Frontier(engine, FrontierLimits(**{"num_speculative_tokens": 6, **limits}))  # type: ignore[arg-type]
+
+
+def admit(frontier: Frontier, handle: int, text: list[int], max_length: int = 100) -> None:
+    frontier.apply(Admit(handle, len(text), np.array(text, np.int32), 0.0, max_length, (), ""))
+
+
+def turn(engine: FakeEngine, frontier: Frontier) -> np.ndarray:
+    iteration = frontier.select()
+    if not iteration.runs:
+        return np.zeros(0)
+    engine.copy_slots(iteration.copies)
+    tokens, probs = engine.forward(iteration.rows, 8)
+    records = frontier.expand(iteration, tokens, probs)
+    frontier.check_integrity()
+    return records
+
+
+def commit(frontier: Frontier, handle: int, keep: int, tokens: list[int], chain: list[int] | None = None) -> None:
+    chain = chain or []
+    probs = np.full(len(chain), 0.5, np.float32)
+    frontier.apply(Commit(handle, keep, np.array(tokens, np.int32), np.array(chain, np.int32), probs))
+    frontier.check_integrity()
+
+
+def test_single_path_drafts_the_greedy_continuation_to_the_allowed_depth() -> None:
+    engine, frontier = make(children_per_node=1, min_path_prob=1e-9)
+    text = [1, 2, 3]
+    admit(frontier, 7, text)
+    found: dict[int, tuple[int, int]] = {}
+    while len(records := turn(engine, frontier)):
+        for record in records:
+            found[int(record["prefix_hash"])] = (int(record["position"]), int(record["tokens"][0]))
+    logits = hashed_logits(VOCAB)
+    prefix = seed(7)
+    for depth in range(7):
+        token = int(np.argmax(logits(text)))
+        assert found[prefix] == (3 + depth, token)
+        prefix, text = mix(prefix, token), [*text, token]
+    assert len(found) == 7
+
+
+def test_the_most_probable_path_is_worked_on_first() -> None:
+    engine, frontier = make(nodes_per_iteration=1)
+    admit(frontier, 1, [5])
+    turn(engine, frontier)
+    reaches: list[float] = []
+    for _ in range(20):
+        iteration = frontier.select()
+        request = next(iter(frontier._requests.values()))
+        node = iteration.runs[0].nodes[0]
+        assert request.root is not None
+        reaches.append(math.exp(node.log_prob - request.root.log_prob))
+        open_nodes = [
+            n for parent in _nodes(request.root) for n in parent.children.values() if n.branch is None and n is not node
+        ]
+        assert all(math.exp(n.log_prob - request.root.log_prob) <= reaches[-1] + 1e-9 for n in open_nodes)
+        engine.copy_slots(iteration.copies)
+        tokens, probs = engine.forward(iteration.rows, 8)
+        frontier.expand(iteration, tokens, probs)
+
+
+def _nodes(node):  # type: ignore[no-untyped-def]
+    yield node
+    for child in node.children.values():
+        yield from _nodes(child)
+
+
+def test_a_given_chain_is_read_in_one_forward() -> None:
+    engine, frontier = make(nodes_per_iteration=16)
+    admit(frontier, 1, [1, 2, 3])
+    turn(engine, frontier)
+    chain = [9, 9, 8, 9]
+    commit(frontier, 1, 3, [], chain)
+    forwards = engine.num_forwards
+    # certain tokens come before all siblings
+    request = next(iter(frontier._requests.values()))
+    assert request.root is not None
+    node = request.root
+    for token in chain:
+        node = node.children[token]
+        node.log_prob = 0.0
+        request.put_back(node)
+    iteration = frontier.select()
+    assert [run.tokens for run in iteration.runs][0] == chain
+    assert engine.num_forwards == forwards
+
+
+def test_what_survives_a_commit_is_not_drafted_again() -> None:
+    engine, frontier = make(nodes_per_iteration=4)
+    admit(frontier, 1, [1, 2, 3])
+    for _ in range(12):
+        turn(engine, frontier)
+    request = next(iter(frontier._requests.values()))
+    assert request.root is not None
+    child = max(request.root.children.values(), key=lambda n: n.log_prob)
+    below = len(list(_nodes(child)))
+    assert child.branch is not None and below > 4
+    commit(frontier, 1, 3, [child.token])
+    assert request.root is child and len(list(_nodes(child))) == below
+    assert request.num_cached == 4
+
+
+def test_every_request_is_served_between_two_commits_though_one_is_sure_of_itself() -> None:
+    engine, frontier = make(nodes_per_iteration=2)
+    for handle in range(6):
+        admit(frontier, handle + 1, [handle])
+    turn(engine, frontier)
+    for handle in range(6):
+        commit(frontier, handle + 1, 1, [3])
+    turn(engine, frontier)
+    assert all(request.num_expanded > 0 for request in frontier._requests.values())
+
+
+def test_pages_that_run_out_silence_the_last_request_and_lose_nothing() -> None:
+    engine, frontier = make(num_pages=12, page_size=4)
+    for handle in range(5):
+        admit(frontier, handle + 1, [handle] * 15)
+    for _ in range(40):
+        turn(engine, frontier)
+    assert 1 <= len(frontier) < 5
+    for handle in range(5):
+        frontier.apply(Release(handle + 1))
+    frontier.check_integrity()
+    assert frontier._pool.num_free == 11
+
+
+def test_a_late_command_is_counted_and_ignored() -> None:
+    _, frontier = make()
+    commit(frontier, 99, 0, [1])
+    frontier.apply(Release(99))
+    assert frontier.num_late_commands == 2
+
+
+@pytest.mark.parametrize("keep", [2, 4])
+def test_a_commit_that_does_not_fit_the_text_ends_the_drafting_for_it(keep: int) -> None:
+    _, frontier = make()
+    admit(frontier, 1, [1, 2, 3])
+    commit(frontier, 1, keep, [1])
+    assert len(frontier) == 0 and frontier.num_late_commands == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rng=st.randoms(use_true_random=False),
+    page_size=st.sampled_from([1, 2, 4, 7]),
+    nodes=st.integers(1, 12),
+    children=st.integers(1, 8),
+    num_pages=st.sampled_from([14, 40, 400]),
+)
+def test_any_interleaving_keeps_pages_and_trees_sound(
+    rng: random.Random, page_size: int, nodes: int, children: int, num_pages: int
+) -> None:
+    engine, frontier = make(num_pages, page_size, nodes_per_iteration=nodes, children_per_node=children, prefill_tokens=5)
+    texts: dict[int, list[int]] = {}
+    bases: dict[int, int] = {}
+    next_handle = 1
+    for _ in range(60):
+        action = rng.choice(["admit", "commit", "commit", "turn", "turn", "turn", "release", "rewind", "chunked"])
+        live = [h for h in texts if h in frontier._requests]
+        if action == "admit" or (action == "chunked" and len(live) < 3):
+            text = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))]
+            split = rng.randint(1, len(text)) if action == "chunked" else len(text)
+            frontier.apply(Admit(next_handle, len(text), np.array(text[:split], np.int32), 0.0, 100, (), ""))
+            if rng.random() < 0.5:
+                turn(engine, frontier)
+            if split < len(text) and next_handle in frontier._requests:
+                commit(frontier, next_handle, split, text[split:])
+            texts[next_handle], bases[next_handle] = text, len(text)
+            next_handle += 1
+        elif action == "turn":
+            turn(engine, frontier)
+        elif not live:
+            continue
+        elif action == "commit":
+            handle = rng.choice(live)
+            text = texts[handle]
+            if len(text) > 80:
+                continue
+            node, tokens = frontier._requests[handle].root, []
+            for _ in range(rng.randint(0, 5)):
+                options = list(node.children) if node is not None else []
+                token = rng.choice(options) if options and rng.random() < 0.8 else rng.randrange(VOCAB)
+                node = node.children.get(token) if node is not None else None
+                tokens.append(token)
+            chain = [rng.randrange(VOCAB) for _ in range(rng.randint(0, 4))]
+            commit(frontier, handle, len(text), tokens, chain)
+            text.extend(tokens)
+        elif action == "rewind":
+            handle = rng.choice(live)
+            keep = rng.randint(bases[handle], len(texts[handle]))
+            del texts[handle][keep:]
+            commit(frontier, handle, keep, [])
+        else:
+            handle = rng.choice(live)
+            frontier.apply(Release(handle))
+            del texts[handle]
+        frontier.check_integrity()
+        for handle, request in frontier._requests.items():
+            assert request.text == texts[handle]

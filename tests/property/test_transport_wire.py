@@ -1,0 +1,60 @@
+"""Any message survives the wire; no bytes whatever make a decoder do more than refuse."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_double.transport import messages
+from vllm_double.transport.messages import (
+    Admit,
+    Commit,
+    MessageError,
+    Release,
+    decode_command,
+    decode_reports,
+)
+
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+I32 = st.integers(-(2**31), 2**31 - 1)
+TOKENS = st.lists(I32, max_size=40).map(lambda values: np.array(values, np.int32))
+PROBS = st.floats(0, 1, width=32)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
+
+
+@given(U64, U32, TOKENS, st.floats(0, 1e6), U32, st.lists(I32, max_size=20), TEXT)
+def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops, tenant):
+    sent = Admit(handle, base, tokens, temperature, max_length, tuple(stops), tenant)
+    got = decode_command(*messages.encode(sent))
+    for name in ("handle", "base", "temperature", "max_length", "stop_token_ids", "tenant"):
+        assert getattr(got, name) == getattr(sent, name)
+    np.testing.assert_array_equal(got.tokens, tokens)
+
+
+@given(U64, U32, TOKENS, st.lists(st.tuples(I32, PROBS), max_size=20))
+def test_any_commit_survives(handle, keep, tokens, chain):
+    chain_tokens = np.array([token for token, _ in chain], np.int32)
+    probs = np.array([prob for _, prob in chain], np.float32)
+    got = decode_command(*messages.encode(Commit(handle, keep, tokens, chain_tokens, probs)))
+    assert (got.handle, got.keep) == (handle, keep)
+    np.testing.assert_array_equal(got.tokens, tokens)
+    np.testing.assert_array_equal(got.chain, chain_tokens)
+    np.testing.assert_array_equal(got.chain_probs, probs)
+
+
+@given(st.integers(0, 7), st.binary(max_size=300))
+def test_garbage_is_refused_or_is_a_command(kind, payload):
+    try:
+        command = decode_command(kind, payload)
+    except MessageError:
+        return
+    assert isinstance(command, Admit | Commit | Release)
+    assert messages.encode(command) == (kind, payload)
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.binary(max_size=200)), max_size=6))
+def test_garbage_among_reports_is_counted(records):
+    good = messages.encode(messages.WorkerStats({"alive": 1.0}))
+    reports, num_bad = decode_reports([*records, good])
+    assert num_bad <= len(records)
+    assert reports[-1] == messages.WorkerStats({"alive": 1.0})

@@ -1,0 +1,303 @@
+"""The round, without vLLM, Ray, network or clock: a scripted target, a fake draft engine, the in-process logs."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.frontier import FrontierLimits
+from vllm_double.draft.worker import DraftWorker
+from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.context import ContextRetriever
+from vllm_double.transport.inprocess import Faults, in_process_pair
+
+VOCAB = 24
+PARAMS = RequestParams(temperature=0.0, max_length=200, stop_token_ids=frozenset())
+
+
+class Ticks:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+
+    def __call__(self) -> float:
+        return next(self._count) * 1e-6
+
+
+class World:
+    """A greedy target over hashed logits; the draft sees the same logits with noise, so that it is often right."""
+
+    def __init__(self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0) -> None:
+        self.target_end, self.worker_end = in_process_pair(capacity=1 << 20)
+        target, other = hashed_logits(VOCAB, seed=1, spread=6.0), hashed_logits(VOCAB, seed=2)
+        self.target = target
+
+        def draft(context: Sequence[int]) -> np.ndarray:
+            return target(context) + noise * other(context)
+
+        self.draft, self.k = draft, k
+        self.worker = self.make_worker()
+        retrievers: list[Retriever] = [ContextRetriever()] if retrieval else []
+        self.proposer = Proposer(k, self.target_end if worker else None, retrievers, Ticks(), vocab_size=VOCAB)
+        self.turns = turns
+        self.texts: dict[str, list[int]] = {}
+        self.chains: dict[str, list[int]] = {}
+        self.steps = 0
+
+    def make_worker(self) -> DraftWorker:
+        engine = FakeEngine(self.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
+        return DraftWorker(engine, self.worker_end, FrontierLimits(self.k), Ticks())
+
+    def restart_worker(self) -> None:
+        self.worker_end = self.target_end.attach()
+        self.worker = self.make_worker()
+
+    def admit(self, name: str, prompt: list[int], params: RequestParams = PARAMS) -> None:
+        self.texts[name], self.chains[name] = list(prompt), []
+        self.proposer.admit(name, np.array(prompt, np.int32), params)
+
+    def step(self, names: Sequence[str] | None = None, verify: int | None = None) -> None:
+        """One target forward over the rows; ``verify`` cuts the chains as the scheduler may."""
+        if self.worker_end.superseded and self.turns:
+            self.restart_worker()
+        for _ in range(self.turns):
+            self.worker.turn()
+        self.worker.frontier.check_integrity()
+        names = list(self.texts) if names is None else list(names)
+        rows = []
+        for name in names:
+            text, chain = self.texts[name], self.chains[name][:verify]
+            sampled: list[int] = []
+            for token in [*chain, None]:
+                best = int(np.argmax(self.target([*text, *sampled])))
+                sampled.append(best)
+                if best != token:
+                    break
+            text.extend(sampled)
+            rows.append(Row(name, np.array(text, np.int32), len(sampled), chain))
+        for name, chain in zip(names, self.proposer.propose(rows), strict=True):
+            self.chains[name] = chain
+        self.proposer.check_integrity()
+        self.steps += 1
+
+    def greedy(self, prompt: list[int], length: int) -> list[int]:
+        text = list(prompt)
+        while len(text) < length:
+            text.append(int(np.argmax(self.target(text))))
+        return text
+
+
+def test_the_text_is_the_targets_own_and_drafts_make_it_come_sooner() -> None:
+    world = World()
+    for index in range(4):
+        world.admit(f"r{index}", [index + 1, 5])
+    for _ in range(15):
+        world.step()
+    for index in range(4):
+        text = world.texts[f"r{index}"]
+        assert text == world.greedy([index + 1, 5], len(text))
+    counters = world.proposer.counters
+    assert counters.committed_tokens / counters.rows > 1.8
+    assert counters.hits / counters.harvests > 0.5
+
+
+def test_without_a_worker_nothing_is_proposed_and_nothing_breaks() -> None:
+    world = World(turns=0)
+    world.worker_end.close()
+    world.admit("r", [1, 2])
+    for _ in range(5):
+        world.step()
+        assert world.chains["r"] == []
+    assert world.proposer.counters.rounds_without_worker == 5
+
+
+def test_retrieval_alone_drafts_repeated_text() -> None:
+    world = World(worker=False, retrieval=True)
+    period = [3, 4, 5, 6, 7]
+    world.target = lambda context: np.eye(VOCAB)[period[(period.index(context[-1]) + 1) % 5]]
+    world.admit("r", period * 3)
+    world.step()
+    world.step()
+    assert len(world.chains["r"]) >= 4
+    world.step()
+    assert world.proposer.counters.accepted["context"] >= 4
+
+
+def test_chains_are_clipped_to_what_the_text_may_still_get() -> None:
+    world = World(worker=False, retrieval=True)
+    period = [3, 4, 5, 6, 7]
+    world.target = lambda context: np.eye(VOCAB)[period[(period.index(context[-1]) + 1) % 5]]
+    world.admit("r", period * 3, RequestParams(0.0, 20, frozenset()))
+    while len(world.texts["r"]) < 20:
+        room = 20 - len(world.texts["r"])
+        assert len(world.chains["r"]) <= max(room - 1, 0)
+        world.step()
+    assert len(world.texts["r"]) == 20 and world.chains["r"] == []
+
+
+def test_nothing_is_proposed_behind_a_stop_token() -> None:
+    world = World(worker=False, retrieval=True)
+    world.admit("r", [3, 4, 0, 5, 3, 4, 0, 5, 3], RequestParams(0.0, 200, frozenset({0})))
+    world.target = lambda context: np.eye(VOCAB)[{3: 4, 4: 0, 0: 5, 5: 3}[context[-1]]]
+    world.step()
+    assert world.chains["r"] in ([], [0])
+    world.step()
+    assert world.chains["r"] == []
+
+
+def test_chains_that_the_scheduler_cuts_are_counted_as_verified_only_so_far() -> None:
+    world = World()
+    world.admit("r", [1, 5])
+    for _ in range(10):
+        world.step(verify=1)
+    counters = world.proposer.counters
+    assert 0 < counters.offered["draft"] <= 10
+    assert world.texts["r"] == world.greedy([1, 5], len(world.texts["r"]))
+
+
+def test_drafts_that_nobody_proposed_are_not_counted_as_ours() -> None:
+    world = World(turns=0)
+    world.admit("r", [1, 5])
+    text = np.array([1, 5, 7], np.int32)
+    world.proposer.propose([Row("r", text, 1, [-1, -1, -1])])
+    assert world.proposer.counters.offered == {}
+
+
+def test_an_unscheduled_row_goes_on_where_it_was() -> None:
+    world = World()
+    world.admit("a", [1, 5])
+    world.admit("b", [2, 5])
+    for index in range(12):
+        world.step(["a"] if index % 3 else ["a", "b"])
+    for name, prompt in (("a", [1, 5]), ("b", [2, 5])):
+        assert world.texts[name] == world.greedy(prompt, len(world.texts[name]))
+
+
+def test_a_text_that_shrank_is_admitted_again() -> None:
+    world = World()
+    world.admit("r", [1, 5])
+    for _ in range(5):
+        world.step()
+    del world.texts["r"][4:]
+    world.chains["r"] = []
+    for _ in range(8):
+        world.step()
+    assert world.proposer.counters.rewinds == 1
+    assert world.texts["r"] == world.greedy([1, 5], len(world.texts["r"]))
+    assert world.proposer.counters.accepted["draft"] > 0
+
+
+def test_a_request_that_came_back_under_its_id_starts_afresh() -> None:
+    world = World()
+    world.admit("r", [1, 5])
+    world.step()
+    world.admit("r", [2, 6, 7])
+    for _ in range(6):
+        world.step()
+    assert world.texts["r"] == world.greedy([2, 6, 7], len(world.texts["r"]))
+    for _ in range(2):
+        world.worker.turn()
+    assert len(world.worker.frontier) == 1
+
+
+def test_finished_requests_leave_nothing_with_the_worker() -> None:
+    world = World()
+    world.admit("r", [1, 5])
+    world.step()
+    world.proposer.finish("r")
+    world.proposer.finish("never seen")
+    world.worker.turn()
+    assert len(world.worker.frontier) == 0
+    assert world.worker.frontier._pool.num_free == 599
+
+
+def test_a_new_worker_gets_all_live_requests_and_drafts_come_back() -> None:
+    world = World()
+    world.admit("r", [1, 5])
+    for _ in range(3):
+        world.step()
+    old = world.worker
+    world.restart_worker()
+    assert world.worker is not old
+    accepted = world.proposer.counters.accepted["draft"]
+    for _ in range(6):
+        world.step()
+    assert world.proposer.counters.resynchronisations == 1
+    assert world.proposer.counters.accepted["draft"] > accepted
+    assert world.texts["r"] == world.greedy([1, 5], len(world.texts["r"]))
+
+
+@pytest.mark.parametrize("fault", ["drop", "duplicate", "delay", "corrupt"])
+def test_lost_late_and_repeated_records_never_change_the_text(fault: str) -> None:
+    world = World()
+    world.target_end.commands.inject(Faults(**{fault: 0.3}))
+    world.target_end.reports.inject(Faults(**{fault: 0.3}))
+    for index in range(3):
+        world.admit(f"r{index}", [index + 1, 5])
+    for _ in range(20):
+        world.step()
+    for index in range(3):
+        text = world.texts[f"r{index}"]
+        assert text == world.greedy([index + 1, 5], len(text))
+
+
+def test_a_full_log_means_no_drafts_and_a_later_admission() -> None:
+    world = World(turns=0)
+    world.target_end, world.worker_end = in_process_pair(capacity=2048)
+    world.proposer = Proposer(8, world.target_end, [], Ticks(), vocab_size=VOCAB)
+    for index in range(8):
+        world.admit(f"r{index}", [index + 1] * 60)
+    for _ in range(6):
+        world.step()
+    world.worker = DraftWorker(
+        FakeEngine(hashed_logits(VOCAB, seed=1, spread=6.0), vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400),
+        world.worker_end,
+        FrontierLimits(8),
+        Ticks(),
+    )
+    world.turns = 12
+    for _ in range(12):
+        world.step()
+    assert world.proposer.counters.accepted["draft"] > 0
+    for index in range(8):
+        text = world.texts[f"r{index}"]
+        assert text == world.greedy([index + 1] * 60, len(text))
+
+
+def test_seeded_requests_get_no_drafts_and_reach_no_worker() -> None:
+    world = World(retrieval=True)
+    world.admit("r", [1, 5] * 6, RequestParams(0.8, 200, frozenset(), use_drafts=False))
+    for _ in range(5):
+        world.step()
+        assert world.chains["r"] == []
+    assert len(world.worker.frontier) == 0
+    world.proposer.finish("r")
+
+
+def test_switched_off_it_proposes_nothing_and_switched_on_again_it_does() -> None:
+    world = World()
+    world.admit("r", [1, 5])
+    world.proposer.enabled = False
+    for _ in range(4):
+        world.step()
+        assert world.chains["r"] == []
+    world.proposer.enabled = True
+    for _ in range(6):
+        world.step()
+    assert world.proposer.counters.accepted["draft"] > 0
+
+
+def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
+    world = World(turns=200)
+    prompt = [1 + index % 20 for index in range(9000)]
+    engine = FakeEngine(lambda context: np.eye(VOCAB)[3] * 9, vocab_size=VOCAB, num_pages=700, page_size=16, max_length=10000)
+    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks())
+    world.target = lambda context: np.eye(VOCAB)[3]
+    world.admit("r", prompt, RequestParams(0.0, 9900, frozenset()))
+    world.step()
+    world.step()
+    assert world.chains["r"] == [3] * 8

@@ -1,0 +1,93 @@
+"""The settings under "double" in --speculative-config: validated, bounded, frozen."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+__all__ = ["MAX_SPECULATIVE_TOKENS", "ConfigError", "DoubleConfig", "check_num_speculative_tokens", "nearest"]
+
+MAX_SPECULATIVE_TOKENS = 128
+"""vLLM's V1 rejection sampler takes chains of at most so many tokens."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one sentence for the person who typed it."""
+
+
+class DoubleConfig(BaseModel):
+    """What method "double" takes beyond vLLM's own keys for speculative decoding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(True, description="false: no drafts are made and nothing is started; a switch for tests of cost")
+    context_retrieval: bool = Field(True, description="retrieve continuations from the request's own prompt and output")
+    draft_device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='the draft\'s device: "cpu", "cuda:1"; "auto": the platform\'s'
+    )  # fmt: skip
+    draft_cores: str | None = Field(
+        None, description='CPU cores of the draft, as "1" or "2-3"; null: the last core that this process may use, and the '
+        "target gets the others",
+    )  # fmt: skip
+    draft_dtype: str = Field(
+        "auto", pattern=r"^(auto|float32|float16|bfloat16)$", description='"auto": the dtype that the target runs in'
+    )  # fmt: skip
+    draft_kv_cache_gib: float = Field(
+        0.25, gt=0, le=1024, description="memory for the draft's KV cache in GiB; when full, some requests go without a draft"
+    )
+    draft_page_size: int = Field(
+        32, ge=1, le=1024, description="tokens in a page of the draft's KV cache; small pages make branches cheap. The "
+        "attention backend may ask for a multiple of its own",
+    )  # fmt: skip
+    nodes_per_iteration: int = Field(8, ge=1, le=1024, description="tokens that one draft forward takes at most")
+    children_per_node: int = Field(8, ge=1, le=8, description="alternatives that are kept per drafted token; 1 is a single path")
+    prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
+    draft_seeded_requests: bool = Field(
+        False, description="draft for requests with a seed and a temperature, too: their text is then no longer reproducible"
+    )
+    ray_address: str | None = Field(
+        None, description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own'
+    )
+    ray_num_cpus: float = Field(1.0, ge=0, le=1024, description="logical CPUs that the draft actor claims in Ray")
+
+    @field_validator("ray_address")
+    @classmethod
+    def _has_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            host, colon, port = value.rpartition(":")
+            if not (host and colon and port.isdigit() and "/" not in host):
+                raise ValueError(f'{value!r} is not of the form "host:port"')
+        return value
+
+    @classmethod
+    def parse(cls, raw: Any) -> "DoubleConfig":
+        """The settings from the value of "double". Raises ConfigError with one sentence."""
+        if raw is None:
+            return cls()
+        if not isinstance(raw, dict):
+            raise ConfigError(f'"double" takes an object with settings, not {raw!r}.')
+        for key in raw:
+            if key not in cls.model_fields:
+                raise ConfigError(f'"double" has no setting {key!r}; the nearest one is "{nearest(key, cls.model_fields)}".')
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f'"double": {{"{name}": {first["input"]!r}}} is not possible: {reason}.') from None
+
+
+def nearest(key: str, known: Any) -> str:
+    """The known name that ``key`` most looks like."""
+    names = sorted(known)
+    return max(names, key=lambda name: difflib.SequenceMatcher(None, str(key).lower(), name).ratio())
+
+
+def check_num_speculative_tokens(value: Any) -> int:
+    """The upper bound of a chain's length. Raises ConfigError with one sentence."""
+    if value is None:
+        raise ConfigError('Method "double" needs "num_speculative_tokens", the most draft tokens verified in one step (16, say).')
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
+        raise ConfigError(f'"num_speculative_tokens" is {value!r}, and must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}.')
+    return value

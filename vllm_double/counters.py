@@ -1,0 +1,66 @@
+"""What the target's side counts; the metrics page shows it. Plain numbers, added to on the hot path."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm_double.trie import PathToken
+
+__all__ = ["PROPOSE_BUCKETS_S", "Counters"]
+
+PROPOSE_BUCKETS_S = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Monotone counts since the start, but for ``worker``, which is the worker's own last report.
+
+    rows: request rows that a target forward sampled for, those without draft tokens included. A *harvest* is a row that
+    asked for drafts; it is a *hit* when something was ready behind its new last token.
+    """
+
+    rounds: int = 0
+    rows: int = 0
+    rows_without_drafts: int = 0
+    committed_tokens: int = 0
+    harvests: int = 0
+    hits: int = 0
+    late_nodes: int = 0
+    rewinds: int = 0
+    resynchronisations: int = 0
+    rounds_without_worker: int = 0
+    offered: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    proposed_tokens: int = 0
+    propose_seconds: float = 0.0
+    propose_max_seconds: float = 0.0
+    propose_buckets: list[int] = field(default_factory=lambda: [0] * (len(PROPOSE_BUCKETS_S) + 1))
+    worker: dict[str, float] = field(default_factory=dict)
+
+    def committed(self, num_new: int, num_accepted: int, verified: Sequence[int], chain: Sequence[PathToken]) -> None:
+        """One sampled row: ``num_accepted`` of ``verified`` were accepted; ``chain`` is what was proposed."""
+        self.rows += 1
+        self.committed_tokens += num_new
+        if not verified:
+            self.rows_without_drafts += 1
+            return
+        # The scheduler may cut a chain, or schedule tokens that nobody proposed.
+        for place, (step, token) in enumerate(zip(chain, verified, strict=False)):
+            if step.token != token:
+                break
+            self.offered[step.source] = self.offered.get(step.source, 0) + 1
+            if place < num_accepted:
+                self.accepted[step.source] = self.accepted.get(step.source, 0) + 1
+
+    def harvested(self, hit: bool) -> None:
+        """A row asked for drafts."""
+        self.harvests += 1
+        self.hits += hit
+
+    def proposed(self, seconds: float, chains: Sequence[Sequence[int]]) -> None:
+        """One round took ``seconds`` and gave ``chains``."""
+        self.rounds += 1
+        self.proposed_tokens += sum(map(len, chains))
+        self.propose_seconds += seconds
+        self.propose_max_seconds = max(self.propose_max_seconds, seconds)
+        self.propose_buckets[bisect_left(PROPOSE_BUCKETS_S, seconds)] += 1

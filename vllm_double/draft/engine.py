@@ -1,0 +1,174 @@
+"""The draft engine on vLLM: any decoder model that vLLM loads, batched ragged forwards over a paged key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from double_kernels import fork_pages, top_branches
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_double.draft.base import Row, count_outputs
+from vllm_double.draft.loader import EngineConfig, load
+
+__all__ = ["EngineConfig", "VllmDraftEngine"]
+
+
+class VllmDraftEngine:
+    """DraftEngine on a vLLM model; see vllm_double.draft.base for what its methods promise.
+
+    One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own in the process.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        loaded = load(config)
+        model_config = loaded.vllm_config.model_config
+        self.page_size = loaded.page_size
+        self.num_pages = loaded.num_pages
+        self.max_length: int = model_config.max_model_len
+        self.vocab_size: int = model_config.get_vocab_size()
+        self._model = loaded.model
+        self._vllm_config = loaded.vllm_config
+        self._builders = loaded.builders
+        self._slot_dim = loaded.slot_dim
+        self._caches = _merge(list(loaded.caches.values()))
+        self._layer_names = [name for _, names in loaded.builders for name in names]
+        self._batch = _Batch(loaded.device, loaded.page_size, -(-self.max_length // loaded.page_size))
+
+    @torch.inference_mode()
+    def forward(
+        self, rows: Sequence[Row], num_children: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """See DraftEngine.forward. Ties go to the lower token id."""
+        if not 1 <= num_children <= self.vocab_size:
+            raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
+        num_outputs = count_outputs(
+            rows,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_length=self.max_length,
+            vocab_size=self.vocab_size,
+        )
+        if not rows:
+            return _no_outputs(num_children)
+        common, token_ids = self._batch.lay_out(rows)
+        metadata: dict[str, Any] = {}
+        for builder, names in self._builders:
+            metadata.update(dict.fromkeys(names, builder.build(0, common)))
+        with set_forward_context(
+            metadata,
+            self._vllm_config,
+            num_tokens=common.num_actual_tokens,
+            slot_mapping=dict.fromkeys(self._layer_names, common.slot_mapping),
+        ):
+            hidden = self._model(input_ids=token_ids, positions=common.positions)
+            if num_outputs == 0:
+                return _no_outputs(num_children)
+            if num_outputs < common.num_actual_tokens:
+                hidden = hidden[self._batch.output_indices(rows)]
+            logits = self._model.compute_logits(hidden)
+        tokens, probs = top_branches(
+            logits[:, : self.vocab_size], num_children, self._batch.temperatures(rows)
+        )
+        return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
+
+    @torch.inference_mode()
+    def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
+        """See DraftEngine.copy_slots."""
+        fork_pages(self._caches, triples, page_size=self.page_size, slot_dim=self._slot_dim)
+
+
+class _Batch:
+    """Lays the rows of a forward out as vLLM's flat tensors.
+
+    The arrays are kept from call to call and grow; on a CPU the tensors are views of them, so at most one forward may
+    be under way.
+    """
+
+    def __init__(self, device: torch.device, page_size: int, max_row_pages: int) -> None:
+        self._device = device
+        self._page_size = page_size
+        self._block_table = np.zeros((8, max_row_pages), dtype=np.int32)
+
+    def lay_out(self, rows: Sequence[Row]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+        """Attention metadata with int64 positions and slots [tokens], and token ids int64 [tokens]."""
+        num_rows = len(rows)
+        lengths = np.fromiter((len(row.tokens) for row in rows), dtype=np.int32, count=num_rows)
+        starts = np.fromiter((row.start for row in rows), dtype=np.int32, count=num_rows)
+        query_start = np.zeros(num_rows + 1, dtype=np.int32)
+        np.cumsum(lengths, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+        token_ids = np.fromiter(
+            (token for row in rows for token in row.tokens), dtype=np.int64, count=num_tokens
+        )
+        if num_rows > len(self._block_table):
+            self._block_table = np.zeros((2 * num_rows, self._block_table.shape[1]), dtype=np.int32)
+        table = self._block_table
+        for index, row in enumerate(rows):
+            table[index, : len(row.pages)] = row.pages
+        row_of_token = np.repeat(np.arange(num_rows), lengths)
+        positions = np.arange(num_tokens) + (starts - query_start[:-1])[row_of_token]
+        pages, slots = np.divmod(positions, self._page_size)
+        slot_mapping = table[row_of_token, pages].astype(np.int64) * self._page_size + slots
+        seq_lens = starts + lengths
+        query_start_cpu = torch.from_numpy(query_start)
+        common = CommonAttentionMetadata(
+            query_start_loc=query_start_cpu.to(self._device),
+            query_start_loc_cpu=query_start_cpu,
+            seq_lens=self._tensor(seq_lens),
+            num_reqs=num_rows,
+            num_actual_tokens=num_tokens,
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=self._tensor(table[:num_rows]),
+            slot_mapping=self._tensor(slot_mapping),
+            positions=self._tensor(positions),
+            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
+        )
+        return common, self._tensor(token_ids)
+
+    def output_indices(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Flat indices int64 [outputs] of the query tokens whose next-token distribution is wanted."""
+        indices: list[int] = []
+        end = 0
+        for row in rows:
+            end += len(row.tokens)
+            indices.extend(range(end - row.num_outputs, end))
+        return torch.tensor(indices, device=self._device)
+
+    def temperatures(self, rows: Sequence[Row]) -> torch.Tensor | None:
+        """float32 [outputs], or None if all are 1."""
+        if all(row.temperature in (0.0, 1.0) for row in rows):
+            return None
+        values = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _no_outputs(num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    return np.empty((0, num_children), dtype=np.int32), np.empty((0, num_children), dtype=np.float32)
+
+
+def _merge(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One view [pages, heads, slots, content, layers] instead of one per layer, where the layers lie evenly spaced."""
+    first = caches[0]
+    if len(caches) < 2 or any(
+        cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        or cache.shape != first.shape
+        or cache.stride() != first.stride()
+        or cache.dtype != first.dtype
+        for cache in caches
+    ):
+        return caches
+    step = caches[1].storage_offset() - first.storage_offset()
+    for index, cache in enumerate(caches):
+        if cache.storage_offset() != first.storage_offset() + index * step:
+            return caches
+    shape = (*first.shape, len(caches))
+    return [first.as_strided(shape, (*first.stride(), step), first.storage_offset())]

@@ -1,0 +1,286 @@
+"""``python -m vllm_double.draft.host``: the process that owns Ray and everything of ours outside the target.
+
+Two processes, because the one that cleans up must not be the one that Ray can take down:
+
+- the guard leads a session of its own, imports next to nothing, and waits for the end of the target, of the
+  driver, or a SIGTERM; then it kills every process of its session and removes the runtime directory;
+- the driver, its forked child, runs Ray and keeps the draft actor alive. Ray's daemons die with it, it with
+  the guard.
+
+If the guard itself is killed, the supervisor in the target does the guard's last work; if both are killed at
+once, the kernel ends the processes and the next start removes the directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+from vllm_double.draft.processes import kill_session, remove_runtime
+
+__all__ = [
+    "EXIT_CONFIG",
+    "EXIT_LOST",
+    "EXIT_UNREACHABLE",
+    "MARK",
+    "BackOff",
+    "HostSettings",
+    "say",
+]
+
+MARK = "@vllm-double "
+"""Starts the lines of the host's output that are JSON for the supervisor; other lines are somebody's log."""
+
+EXIT_CONFIG = 2
+"""The settings cannot work on this machine."""
+EXIT_UNREACHABLE = 3
+"""The Ray cluster at ``ray_address`` does not answer."""
+EXIT_LOST = 4
+"""One of Ray's daemons has gone, and with it the cluster."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_GRACE_S = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSettings:
+    """What the host needs to know; crosses the process boundary as JSON."""
+
+    worker: dict[str, Any] = field(default_factory=dict)
+    """Goes to the factory, which also gets ``address``."""
+    factory: str = "vllm_double.draft.worker:build"
+    """``module:function``, called in the actor with one dict; returns an object with ``run(should_stop)``."""
+    device: str = "cpu"
+    """For the log only; the factory's settings decide."""
+    draft_cores: tuple[int, ...] | None = None
+    """Cores of everything of ours outside the target; None leaves the inherited binding alone."""
+    target_cores: str = ""
+    """For the log only."""
+    visible_devices: str | None = None
+    """The draft's CUDA_VISIBLE_DEVICES; None keeps the target's."""
+    ray_address: str | None = None
+    """``host:port`` of a cluster that spans this machine; None starts an embedded Ray."""
+    ray_num_cpus: float = 1.0
+    start_timeout_s: float = 120.0
+    """An actor that has not answered after so many seconds is given up."""
+    require: bool = False
+    """Whether the supervisor's constructor waits for Ray and raises when it cannot be had."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> HostSettings:
+        values = json.loads(text)
+        if values["draft_cores"] is not None:
+            values["draft_cores"] = tuple(values["draft_cores"])
+        return cls(**values)
+
+
+@dataclass(slots=True)
+class BackOff:
+    """Waiting times before restarts: ``first_s`` doubling to ``most_s``, from the start again after a
+    healthy run.
+    """
+
+    first_s: float = 1.0
+    most_s: float = 60.0
+    healthy_s: float = 60.0
+    _next_s: float = 0.0
+
+    def after(self, lasted_s: float) -> float:
+        """Seconds to wait before the next start, after a run of ``lasted_s`` seconds."""
+        wait_s = self.first_s if lasted_s >= self.healthy_s or not self._next_s else self._next_s
+        self._next_s = min(2 * wait_s, self.most_s)
+        return wait_s
+
+
+def say(level: str, text: str = "", **values: object) -> None:
+    """One line to the supervisor: a message for the server's log, and values such as ``state``."""
+    line = MARK + json.dumps({"level": level, "text": text, **values}) + "\n"
+    try:
+        os.write(1, line.encode())
+    except OSError:
+        pass  # The target is gone, and with it the reader.
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _pidfd(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends; None where the kernel or a sandbox refuses
+    it.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _reap() -> dict[int, int]:
+    """Exit codes by process id of the children that have ended; orphans of Ray come to the guard as well."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if not pid:
+            return ended
+        ended[pid] = os.waitstatus_to_exitcode(status)
+
+
+class _Guard:
+    """Waits for the end of the target or of the driver, and leaves nothing behind."""
+
+    def __init__(self, target_pid: int, runtime_dir: str) -> None:
+        self._target_pid = target_pid
+        self._runtime_dir = runtime_dir
+        self._told_to_stop = False
+        self._wake, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.set_wakeup_fd(wake_writer)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._told_to_stop = True
+
+    def target_gone(self) -> bool:
+        return os.getppid() != self._target_pid
+
+    def wait(self, driver_pid: int) -> int | None:
+        """The driver's exit code, or None if it has to be ended."""
+        poll = select.poll()
+        watched = [self._wake, _pidfd(self._target_pid), _pidfd(driver_pid)]
+        for descriptor in watched:
+            if descriptor is not None:
+                poll.register(descriptor, select.POLLIN)
+        timeout_ms = 500 if None in watched else 5000
+        while not self._told_to_stop and not self.target_gone():
+            if driver_pid in (ended := _reap()):
+                return ended[driver_pid]
+            poll.poll(timeout_ms)
+        return None
+
+    def clean_up(self) -> None:
+        kill_session(os.getpid(), spare=(os.getpid(),))
+        _reap()
+        remove_runtime(self._runtime_dir)
+
+
+def _bind(cores: Iterable[int] | None) -> None:
+    if cores is None:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        say("WARNING", f"The draft cannot be bound to its cores: {error}.")
+
+
+def drive(settings: HostSettings, address: str, target_pid: int, runtime_dir: str) -> int:
+    """The driver: starts Ray, then actor after actor until it is killed. Returns an exit code if Ray cannot
+    go on.
+    """
+    from vllm_double.draft import actor
+
+    try:
+        cluster = actor.Cluster.connect(settings, runtime_dir)
+    except actor.UnreachableError as error:
+        say("ERROR", str(error), reason=str(error))
+        return EXIT_UNREACHABLE
+    except (ImportError, ValueError) as error:
+        sentence = f"Ray cannot be started for the draft: {error}"
+        say("ERROR", sentence, reason=sentence)
+        return EXIT_CONFIG
+    say("INFO", connected=True)
+    back_off = BackOff()
+    try:
+        while True:
+            started = time.monotonic()
+            try:
+                reason = cluster.run_actor(address, target_pid, runtime_dir, _report_state)
+            except actor.ClusterLostError as error:
+                say("WARNING", str(error))
+                return EXIT_LOST
+            wait_s = back_off.after(time.monotonic() - started)
+            text = f"The draft actor ended: {reason}. It is started again in {wait_s:.0f} s."
+            say("WARNING", text, state="down")
+            time.sleep(wait_s)
+    finally:
+        cluster.close()
+
+
+def _report_state(state: str, pid: int) -> None:
+    level = "INFO" if state == "up" else "DEBUG"
+    say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
+
+
+def _in_child(run: Callable[[], int], guard_pid: int) -> int:
+    """Runs ``run`` in a forked child that cannot outlive this process; returns the child's pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.getppid() == guard_pid:
+            code = run()
+    except SystemExit:
+        code = 0
+    except BaseException as error:  # The boundary of the process: nothing may unwind into the guard's code.
+        say("ERROR", f"The draft's host failed: {type(error).__name__}: {error}")
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    """Reads {"settings", "address", "target_pid", "runtime_dir"} from stdin; returns the driver's exit
+    code.
+    """
+    request = json.load(sys.stdin)
+    settings = HostSettings.from_json(request["settings"])
+    target_pid, runtime_dir = int(request["target_pid"]), str(request["runtime_dir"])
+    if os.getsid(0) != os.getpid():
+        raise SystemExit("The host must lead a session of its own; it is started by DraftSupervisor.")
+    guard = _Guard(target_pid, runtime_dir)
+    # SIGTERM and not SIGKILL: the guard is the one that has to clean up when the target is killed.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    code: int | None = 0
+    try:
+        if not guard.target_gone():
+            _bind(settings.draft_cores)
+            address = str(request["address"])
+            driver = _in_child(lambda: drive(settings, address, target_pid, runtime_dir), os.getpid())
+            code = guard.wait(driver)
+            if code is None and settings.ray_address is not None:
+                _end_gently(driver)
+    finally:
+        guard.clean_up()
+    return 0 if code is None else code if code >= 0 else EXIT_LOST
+
+
+def _end_gently(driver: int) -> None:
+    """In somebody else's cluster the actor is not in our session: the driver takes it back."""
+    os.kill(driver, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_S
+    while driver not in _reap() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

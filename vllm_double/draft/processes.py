@@ -1,0 +1,117 @@
+"""Sessions of processes and their runtime folder: what must be gone after the end, however violent it was.
+
+Ray gives each actor a process group of its own but leaves the session alone, so the host's session names
+every process that it has started, orphans included.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from shutil import rmtree
+
+__all__ = [
+    "RuntimeFolder",
+    "kill_session",
+    "note_process",
+    "remove_runtime",
+    "remove_stale",
+    "session_members",
+]
+
+_PREFIX = "vllm-double-ray-"
+_LONGEST = 38  # Ray's sockets below it must fit into the 107 characters of a socket's path.
+_NOTE = "process-"
+
+
+def session_members(session: int) -> list[int]:
+    """Process ids of a session, without the dead that nobody has waited for."""
+    members = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, _, _, sid = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:4]
+            except (OSError, ValueError):
+                continue
+            if int(sid) == session and state not in (b"Z", b"X"):
+                members.append(int(folder.name))
+    return members
+
+
+def kill_session(session: int, spare: Collection[int] = (), timeout_s: float = 3.0) -> bool:
+    """SIGKILL for all of a session but ``spare``, repeated until none is left; False if some outlive that."""
+    deadline = time.monotonic() + timeout_s
+    while left := [pid for pid in session_members(session) if pid not in spare]:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def note_process(folder: str) -> None:
+    """Leaves word in the runtime folder that this process may use OpenMP, for :func:`remove_runtime`."""
+    try:
+        Path(folder, f"{_NOTE}{os.getpid()}").touch()
+    except OSError:
+        pass  # A cluster of another user: not ours to clean up.
+
+
+def remove_runtime(folder: str) -> None:
+    """Removes the folder, and the /dev/shm entries that Intel's OpenMP leaves behind in a killed process."""
+    for note in Path(folder).glob(f"{_NOTE}*"):
+        pid = note.name.removeprefix(_NOTE)
+        if not Path("/proc", pid).exists():
+            Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink(missing_ok=True)
+    rmtree(folder, ignore_errors=True)
+
+
+def remove_stale(base: str) -> None:
+    """Removes this user's runtime folders whose owners were all killed at once and could not do it."""
+    for folder in Path(base).glob(f"{_PREFIX}*"):
+        try:
+            if folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # Somebody lives.
+        else:
+            remove_runtime(str(folder))
+        finally:
+            os.close(lock)
+
+
+class RuntimeFolder:
+    """A private folder for Ray's sockets and logs, locked as long as one of its owners lives.
+
+    A lock and not a process id tells whether an owner lives: containers that share /tmp do not share process
+    ids.
+    """
+
+    def __init__(self) -> None:
+        base = tempfile.gettempdir()
+        if len(base) + len(_PREFIX) + 9 > _LONGEST:
+            base = "/tmp"
+        remove_stale(base)
+        self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=base)
+        self.lock = os.open(Path(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_SH)
+
+    def remove(self) -> None:
+        """May be called twice, and after another owner has removed the folder."""
+        remove_runtime(self.path)
+        if self.lock >= 0:
+            lock, self.lock = self.lock, -1
+            os.close(lock)

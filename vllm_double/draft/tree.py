@@ -1,0 +1,317 @@
+"""One request on the draft's side: its committed text, the tree of possible continuations, and the pages behind both.
+
+Every node is a token that may follow; its path probability is the chance that the target's text will pass through it.
+A node is *computed* when its key and value lie on a branch and the draft has said what follows it. A branch is a block
+table: branches share full pages, and exactly one of them owns the writable slots of a partly filled page.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+
+from vllm_double.draft.pages import PagePool
+from vllm_double.hashing import mix, seed
+
+__all__ = ["Branch", "DraftRequest", "Node"]
+
+_order = itertools.count()
+
+
+class Branch:
+    """A block table: ``table[p // page_size]`` holds position p, for p < length."""
+
+    __slots__ = ("holders", "length", "table")
+
+    def __init__(self, table: list[int], length: int) -> None:
+        self.table = table
+        self.length = length
+        self.holders = 0  # computed nodes on it, plus one where it is the trunk
+
+
+class Node:
+    """A token at ``position``; ``prefix_hash`` names the text up to and including it."""
+
+    __slots__ = ("alive", "branch", "children", "log_prob", "parent", "position", "prefix_hash", "token")
+
+    def __init__(self, token: int, position: int, prefix_hash: int, parent: "Node | None", log_prob: float) -> None:
+        self.token = token
+        self.position = position
+        self.prefix_hash = prefix_hash
+        self.parent = parent
+        self.log_prob = log_prob  # of the whole path since admission: only differences below one root mean anything
+        self.children: dict[int, Node] = {}
+        self.branch: Branch | None = None
+        self.alive = True
+
+
+class DraftRequest:
+    """Text and tree of one admission. ``base`` is the length at admission, from which prefix hashes are counted."""
+
+    def __init__(
+        self, handle: int, base: int, temperature: float, max_length: int, stop_token_ids: Sequence[int], pool: PagePool,
+        page_size: int,
+    ) -> None:  # fmt: skip
+        self.handle = handle
+        self.base = base
+        self.temperature = temperature
+        self.max_length = max_length
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.text: list[int] = []
+        self.num_cached = 0  # committed positions whose keys and values lie on the trunk
+        self.chain_length = 0  # of the chain that is being verified
+        self.num_expanded = 0  # nodes expanded since the last commit
+        self._pool = pool
+        self._page_size = page_size
+        self.trunk = Branch([], 0)
+        self.trunk.holders = 1
+        self.root: Node | None = None  # the last committed token, once the whole text at admission is here
+        self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
+        self._candidates: list[tuple[float, int, Node]] = []
+        self._deferred: list[Node] = []
+
+    # ---- text -------------------------------------------------------------------------------------------------
+
+    def commit(self, keep: int, tokens: Sequence[int]) -> int:
+        """Make the text ``text[:keep] + tokens``; returns how many of ``tokens`` the tree had foreseen.
+
+        Raises ValueError where ``keep`` lies beyond the text, or before the admission once the text has passed it.
+        """
+        if keep > len(self.text) or (keep < len(self.text) and keep < self.base):
+            raise ValueError(f"cannot keep {keep} tokens of {len(self.text)} (admitted with {self.base})")
+        if keep < len(self.text):
+            self._rewind(keep)
+        node, matched = self.root, 0
+        for token in tokens:
+            child = node.children.get(token) if node is not None else None
+            if child is None:
+                break
+            node, matched = child, matched + 1
+        for token in tokens:
+            self.text.append(token)
+            if len(self.text) > self.base:
+                self._hashes.append(mix(self._hashes[-1], token))
+        if tokens or self.root is None:
+            self._move_root(node if matched == len(tokens) else None, node)
+        self.num_expanded = 0
+        self.chain_length = 0
+        for deferred in self._deferred:
+            self._push(deferred)
+        self._deferred.clear()
+        return matched
+
+    def _rewind(self, keep: int) -> None:
+        if self.root is not None:
+            self._drop(self.root)
+            self.root = None
+        del self.text[keep:]
+        del self._hashes[keep - self.base + 1 :]
+        self.num_cached = min(self.num_cached, keep)
+        self._truncate(self.trunk, self.num_cached)
+
+    def _move_root(self, new_root: Node | None, deepest: Node | None) -> None:
+        """Re-root at ``new_root``, or at a fresh node where the text was not foreseen beyond ``deepest``."""
+        if len(self.text) < self.base or not self.text:
+            return  # the text at admission is still arriving
+        cached = deepest
+        while cached is not None and cached.branch is None:
+            cached = cached.parent
+        if cached is not None and cached.branch is not None:
+            self._hold(cached.branch)
+            self._let_go(self.trunk)
+            self.trunk, self.num_cached = cached.branch, cached.position + 1
+        old_root = self.root
+        if new_root is None:
+            new_root = Node(self.text[-1], len(self.text) - 1, self._hashes[-1], None, 0.0)
+        if old_root is not None and old_root is not new_root:
+            self._drop(old_root, keep=new_root)
+        new_root.parent = None
+        self.root = new_root
+
+    def follow(self, chain: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Take note of the chain that the target verifies now: a path from the root, with log-probabilities per token."""
+        node = self.root
+        if node is None:
+            return
+        self.chain_length = len(chain)
+        for token, log_prob in zip(chain, log_probs, strict=True):
+            node = self.child(node, token, log_prob)
+
+    # ---- tree -------------------------------------------------------------------------------------------------
+
+    def child(self, node: Node, token: int, log_prob: float) -> Node:
+        """The child of ``node`` for ``token``; made, with ``log_prob`` given its parent, where there is none yet."""
+        child = node.children.get(token)
+        if child is None:
+            position = node.position + 1
+            child = Node(token, position, mix(node.prefix_hash, token), node, node.log_prob + log_prob)
+            node.children[token] = child
+            if token not in self.stop_token_ids and position + 1 < self.max_length:
+                self._push(child)
+        return child
+
+    def _push(self, node: Node) -> None:
+        heapq.heappush(self._candidates, (-node.log_prob, next(_order), node))
+
+    def best_candidate(self) -> tuple[float, Node] | None:
+        """The most probable node that is not computed yet, with its path's log-probability from the root."""
+        heap = self._candidates
+        while heap:
+            negative, _, node = heap[0]
+            # The root is committed text, and read as such.
+            if node.alive and node.branch is None and node is not self.root:
+                assert self.root is not None
+                return -negative - self.root.log_prob, node
+            heapq.heappop(heap)
+        return None
+
+    def take_candidate(self) -> None:
+        heapq.heappop(self._candidates)
+
+    def put_back(self, node: Node) -> None:
+        """Make ``node`` a candidate again."""
+        self._push(node)
+
+    def defer(self, node: Node) -> None:
+        """Keep ``node`` from being a candidate until the next commit."""
+        self._deferred.append(node)
+
+    def deepest_allowed(self, num_speculative_tokens: int) -> int:
+        """Positions beyond this one are deeper than num_speculative_tokens behind any outcome of the verification."""
+        return len(self.text) + self.chain_length + num_speculative_tokens
+
+    def computed(self, node: Node, branch: Branch) -> None:
+        """Say that the key and value of ``node`` lie on ``branch``, or will after the forward that is being made up."""
+        node.branch = branch
+        self._hold(branch)
+        self.num_expanded += 1
+
+    # ---- pages ------------------------------------------------------------------------------------------------
+
+    def extend(self, anchor: Node | None, num_tokens: int, copies: list[tuple[int, int, int]]) -> Branch:
+        """A branch on which ``num_tokens`` are going to be written behind ``anchor`` (behind the cached text where None).
+
+        Appends (source page, destination page, used slots) to ``copies``. Raises OutOfPages, and changes nothing then.
+        """
+        branch = self.trunk if anchor is None else anchor.branch
+        length = self.num_cached if anchor is None else anchor.position + 1
+        assert branch is not None
+        size = self._page_size
+        own = branch.length == length or not self._is_used_beyond(branch, anchor)
+        full, used = divmod(length, size)
+        copy_tail = used > 0 and (not own or self._pool.is_shared(branch.table[full]))
+        num_new = -(-(length + num_tokens) // size) - full - (1 if used and not copy_tail else 0)
+        new: list[int] = []
+        try:
+            for _ in range(num_new):
+                new.append(self._pool.take())
+        except Exception:
+            self._pool.release(new)
+            raise
+        if copy_tail:
+            tail = branch.table[full]
+            # Where the tail was itself copied a moment ago, in the same iteration, its original still says the same.
+            source = next((src for src, destination, _ in copies if destination == tail), tail)
+            copies.append((source, new[0], used))
+        if own:
+            self._truncate(branch, length)
+            if copy_tail:
+                self._pool.release([branch.table.pop()])
+            branch.table.extend(new)
+        else:
+            self._pool.share(branch.table[:full])
+            branch = Branch([*branch.table[:full], *new], length)
+        branch.length = length + num_tokens
+        return branch
+
+    def _is_used_beyond(self, branch: Branch, anchor: Node | None) -> bool:
+        """Whether a live node behind ``anchor`` lies on ``branch``."""
+        if anchor is None:
+            # Behind the cached text there are nodes only when the root itself is cached.
+            return self.root is not None and self.root.branch is not None
+        return any(child.branch is branch for child in anchor.children.values())
+
+    def _truncate(self, branch: Branch, length: int) -> None:
+        keep = -(-length // self._page_size)
+        self._pool.release(branch.table[keep:])
+        del branch.table[keep:]
+        branch.length = min(branch.length, length)
+
+    def _hold(self, branch: Branch) -> None:
+        branch.holders += 1
+
+    def _let_go(self, branch: Branch) -> None:
+        branch.holders -= 1
+        if branch.holders == 0:
+            self._pool.release(branch.table)
+            branch.table, branch.length = [], 0
+
+    def _drop(self, top: Node, keep: Node | None = None) -> None:
+        """Forget ``top`` and all below it but the subtree of ``keep``."""
+        stack = [top]
+        while stack:
+            node = stack.pop()
+            if node is keep:
+                continue
+            node.alive = False
+            if node.branch is not None:
+                self._let_go(node.branch)
+                node.branch = None
+            stack.extend(node.children.values())
+
+    def drop_tree(self) -> None:
+        """Give up every continuation and its pages; the text and its cached part stay."""
+        if self.root is not None:
+            self._drop(self.root)
+            root = Node(self.root.token, self.root.position, self.root.prefix_hash, None, 0.0)
+            self.root = root
+            self._candidates.clear()
+            self._deferred.clear()
+            # The root is computed again: its children went with the tree.
+            self.num_cached = min(self.num_cached, root.position)
+            self._truncate(self.trunk, self.num_cached)
+
+    def release(self) -> None:
+        """Give back all pages, the text's too."""
+        if self.root is not None:
+            self._drop(self.root)
+        self._let_go(self.trunk)
+        self.trunk = Branch([], 0)
+        self.trunk.holders = 1
+        self.num_cached = 0
+        self.root = None
+
+    def branches(self) -> list[Branch]:
+        """Every branch that holds pages."""
+        found = {id(self.trunk): self.trunk}
+        stack = [self.root] if self.root is not None else []
+        while stack:
+            node = stack.pop()
+            if node.branch is not None:
+                found[id(node.branch)] = node.branch
+            stack.extend(node.children.values())
+        return list(found.values())
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between two iterations."""
+        holders: dict[int, int] = {id(self.trunk): 1}
+        assert self.num_cached <= min(self.trunk.length, len(self.text)), "more is cached than there is"
+        if self.root is not None:
+            assert self.root.position == len(self.text) - 1 and self.root.token == self.text[-1], "root"
+            assert self.root.prefix_hash == self._hashes[-1], "hash of the root"
+            assert len(self._hashes) == len(self.text) - self.base + 1, "hashes"
+            stack = [self.root]
+            while stack:
+                node = stack.pop()
+                assert node.alive
+                if node.branch is not None:
+                    holders[id(node.branch)] = holders.get(id(node.branch), 0) + 1
+                    assert node.branch.length > node.position, "a computed node lies beyond its branch"
+                for token, child in node.children.items():
+                    assert child.token == token and child.parent is node and child.position == node.position + 1
+                    assert child.branch is None or node.branch is not None, "computed behind an uncomputed node"
+                    assert child.log_prob <= node.log_prob + 1e-9
+                    stack.append(child)
+        for branch in self.branches():
+            assert branch.holders == holders.get(id(branch), 0), "holders of a branch"
+            assert len(branch.table) >= math.ceil(branch.length / self._page_size), "pages of a branch"

@@ -1,0 +1,93 @@
+"""The draft worker: drafts for ever while the target verifies, and never waits for it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm_double.draft.base import DraftEngine
+from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.transport.base import WorkerEnd
+from vllm_double.transport.messages import MAX_CHILDREN, WorkerStats
+
+__all__ = ["DraftWorker", "build"]
+
+_IDLE_WAIT_S = 0.001
+_REPORT_INTERVAL_S = 0.5
+
+
+class DraftWorker:
+    """One draft engine, one frontier, one end of the logs. ``clock`` gives seconds."""
+
+    def __init__(
+        self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter
+    ) -> None:  # fmt: skip
+        self.frontier = Frontier(engine, limits)
+        self._engine = engine
+        self._end = end
+        self._clock = clock
+        self._last_report = float("-inf")
+        self._counters = dict.fromkeys(
+            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"), 0.0
+        )
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """The drafting loop: commands, one forward for the most useful nodes, publish, again."""
+        while not (should_stop() or self._end.superseded):
+            if not self.turn():
+                self._end.wait(_IDLE_WAIT_S)
+
+    def turn(self) -> bool:
+        """One iteration; False where there was nothing to draft."""
+        self._end.beat()
+        for command in self._end.receive():
+            self.frontier.apply(command)
+        iteration = self.frontier.select()
+        if iteration.runs:
+            started = self._clock()
+            if iteration.copies:
+                self._engine.copy_slots(iteration.copies)
+            rows = iteration.rows
+            tokens, probs = self._engine.forward(rows, MAX_CHILDREN)
+            self._count(started, sum(len(row.tokens) for row in rows), len(rows))
+            records = self.frontier.expand(iteration, tokens, probs)
+            if len(records) and not self._end.publish(records):
+                self._counters["records_dropped"] += len(records)
+            self._counters["nodes_published"] += len(records)
+        self._report()
+        return bool(iteration.runs)
+
+    def _count(self, started: float, num_tokens: int, num_rows: int) -> None:
+        self._counters["iterations"] += 1
+        self._counters["forward_seconds"] += self._clock() - started
+        self._counters["rows"] += num_rows
+        self._counters["query_tokens"] += num_tokens
+
+    def _report(self) -> None:
+        now = self._clock()
+        if now - self._last_report < _REPORT_INTERVAL_S:
+            return
+        self._last_report = now
+        self._end.report(
+            WorkerStats(
+                {
+                    **self._counters,
+                    "late_commands": float(self.frontier.num_late_commands),
+                    "committed_tokens": float(self.frontier.num_committed),
+                    "foreseen_tokens": float(self.frontier.num_foreseen),
+                    "requests": float(len(self.frontier)),
+                }
+            )
+        )
+
+
+def build(settings: dict[str, Any]) -> DraftWorker:
+    """The production worker: vLLM's draft engine at one end of the shared logs.
+
+    settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``address`` of the logs.
+    """
+    from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+    from vllm_double.transport.shared import SharedWorkerEnd
+
+    engine = VllmDraftEngine(EngineConfig(**settings["engine"]))
+    limits = FrontierLimits(**settings["limits"])
+    return DraftWorker(engine, SharedWorkerEnd.attach(settings["address"]), limits)

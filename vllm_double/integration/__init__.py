@@ -1,0 +1,1 @@
+"""The thin adapters between vLLM and the plug-in. Nothing here is imported before method "double" is chosen."""

@@ -1,0 +1,110 @@
+"""What the output rank of a target starts: the logs, the draft worker's host, the retrievers, the proposer, the metrics."""
+
+import time
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_double.config import DoubleConfig
+from vllm_double.draft.host import HostSettings
+from vllm_double.draft.supervisor import DraftSupervisor
+from vllm_double.metrics import MetricsServer, snapshot
+from vllm_double.proposer import Proposer
+from vllm_double.retrieval import ContextRetriever, Retriever
+from vllm_double.transport.shared import SharedTargetEnd
+
+__all__ = ["Launch"]
+
+logger = init_logger("vllm.double")
+
+_STALE_HEARTBEAT_S = 2.0
+
+
+class Launch:
+    """Everything that lives as long as the target's worker process."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        config = vllm_config.speculative_config
+        double: DoubleConfig = config.double
+        self._end: SharedTargetEnd | None = None
+        self._supervisor: DraftSupervisor | None = None
+        self._beat = (0, 0.0)
+        if config.draft and double.enabled:
+            self._end = SharedTargetEnd.create()
+            self._supervisor = DraftSupervisor(_host_settings(vllm_config), self._end.address)
+        retrievers: list[Retriever] = [ContextRetriever()] if double.context_retrieval and double.enabled else []
+        self.proposer = Proposer(
+            config.num_speculative_tokens,
+            self._end,
+            retrievers,
+            time.perf_counter,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+        )
+        self.proposer.enabled = double.enabled
+        rank = vllm_config.parallel_config.data_parallel_rank
+        self._metrics = MetricsServer(config.metrics_key, rank, self._snapshot)
+
+    def _snapshot(self) -> dict[str, Any]:
+        supervisor = self._supervisor
+        return snapshot(
+            self.proposer.counters,
+            worker_up=self._worker_answers(),
+            worker_restarts=supervisor.restarts if supervisor is not None else 0,
+            enabled=self.proposer.enabled,
+        )
+
+    def _worker_answers(self) -> bool:
+        """Whether the worker is attached and its loop turns: a stopped process stays attached."""
+        if self._end is None or self._end.session == 0:
+            return False
+        now, beat = time.monotonic(), self._end.heartbeat
+        if beat != self._beat[0]:
+            self._beat = (beat, now)
+        return now - self._beat[1] < _STALE_HEARTBEAT_S
+
+
+def _host_settings(vllm_config: VllmConfig) -> HostSettings:
+    """The draft worker's settings from the user's keys and what the target runs with."""
+    config = vllm_config.speculative_config
+    double: DoubleConfig = config.double
+    draft: dict[str, Any] = config.draft
+    target = vllm_config.model_config
+    device = double.draft_device
+    if device == "auto":
+        device = vllm_config.device_config.device_type
+    visible = None
+    if device.startswith("cuda:"):
+        visible, device = device.partition(":")[2], "cuda:0"
+    cores = config.cores
+    worker = {
+        "engine": {
+            "model": draft["model"],
+            "revision": draft.get("revision"),
+            "quantization": draft.get("quantization"),
+            "dtype": str(target.dtype).removeprefix("torch.") if double.draft_dtype == "auto" else double.draft_dtype,
+            "max_model_len": draft.get("max_model_len"),
+            "device": device,
+            "num_threads": len(cores.draft) if cores is not None else 1,
+            "page_size": double.draft_page_size,
+            "kv_cache_bytes": int(double.draft_kv_cache_gib * 2**30),
+            "trust_remote_code": target.trust_remote_code,
+            "seed": target.seed,
+            "enforce_eager": True,
+        },
+        "limits": {
+            "num_speculative_tokens": config.num_speculative_tokens,
+            "nodes_per_iteration": double.nodes_per_iteration,
+            "children_per_node": double.children_per_node,
+            "prefill_tokens": double.prefill_tokens,
+        },
+    }
+    return HostSettings(
+        worker=worker,
+        device=double.draft_device,
+        draft_cores=cores.draft if cores is not None else None,
+        target_cores=cores.describe() if cores is not None else "",
+        visible_devices=visible,
+        ray_address=double.ray_address,
+        ray_num_cpus=double.ray_num_cpus,
+    )

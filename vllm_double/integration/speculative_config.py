@@ -1,0 +1,178 @@
+"""What `--speculative-config '{"method":"double",...}'` becomes: a SpeculativeConfig that vLLM's engine understands.
+
+To vLLM it is a custom proposer class. The draft's own settings stay on the object, which is pickled into the engine and its
+workers. Everything that cannot work is refused here, in the first process, before weights are loaded.
+"""
+
+import os
+import secrets
+import socket
+from dataclasses import field, fields
+from typing import Any
+
+from pydantic import ConfigDict
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
+from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
+from vllm_double.integration.tokenizers import check_same_tokenizer
+
+__all__ = ["DoubleSpeculativeConfig", "build"]
+
+PROPOSER_PATH = "vllm_double.integration.v1.DoubleProposer"
+
+_DRAFT_KEYS = frozenset(
+    {"model", "revision", "code_revision", "quantization", "max_model_len", "draft_tensor_parallel_size", "draft_load_config",
+     "kv_cache_dtype", "attention_backend", "enforce_eager", "moe_backend"}
+)  # fmt: skip
+_COMMON_KEYS = frozenset({"method", "num_speculative_tokens", "double", "target_model_config", "target_parallel_config"})
+_REFUSED = {
+    "rejection_sample_method": ("standard", "other rejection samplers than the standard one"),
+    "draft_sample_method": ("greedy", "sampled drafts"),
+    "parallel_drafting": (False, "parallel_drafting (the draft already runs beside the target)"),
+    "use_heterogeneous_vocab": (False, "a draft with another vocabulary"),
+    "num_speculative_tokens_per_batch_size": (None, "a fixed table of chain lengths (they follow measured cost)"),
+}
+
+
+@config(config=ConfigDict(extra="forbid"))
+class DoubleSpeculativeConfig(SpeculativeConfig):
+    """SpeculativeConfig of method "double": for vLLM a custom proposer class, for us what the user asked for."""
+
+    double: Any = None
+    """DoubleConfig: our own settings."""
+    draft: Any = field(default_factory=dict)
+    """dict: vLLM's standard keys, of the draft model; empty where retrieval alone drafts."""
+    cores: Any = None
+    """CoreSplit of target and draft on CPU; None where nothing is to be bound."""
+    metrics_key: str = ""
+    """Names the socket on which the proposer tells its numbers."""
+
+    def __post_init__(self) -> None:
+        self.method = "custom_class"
+        self.model = PROPOSER_PATH
+        super().__post_init__()
+
+
+def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig:
+    """The configuration from the user's keys and vLLM's target configs. Raises ConfigError with one sentence."""
+    known = _DRAFT_KEYS | _COMMON_KEYS
+    standard = {entry.name for entry in fields(SpeculativeConfig)}
+    draft: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in _REFUSED:
+            expected, what = _REFUSED[key]
+            if value != expected:
+                raise ConfigError(f'Method "double" does not support {what}: leave out "{key}".')
+        elif key in _DRAFT_KEYS:
+            if value is not None:
+                draft[key] = value
+        elif key not in known:
+            if key in standard:
+                raise ConfigError(f'"{key}" has no meaning for method "double": leave it out.')
+            raise ConfigError(f'--speculative-config has no key {key!r}; the nearest one is "{nearest(key, known)}".')
+    num_tokens = check_num_speculative_tokens(raw.get("num_speculative_tokens"))
+    double = DoubleConfig.parse(raw.get("double"))
+    target: ModelConfig = raw["target_model_config"]
+    parallel: ParallelConfig = raw["target_parallel_config"]
+    _check_target(target, parallel)
+    cores = None
+    if draft.get("model") is None:
+        if draft:
+            raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
+    else:
+        _check_draft(draft, double, target)
+        cores = _bind_cores(double, parallel.tensor_parallel_size)
+    return DoubleSpeculativeConfig(
+        num_speculative_tokens=num_tokens,
+        target_model_config=target,
+        target_parallel_config=parallel,
+        double=double,
+        draft=draft,
+        cores=cores,
+        metrics_key=secrets.token_hex(8),
+    )
+
+
+def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError('Method "double" does not support pipeline parallelism: use tensor parallelism instead.')
+    if parallel.distributed_executor_backend == "external_launcher":
+        raise ConfigError('Method "double" does not support the external launcher.')
+    if target.is_hybrid or target.is_attention_free:
+        raise ConfigError(
+            f'Method "double" does not support hybrid or recurrent targets ({", ".join(target.architectures)}): their state '
+            "cannot go back when a draft is rejected."
+        )
+    if target.runner_type != "generate":
+        raise ConfigError(f'Method "double" is for models that generate text, not for a {target.runner_type} model.')
+
+
+def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfig) -> None:
+    model = draft["model"]
+    if not isinstance(model, str) or not model:
+        raise ConfigError(f'"model" is {model!r}, and must be the path or the name of a draft model.')
+    looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    if looks_like_path and not os.path.isdir(os.path.expanduser(model)):
+        raise ConfigError(f'The draft model "{model}" does not exist.')
+    if draft.get("draft_tensor_parallel_size", 1) != 1:
+        raise ConfigError('"draft_tensor_parallel_size" above 1 is not supported: the draft runs on one device.')
+    for key in ("kv_cache_dtype", "attention_backend", "moe_backend", "draft_load_config"):
+        if draft.pop(key, None) not in (None, "auto"):
+            raise ConfigError(f'"{key}" cannot be set for the draft of method "double".')
+    check_same_tokenizer(target, model, draft.get("revision"))
+    length = draft.get("max_model_len")
+    if length is not None and (not isinstance(length, int) or not 1 <= length <= target.max_model_len):
+        raise ConfigError(f'"max_model_len" is {length!r}, and must be from 1 to the target\'s {target.max_model_len}.')
+    _check_device(double.draft_device)
+    if double.ray_address is not None:
+        _check_reachable(double.ray_address)
+
+
+def _check_device(device: str) -> None:
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    index = int(device.partition(":")[2] or 0)
+    count = torch.cuda.device_count()
+    if index >= count:
+        there = f"there are {count} of them" if count else "there is none"
+        raise ConfigError(f'"draft_device" is "{device}", but no such CUDA device exists: {there}.')
+
+
+def _check_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError as error:
+        raise ConfigError(f'No Ray cluster answers at "ray_address" {address}: {error}.') from None
+
+
+def _bind_cores(double: DoubleConfig, num_ranks: int) -> CoreSplit | None:
+    """On CPU the target's and the draft's cores are disjoint; decided before the executor spawns its workers.
+
+    Sets VLLM_CPU_OMP_THREADS_BIND, from which the target's workers take their cores.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    on_cpu = double.draft_device == "cpu" or (double.draft_device == "auto" and current_platform.is_cpu())
+    if not on_cpu:
+        if double.draft_cores is not None:
+            raise ConfigError('"draft_cores" is for a draft on the CPU, and it runs on another device.')
+        return None
+    try:
+        split = split_cores(
+            os.sched_getaffinity(0),
+            draft=double.draft_cores,
+            target=envs.VLLM_CPU_OMP_THREADS_BIND if current_platform.is_cpu() else "nobind",
+            num_ranks=num_ranks,
+            topology=read_topology(),
+        )
+    except ValueError as error:
+        raise ConfigError(f'"draft_cores": {error}') from None
+    if current_platform.is_cpu():
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = split.bind
+    return split

@@ -1,0 +1,47 @@
+"""Whether target and draft mean the same by a token id."""
+
+from typing import Any
+
+from vllm.config import ModelConfig
+
+from vllm_double.config import ConfigError
+
+__all__ = ["check_same_tokenizer", "difference"]
+
+_SAMPLE = "def f(x):\n    return x ** 2  # naïve café, 東京, 12345.678\n\tEnd. \U0001f600 <|im_end|></s>"
+
+
+def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | None) -> None:
+    """Raises ConfigError with one sentence where the draft cannot be read or has another tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        draft_tokenizer = AutoTokenizer.from_pretrained(
+            draft, revision=draft_revision, trust_remote_code=target.trust_remote_code
+        )
+    except Exception as error:  # whatever a loader of foreign files can raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f'The tokenizer of the draft model "{draft}" cannot be read: {reason}') from None
+    target_tokenizer = AutoTokenizer.from_pretrained(
+        target.tokenizer, revision=target.tokenizer_revision, trust_remote_code=target.trust_remote_code
+    )
+    found = difference(target_tokenizer, draft_tokenizer)
+    if found is not None:
+        raise ConfigError(f'The draft model "{draft}" has another tokenizer than the target: {found}.')
+
+
+def difference(target: Any, draft: Any) -> str | None:
+    """What two tokenizers disagree about; None where every common id means the same and text is cut alike.
+
+    Padded or slightly extended vocabularies of one family are the same: only ids that both have are compared.
+    """
+    target_tokens = {index: token for token, index in target.get_vocab().items()}
+    draft_tokens = {index: token for token, index in draft.get_vocab().items()}
+    common = target_tokens.keys() & draft_tokens.keys()
+    differing = [index for index in common if target_tokens[index] != draft_tokens[index]]
+    if differing:
+        first = min(differing)
+        return f"token {first} is {target_tokens[first]!r} there and {draft_tokens[first]!r} here"
+    if target.encode(_SAMPLE, add_special_tokens=False) != draft.encode(_SAMPLE, add_special_tokens=False):
+        return "the same text is cut into other tokens"
+    return None

@@ -1,0 +1,133 @@
+"""The adapter to vLLM's V1 model runner: rows in, chains out.
+
+V1 calls a custom proposer without request ids and without the scheduler's output, so three methods of the runner are wrapped;
+each does what it did before unless the runner's drafter is ours.
+"""
+
+import functools
+import time
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_double.integration.launch import Launch
+from vllm_double.proposer import Proposer, RequestParams, Row
+
+__all__ = ["DoubleProposer"]
+
+_MARK = "_vllm_double_wrapped"
+
+
+class DoubleProposer:
+    """What vLLM's ``create_custom_proposer`` builds in each target worker. Only the output rank proposes."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        _wrap_runner()
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._draft_seeded = vllm_config.speculative_config.double.draft_seeded_requests
+        self._launch = Launch(vllm_config) if _is_output_rank() else None
+        self._proposer: Proposer | None = self._launch.proposer if self._launch is not None else None
+        self._step_started = 0.0
+
+    def load_model(self, target_model: Any) -> None:
+        """The draft model is loaded by the draft worker."""
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """vLLM asks for this method; the wrapped runner calls ``propose_rows`` instead."""
+        raise RuntimeError("the model runner was not wrapped: vllm-double and vLLM do not fit together")
+
+    def follow_step(self, runner: GPUModelRunner, scheduler_output: Any) -> None:
+        """Before a target forward: requests that ended, requests that are new."""
+        proposer = self._proposer
+        if proposer is None:
+            return
+        for request_id in scheduler_output.finished_req_ids:
+            proposer.finish(request_id)
+        batch = runner.input_batch
+        for new in scheduler_output.scheduled_new_reqs:
+            index = batch.req_id_to_index[new.req_id]
+            tokens = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]].copy()
+            proposer.admit(new.req_id, tokens, self._params(new, runner.requests[new.req_id]))
+        self._step_started = time.perf_counter()
+
+    def propose_rows(self, runner: GPUModelRunner, scheduler_output: Any, sampled: list[list[int]]) -> list[list[int]]:
+        """After a target forward: the chains to verify next, one per row of the batch."""
+        proposer = self._proposer
+        if proposer is None:
+            return [[] for _ in sampled]
+        batch = runner.input_batch
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        if num_tokens == len(sampled) + sum(map(len, verified.values())):
+            proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
+        lengths = batch.num_tokens_no_spec
+        rows = [
+            Row(request_id, batch.token_ids_cpu[index, : lengths[index]], len(sampled[index]), verified.get(request_id, ()))
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+        return proposer.propose(rows)
+
+    def _params(self, new: Any, state: Any) -> RequestParams:
+        sampling = new.sampling_params
+        if sampling is None:
+            return RequestParams(0.0, 0, frozenset(), use_drafts=False)
+        stops = set(sampling.stop_token_ids or ())
+        if sampling.eos_token_id is not None and not sampling.ignore_eos:
+            stops.add(sampling.eos_token_id)
+        max_tokens = sampling.max_tokens if sampling.max_tokens is not None else self._max_model_len
+        has_text = new.prompt_embeds is None and new.prompt_token_ids is not None
+        # A seeded request is reproducible in plain vLLM; with drafts the draws would depend on when they were ready.
+        is_seeded = sampling.seed is not None and sampling.temperature > 0
+        wanted = ((sampling.extra_args or {}).get("double") or {}).get("enabled", True)
+        return RequestParams(
+            temperature=sampling.temperature,
+            max_length=min(self._max_model_len, state.num_prompt_tokens + max_tokens),
+            stop_token_ids=frozenset(stops),
+            use_drafts=has_text and bool(wanted) and (self._draft_seeded or not is_seeded),
+            use_worker=not new.mm_features,
+        )
+
+
+def _is_output_rank() -> bool:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
+
+
+def _wrap_runner() -> None:
+    """Wrap the three methods of the runner's class, once per process."""
+    if getattr(GPUModelRunner.propose_draft_token_ids, _MARK, False):
+        return
+    propose = GPUModelRunner.propose_draft_token_ids
+    fits = GPUModelRunner._input_fits_in_drafter
+    update = GPUModelRunner._update_states
+
+    @functools.wraps(propose)
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        drafter = getattr(self, "drafter", None)
+        if not isinstance(drafter, DoubleProposer):
+            return propose(self, scheduler_output, sampled_token_ids, *args, **kwargs)
+        self._draft_probs = None
+        self._draft_prob_req_ids = None
+        return drafter.propose_rows(self, scheduler_output, sampled_token_ids)
+
+    @functools.wraps(fits)
+    def input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        if not isinstance(getattr(self, "drafter", None), DoubleProposer):
+            return bool(fits(self, common_attn_metadata))
+        # One row near max_model_len would take the drafts of all: each row's chain is clipped by itself.
+        return common_attn_metadata is not None
+
+    @functools.wraps(update)
+    def update_states(self: Any, scheduler_output: Any) -> Any:
+        result = update(self, scheduler_output)
+        drafter = getattr(self, "drafter", None)
+        if isinstance(drafter, DoubleProposer):
+            drafter.follow_step(self, scheduler_output)
+        return result
+
+    setattr(propose_draft_token_ids, _MARK, True)
+    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    GPUModelRunner._input_fits_in_drafter = input_fits_in_drafter
+    GPUModelRunner._update_states = update_states

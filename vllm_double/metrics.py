@@ -1,0 +1,158 @@
+"""Our numbers on vLLM's /metrics page.
+
+The proposer lives in a worker process, the page in process 0. The worker answers each scrape on a socket in Linux's abstract
+namespace, which leaves nothing behind whoever dies; process 0 asks it through a collector of the page's own registry.
+"""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from vllm_double.counters import PROPOSE_BUCKETS_S, Counters
+
+__all__ = ["MetricsServer", "expose", "families", "snapshot"]
+
+_TIMEOUT_S = 0.25
+_COUNTERS = {
+    "rounds": ("vllm:double_target_forwards", "Target forwards that drafts were proposed after."),
+    "rows": ("vllm:double_request_forwards", "Requests times target forwards, those without draft tokens included."),
+    "rows_without_drafts": ("vllm:double_request_forwards_without_drafts", "Those of them that verified nothing."),
+    "committed_tokens": ("vllm:double_committed_tokens", "Tokens that those forwards gave."),
+    "proposed_tokens": ("vllm:double_proposed_tokens", "Draft tokens in proposed chains."),
+    "harvests": ("vllm:double_harvests", "Times that a request asked for drafts."),
+    "hits": ("vllm:double_hits", "Times that something was ready behind the last committed token."),
+    "late_nodes": ("vllm:double_late_nodes", "Draft records that came after their place was committed."),
+    "rewinds": ("vllm:double_rewinds", "Texts that shrank."),
+    "resynchronisations": ("vllm:double_resynchronisations", "Requests that were admitted to a worker again."),
+    "rounds_without_worker": ("vllm:double_rounds_without_draft", "Rounds that were ready without a draft worker."),
+    "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
+}
+_WORKER_GAUGES = frozenset({"requests"})
+
+
+def snapshot(counters: Counters, *, worker_up: bool, worker_restarts: int, enabled: bool) -> dict[str, Any]:
+    """A JSON-able picture of the counters and the worker's state."""
+    picture = {name: getattr(counters, name) for name in _COUNTERS if hasattr(counters, name)}
+    return picture | {
+        "worker_restarts": worker_restarts,
+        "worker_up": int(worker_up),
+        "enabled": int(enabled),
+        "offered": dict(counters.offered),
+        "accepted": dict(counters.accepted),
+        "propose_seconds": counters.propose_seconds,
+        "propose_max_seconds": counters.propose_max_seconds,
+        "propose_buckets": list(counters.propose_buckets),
+        "worker": dict(counters.worker),
+    }
+
+
+def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
+    """Metric families from (engine, snapshot) pairs."""
+    pictures = list(pictures)
+    for key, (name, help_text) in _COUNTERS.items():
+        family = CounterMetricFamily(name, help_text, labels=["engine"])
+        for engine, picture in pictures:
+            family.add_metric([engine], picture[key])
+        yield family
+    for key in ("offered", "accepted"):
+        family = CounterMetricFamily(
+            f"vllm:double_{key}_tokens", f"Draft tokens {key}, by source.", labels=["engine", "source"]
+        )
+        for engine, picture in pictures:
+            for source, value in picture[key].items():
+                family.add_metric([engine, source], value)
+        yield family
+    for key, help_text in (
+        ("worker_up", "1 while a draft worker answers."),
+        ("enabled", "0 while drafting is switched off."),
+        ("propose_max_seconds", "Longest round so far."),
+    ):
+        gauge = GaugeMetricFamily(f"vllm:double_{key}", help_text, labels=["engine"])
+        for engine, picture in pictures:
+            gauge.add_metric([engine], picture[key])
+        yield gauge
+    histogram = HistogramMetricFamily(
+        "vllm:double_propose_seconds", "Time between two target forwards that proposing took.", labels=["engine"]
+    )
+    for engine, picture in pictures:
+        total, buckets = 0, []
+        for bound, count in zip([*map(str, PROPOSE_BUCKETS_S), "+Inf"], picture["propose_buckets"], strict=True):
+            total += count
+            buckets.append((bound, total))
+        histogram.add_metric([engine], buckets, picture["propose_seconds"])
+    yield histogram
+    for key in sorted({key for _, picture in pictures for key in picture["worker"]}):
+        kind = GaugeMetricFamily if key in _WORKER_GAUGES else CounterMetricFamily
+        worker = kind(f"vllm:double_worker_{key}", f"The draft worker's {key.replace('_', ' ')}.", labels=["engine"])
+        for engine, picture in pictures:
+            worker.add_metric([engine], picture["worker"].get(key, 0.0))
+        yield worker
+
+
+def _address(key: str, engine: int) -> str:
+    return f"\0vllm-double-{key}-{engine}"
+
+
+class MetricsServer:
+    """Answers every connection on the engine's socket with one snapshot, from a thread that sleeps in between."""
+
+    def __init__(self, key: str, engine: int, take: Callable[[], dict[str, Any]]) -> None:
+        self._take = take
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(_address(key, engine))
+        self._socket.listen(8)
+        threading.Thread(target=self._serve, name="double-metrics", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.settimeout(_TIMEOUT_S)
+                    connection.sendall(json.dumps(self._take()).encode())
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class _DoubleCollector(Collector):
+    """Asks every engine for its snapshot when the page is scraped; an engine that does not answer is left out."""
+
+    def __init__(self, key: str, num_engines: int) -> None:
+        self._key = key
+        self._num_engines = num_engines
+
+    def describe(self) -> Iterable[Metric]:
+        return []  # nothing is asked before the first scrape
+
+    def collect(self) -> Iterator[Metric]:
+        pictures = []
+        for engine in range(self._num_engines):
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                    connection.settimeout(_TIMEOUT_S)
+                    connection.connect(_address(self._key, engine))
+                    with connection.makefile("rb") as stream:
+                        pictures.append((str(engine), json.load(stream)))
+            except (OSError, ValueError):
+                continue
+        return families(pictures)
+
+
+def expose(key: str, num_engines: int) -> None:
+    """Show the numbers of ``num_engines`` engines on this process's metrics page."""
+    REGISTRY.register(_DoubleCollector(key, num_engines))

@@ -1,0 +1,150 @@
+"""The table: what of vLLM is replaced, and what the integration calls, wraps or expects.
+
+To add an entry, read the function in every supported version, note its lines, and let
+`tests/integration/test_patches.py` tell the parameters and the fingerprint.
+"""
+
+from __future__ import annotations
+
+from vllm_double.patches.cpu_sampler import (
+    KernelMend,
+    expand_in_place,
+    recover_padding_from_target,
+    reject_padding,
+)
+from vllm_double.patches.registry import Entry, Signature
+
+_CPU_KERNELS = "vllm.utils.cpu_triton_utils"
+_MODEL_RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+
+def _lines(path: str, line_031: int, line_032: int) -> dict[str, str]:
+    return {"0.31": f"{path}:{line_031}", "0.32": f"{path}:{line_032}"}
+
+
+MENDS: tuple[Entry, ...] = (
+    Entry(
+        name="cpu-expand-in-place",
+        target=f"{_CPU_KERNELS}:_expand_kernel_impl",
+        what="expands per-request sampling parameters to drafted tokens in the output tensor itself",
+        why="the original writes into a converted copy: temperature, top_k and top_p of drafted rows are "
+        "whatever the memory held",
+        upstream=_lines("vllm/utils/cpu_triton_utils.py", 394, 390),
+        expected=(
+            Signature(
+                "output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None",
+                "e3fc0cf56c7ff05c",
+            ),
+        ),
+        platform="cpu",
+        patch=KernelMend("_expand_kernel_impl", "expand_kernel", expand_in_place),
+    ),
+    Entry(
+        name="cpu-reject-padding",
+        target=f"{_CPU_KERNELS}:_rejection_random_sample_kernel_impl",
+        what="rejects draft tokens below 0",
+        why="the original accepts a padding of -1 with the probability that lies before the row in memory",
+        upstream=_lines("vllm/utils/cpu_triton_utils.py", 350, 346),
+        expected=(
+            Signature(
+                "output_token_ids, cu_num_draft_tokens, draft_token_ids, draft_probs, target_probs, "
+                "bonus_token_ids, recovered_token_ids, uniform_probs, is_greedy, max_spec_len, vocab_size, "
+                "synthetic_conditional_rates=None, NO_DRAFT_PROBS=False, SYNTHETIC_MODE=False",
+                "75c6c9a885b12d1d",
+            ),
+        ),
+        platform="cpu",
+        patch=KernelMend(
+            "_rejection_random_sample_kernel_impl", "rejection_random_sample_kernel", reject_padding
+        ),
+    ),
+    Entry(
+        name="cpu-recover-padding",
+        target=f"{_CPU_KERNELS}:_sample_recovered_tokens_kernel_impl",
+        what="draws the token in place of a padding from the target's distribution",
+        why="the original subtracts the draft's probabilities although nothing was drafted there",
+        upstream=_lines("vllm/utils/cpu_triton_utils.py", 411, 407),
+        expected=(
+            Signature(
+                "output_token_ids, cu_num_draft_tokens, draft_token_ids, draft_probs, target_probs, inv_q, "
+                "vocab_size, BLOCK_SIZE=None, NO_DRAFT_PROBS=False, USE_FP64_GUMBEL=False",
+                "fa4183af5f709244",
+            ),
+        ),
+        platform="cpu",
+        patch=KernelMend(
+            "_sample_recovered_tokens_kernel_impl",
+            "sample_recovered_tokens_kernel",
+            recover_padding_from_target,
+        ),
+    ),
+)
+
+HOOKS: tuple[Entry, ...] = (
+    Entry(
+        name="speculative-config",
+        target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        what='wrapped: builds our configuration when the method is "double"',
+        why="the only place through which every front end's speculative configuration passes",
+        upstream=_lines("vllm/engine/arg_utils.py", 2023, 2060),
+        expected=(Signature("self, target_model_config, target_parallel_config"),),
+    ),
+    Entry(
+        name="speculative-config-validation",
+        target="vllm.config.speculative:SpeculativeConfig.__post_init__",
+        what="called by our subclass after it has put the custom class in place of the draft model",
+        why="derives the configuration that the scheduler and the workers read",
+        upstream=_lines("vllm/config/speculative.py", 1115, 1121),
+        expected=(Signature("self"),),
+    ),
+    Entry(
+        name="propose",
+        target=f"{_MODEL_RUNNER}:GPUModelRunner.propose_draft_token_ids",
+        what="wrapped: hands the scheduler's output and the input batch to our proposer",
+        why="custom proposers are called without request ids",
+        upstream=_lines("vllm/v1/worker/gpu_model_runner.py", 4957, 4748),
+        expected=(
+            Signature(
+                "self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, "
+                "sample_hidden_states, aux_hidden_states, spec_decode_metadata, common_attn_metadata, "
+                "slot_mappings"
+            ),
+        ),
+    ),
+    Entry(
+        name="fits-in-drafter",
+        target=f"{_MODEL_RUNNER}:GPUModelRunner._input_fits_in_drafter",
+        what="wrapped: always true, chains are clipped row by row",
+        why="one row close to the model's length takes the drafts of the whole batch away",
+        upstream=_lines("vllm/v1/worker/gpu_model_runner.py", 4514, 4288),
+        expected=(Signature("self, common_attn_metadata"),),
+    ),
+    Entry(
+        name="update-states",
+        target=f"{_MODEL_RUNNER}:GPUModelRunner._update_states",
+        what="wrapped: sees finished requests",
+        why="a last, empty step returns before anything is sampled",
+        upstream=_lines("vllm/v1/worker/gpu_model_runner.py", 1192, 1172),
+        expected=(Signature("self, scheduler_output"),),
+    ),
+    Entry(
+        name="custom-proposer",
+        target="vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
+        what="relied upon: builds our proposer from its dotted path with the configuration alone",
+        why="this is how the worker comes to have our proposer",
+        upstream=_lines("vllm/v1/spec_decode/custom_class_proposer.py", 12, 12),
+        expected=(Signature("vllm_config"),),
+    ),
+    Entry(
+        name="observe-draft",
+        target="vllm.v1.spec_decode.metrics:SpecDecodingStats.observe_draft",
+        what="relied upon: counts drafted and accepted tokens, and stops the engine when more are accepted "
+        "than num_speculative_tokens",
+        why="bounds the length of our chains",
+        upstream=_lines("vllm/v1/spec_decode/metrics.py", 41, 41),
+        expected=(Signature("self, num_draft_tokens, num_accepted_tokens"),),
+    ),
+)
+
+ENTRIES: tuple[Entry, ...] = MENDS + HOOKS
+"""Every entry; names and targets are unique (tested)."""

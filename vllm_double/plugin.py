@@ -1,0 +1,80 @@
+"""The entry point (group vllm.general_plugins). It never raises, and imports next to nothing.
+
+vLLM calls it in every process before a configuration is built; an exception here would end every `vllm serve` on the machine.
+"""
+
+import functools
+import logging
+import sys
+from typing import Any
+
+__all__ = ["register"]
+
+_logger = logging.getLogger("vllm.double")
+_MARK = "_vllm_double_wrapped"
+
+
+def register() -> None:
+    """Teach vLLM the method "double" and mend the CPU sampler; without the method nothing else of vLLM changes."""
+    try:
+        # Configurations are built only where the engine's arguments are; elsewhere there is nothing to teach.
+        arguments = sys.modules.get("vllm.engine.arg_utils")
+        engine_args = getattr(arguments, "EngineArgs", None)
+        if engine_args is not None:
+            _wrap(engine_args)
+        from vllm_double.patches import mend_cpu_sampler
+
+        mend_cpu_sampler()
+    except Exception:
+        _logger.exception("vllm-double could not be registered; vLLM goes on without it")
+
+
+def _wrap(engine_args: Any) -> None:
+    original = engine_args.create_speculative_config
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raw = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
+        method = raw.get("method", getattr(self, "spec_method", None))
+        if method != "double":
+            return original(self, *args, **kwargs)
+        return _create(self, raw, *args, **kwargs)
+
+    setattr(create_speculative_config, _MARK, True)
+    engine_args.create_speculative_config = create_speculative_config
+
+
+def _create(
+    engine_args: Any, raw: dict[str, Any], target_model_config: Any = None, target_parallel_config: Any = None
+) -> Any:
+    from vllm_double.config import ConfigError
+    from vllm_double.patches import UnsupportedVllm, require
+
+    try:
+        require()
+        from vllm_double.integration.speculative_config import build
+        from vllm_double.metrics import expose
+
+        for flag, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+            value = getattr(engine_args, flag, None)
+            if value is not None:
+                raw.setdefault(key, value)
+        raw.update(target_model_config=target_model_config, target_parallel_config=target_parallel_config)
+        config = build(raw)
+        if getattr(engine_args, "async_scheduling", None):
+            raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
+        _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
+        expose(config.metrics_key, target_parallel_config.data_parallel_size)
+        return config
+    except (ConfigError, UnsupportedVllm) as error:
+        if _is_command():
+            # A person typed this: one sentence, not a traceback.
+            print(f"vllm-double: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        raise
+
+
+def _is_command() -> bool:
+    return "vllm.entrypoints.cli.main" in sys.modules and sys.argv[1:2] == ["serve"]

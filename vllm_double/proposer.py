@@ -1,0 +1,325 @@
+"""The round on the target's side, between two target forwards: drain, commit, graft, choose, tell.
+
+Knows neither vLLM nor Ray nor a clock: the integration hands in rows, the worker is one end of two logs, time is passed in.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_double.calibration import Calibration
+from vllm_double.control import StepCost, chain_lengths
+from vllm_double.counters import Counters
+from vllm_double.hashing import mix, seed
+from vllm_double.retrieval.base import Continuation, Retriever
+from vllm_double.transport.base import TargetEnd
+from vllm_double.transport.messages import Admit, Commit, Nodes, Release
+from vllm_double.trie import Edge, PathToken, SpeculationTrie
+
+__all__ = ["Proposer", "RequestParams", "Row"]
+
+_INDEX_TOKENS_PER_ROUND = 4096
+_ADMIT_TOKENS_PER_COMMAND = 8192
+_ADMIT_TOKENS_PER_ROUND = 65536
+_DRAIN_BYTES_PER_ROUND = 1 << 20
+_MIN_REACH = 0.01  # a retrieved path is taken no further than this
+
+
+@dataclass(frozen=True, slots=True)
+class RequestParams:
+    """What of a request matters to drafting.
+
+    temperature: 0 is greedy. max_length: tokens of prompt and output together that the text can have at most.
+    stop_token_ids: tokens after which nothing counts. use_drafts: False where drafts would change what is promised (a
+    seeded request stays reproducible) or were declined. use_worker: False where the draft model cannot read the prompt.
+    """
+
+    temperature: float
+    max_length: int
+    stop_token_ids: frozenset[int]
+    tenant: str = ""
+    use_drafts: bool = True
+    use_worker: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the target's batch after sampling.
+
+    tokens: int32 [n], the whole text with what was just sampled. num_sampled: how many of them were just sampled; 0 while
+    the prompt is being read. verified: the draft tokens that the target really verified in this step.
+    """
+
+    request_id: str
+    tokens: npt.NDArray[np.int32]
+    num_sampled: int
+    verified: Sequence[int]
+
+
+@dataclass(slots=True)
+class _Request:
+    """A live request. ``session`` is the worker's session that knows it under ``handle``; 0 where none does."""
+
+    key: int
+    params: RequestParams
+    length: int
+    trie: SpeculationTrie
+    handle: int = 0
+    session: int = 0
+    told: int = 0  # length of the text that the worker has been told
+    finished: bool = False
+    chain: list[PathToken] = field(default_factory=list)
+
+
+class Proposer:
+    """All live requests of one engine. ``end`` is None where retrieval alone drafts. ``clock`` gives seconds."""
+
+    def __init__(
+        self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
+        clock: Callable[[], float], *, vocab_size: int,
+    ) -> None:  # fmt: skip
+        self.enabled = True
+        self.counters = Counters()
+        self.calibration = Calibration()
+        self.step_cost = StepCost()
+        self._num_tokens = num_speculative_tokens
+        self._vocab_size = vocab_size
+        self._end = end
+        self._retrievers = list(retrievers)
+        self._clock = clock
+        self._requests: dict[str, _Request] = {}
+        self._by_handle: dict[int, _Request] = {}
+        self._to_release: list[int] = []
+        self._admit_budget = _ADMIT_TOKENS_PER_ROUND
+        self._last_key = 0
+
+    # ---- lifecycle --------------------------------------------------------------------------------------------
+
+    def admit(self, request_id: str, tokens: npt.NDArray[np.int32], params: RequestParams) -> None:
+        """A request enters with its prompt, or with a new text under a known id. Cheap: indexing goes in slices."""
+        self.finish(request_id)
+        key = self._new_key()
+        request = _Request(key, params, len(tokens), SpeculationTrie(seed(key), len(tokens)))
+        self._requests[request_id] = request
+        if params.use_drafts:
+            for retriever in self._retrievers:
+                retriever.start(key, tokens)
+            self._admit_to_worker(request, tokens)
+
+    def finish(self, request_id: str) -> None:
+        """A request leaves, finished or aborted. Unknown ids are ignored: vLLM reports those that never ran, too."""
+        request = self._requests.pop(request_id, None)
+        if request is not None and request.params.use_drafts:
+            for retriever in self._retrievers:
+                retriever.stop(request.key)
+            self._dismiss(request)
+
+    # ---- the round --------------------------------------------------------------------------------------------
+
+    def propose(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The chains that the target verifies next, one per row; empty where nothing is worth it."""
+        started = self._clock()
+        self._admit_budget = _ADMIT_TOKENS_PER_ROUND
+        self._drain()
+        live: list[tuple[int, _Request]] = []
+        for index, row in enumerate(rows):
+            request = self._requests.get(row.request_id)
+            if request is None or row.num_sampled == 0:
+                continue
+            self._commit(request, row)
+            if request.params.use_drafts and self.enabled and not request.finished:
+                live.append((index, request))
+        paths = [self._graft(request) for _, request in live]
+        lengths = chain_lengths([[step.reach for step in path] for path in paths], *self.step_cost.estimate())
+        chains: list[list[int]] = [[] for _ in rows]
+        for (index, request), path, length in zip(live, paths, lengths, strict=True):
+            request.chain = path[:length]
+            chains[index] = [step.token for step in request.chain]
+            self._tell(request, rows[index].tokens)
+        for retriever in self._retrievers:
+            retriever.work(_INDEX_TOKENS_PER_ROUND)
+        self.counters.proposed(self._clock() - started, chains)
+        return chains
+
+    def _drain(self) -> None:
+        """Take in what the worker has drafted since the last round."""
+        if self._end is None:
+            return
+        self.counters.rounds_without_worker += self._end.session == 0
+        probability = self.calibration.probability
+        for report in self._end.drain(_DRAIN_BYTES_PER_ROUND):
+            if not isinstance(report, Nodes):
+                self.counters.worker = report.values
+                continue
+            records = report.records
+            columns = [records[name].tolist() for name in ("handle", "prefix_hash", "position", "count", "tokens", "probs")]
+            for handle, prefix_hash, position, count, tokens, probs in zip(*columns, strict=True):
+                request = self._by_handle.get(handle)
+                if request is None or position < request.length:
+                    self.counters.late_nodes += 1
+                    continue
+                temperature = request.params.temperature
+                edges = [
+                    Edge(token, probability("draft", prob, temperature), "draft", prob)
+                    for token, prob in zip(tokens[:count], probs, strict=False)
+                    if token < self._vocab_size  # the draft's vocabulary may be padded further than the target's
+                ]
+                request.trie.insert(prefix_hash, position, edges)
+
+    def _commit(self, request: _Request, row: Row) -> None:
+        """Walk the trie by what the target said; every listed child on the way is an example for the calibration."""
+        known = len(row.tokens) - row.num_sampled
+        if known != request.length:
+            self._rewind(request, row.tokens[:known])
+        new = row.tokens[known:].tolist()
+        for place, token in enumerate(new):
+            # Sampled tokens can run past the end of the text: only the scheduler trims them.
+            if token in request.params.stop_token_ids or known + place + 1 >= request.params.max_length:
+                del new[place + 1 :]
+                request.finished = True
+                break
+        self.counters.committed(len(new), min(len(new), row.num_sampled - 1), row.verified, request.chain)
+        request.chain = []
+        request.length = known + row.num_sampled
+        if not request.params.use_drafts or request.finished:
+            return
+        trie, temperature = request.trie, request.params.temperature
+        for token in new:
+            for edge in trie.edges(trie.root_hash).values():
+                self.calibration.observe(edge.source, edge.raw, temperature, edge.token == token)
+            trie.commit(token)
+        for retriever in self._retrievers:
+            retriever.extend(request.key, new)
+        self.counters.harvested(trie.has_hit)
+
+    def _graft(self, request: _Request) -> list[PathToken]:
+        """Retrieved continuations become edges of the same trie, behind the root and behind the best path so far.
+
+        Returns the best path with them.
+        """
+        trie = request.trie
+        limit = min(self._num_tokens, request.params.max_length - request.length - 1)
+        if limit <= 0:
+            return []
+        for retriever in self._retrievers:
+            found = retriever.lookup(request.key, (), limit)
+            if found is not None:
+                trie.graft(trie.root_hash, trie.position, self._edges_of(found, retriever.name, request))
+        path = trie.best_path(limit)
+        if 0 < len(path) < limit:
+            tail = [step.token for step in path]
+            end_hash = trie.root_hash
+            for token in tail:
+                end_hash = mix(end_hash, token)
+            for retriever in self._retrievers:
+                found = retriever.lookup(request.key, tail, limit - len(tail))
+                if found is not None:
+                    edges = self._edges_of(found, retriever.name, request)
+                    trie.graft(end_hash, trie.position + len(tail), edges)
+                    path = trie.best_path(limit)
+        stops = request.params.stop_token_ids
+        for place, step in enumerate(path):
+            if step.token in stops:
+                return path[: place + 1]
+        return path
+
+    def _edges_of(self, found: Continuation, source: str, request: _Request) -> list[Edge]:
+        """Give retrieved tokens a chance: the share of occurrences that went on so, trusted more the longer the match."""
+        edges: list[Edge] = []
+        reach = 1.0
+        for place, token in enumerate(found.tokens):
+            trust = 1.0 - 0.5 ** ((found.match_length + place) / 2)
+            raw = trust * found.counts[place] / (found.totals[place] + 0.1)
+            prob = self.calibration.probability(source, raw, request.params.temperature)
+            reach *= prob
+            if reach < _MIN_REACH:
+                break
+            edges.append(Edge(token, prob, source, raw))
+        return edges
+
+    # ---- the worker -------------------------------------------------------------------------------------------
+
+    def _tell(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
+        """Send what was committed and which chain is now being verified; admit the request where it is not known."""
+        if self._end is None or not request.params.use_worker:
+            return
+        if request.session == 0 or request.session != self._end.session:
+            self._dismiss(request)
+            self._admit_to_worker(request, tokens)
+        if request.session == 0:
+            return
+        chain = np.array([step.token for step in request.chain], dtype=np.int32)
+        probs = np.array([step.prob for step in request.chain], dtype=np.float32)
+        command = Commit(request.handle, request.told, tokens[request.told :], chain, probs)
+        if self._end.send(command):
+            request.told = len(tokens)
+        else:
+            self._dismiss(request)  # it is admitted again, whole, when there is room
+
+    def _admit_to_worker(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
+        """Admit under a fresh handle, so that records of an earlier admission cannot be mistaken; chunk by chunk."""
+        end = self._end
+        if end is None or not request.params.use_worker or end.session == 0 or self._admit_budget < 0:
+            return
+        self._admit_budget -= len(tokens)
+        if request.handle:
+            self.counters.resynchronisations += 1
+        handle = request.handle = self._new_key()
+        params = request.params
+        chunk = _ADMIT_TOKENS_PER_COMMAND
+        empty = np.empty(0, dtype=np.int32)
+        sent = end.send(
+            Admit(
+                handle, len(tokens), tokens[:chunk], params.temperature, params.max_length,
+                tuple(params.stop_token_ids), params.tenant,
+            )  # fmt: skip
+        )
+        for start in range(chunk, len(tokens), chunk):
+            sent = sent and end.send(
+                Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32))
+            )
+        request.session, request.told = end.session, len(tokens)
+        if not sent:
+            self._dismiss(request)
+            return
+        self._by_handle[handle] = request
+        request.trie = SpeculationTrie(seed(handle), len(tokens))
+
+    def _dismiss(self, request: _Request) -> None:
+        """Have the worker forget the request, now or when there is room to say so."""
+        if self._end is None:
+            return
+        if request.session != 0:
+            self._by_handle.pop(request.handle, None)
+            if request.session == self._end.session:
+                self._to_release.append(request.handle)
+            request.session = 0
+        while self._to_release and self._end.send(Release(self._to_release[-1])):
+            self._to_release.pop()
+
+    def _rewind(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
+        """The text is not what was committed last (a KV transfer failed, say): begin again with what it is now."""
+        self.counters.rewinds += 1
+        request.length = len(tokens)
+        request.finished = False
+        request.chain = []
+        if request.params.use_drafts:
+            for retriever in self._retrievers:
+                retriever.stop(request.key)
+                retriever.start(request.key, tokens)
+            self._dismiss(request)
+            request.trie = SpeculationTrie(seed(request.key), len(tokens))
+
+    def _new_key(self) -> int:
+        self._last_key += 1
+        return self._last_key
+
+    def check_integrity(self) -> None:
+        """Assert that tries stand where the texts end and that every handle leads to its request."""
+        for request in self._requests.values():
+            request.trie.check_integrity()
+            assert request.finished or not request.params.use_drafts or request.trie.position == request.length
+        for handle, request in self._by_handle.items():
+            assert request.handle == handle and request.session != 0

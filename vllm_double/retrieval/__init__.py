@@ -1,0 +1,6 @@
+"""Retrieval: continuations of repeated text, with counts."""
+
+from vllm_double.retrieval.base import Continuation, Retriever, Tokens
+from vllm_double.retrieval.context import ContextRetriever
+
+__all__ = ["ContextRetriever", "Continuation", "Retriever", "Tokens"]

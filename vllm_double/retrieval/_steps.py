@@ -1,0 +1,266 @@
+"""The compiled steps of the suffix automaton: functions on the arrays that `automaton` describes.
+
+One file, because numba's cache looks at the date of the file of the compiled function only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Header = npt.NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Columns of a state (32 bytes). NONE marks an absent link, transition or best.
+LENGTH, LINK, COUNT, END, BEST, TOKEN, FIRST, EDGES = range(8)
+# Columns of a transition (16 bytes): EDGES starts a state's list, NEXT_EDGE continues it.
+SOURCE, LABEL, TARGET, NEXT_EDGE = range(4)
+# Entries of the header.
+NUM_STATES, NUM_EDGES, WINDOW, WINDOW_LENGTH, NUM_TOKENS = range(5)
+ROOT = 0
+NONE = -1
+
+
+def _part(function: Function) -> Function:
+    """A function that is compiled into its callers."""
+    return cast(Function, numba.njit(function))
+
+
+@_part
+def _slot(edges: Ints, table: Ints, state: int, token: int) -> int:
+    """The table slot of a transition, or the empty one where it belongs."""
+    mask = table.size - 1
+    mixed = np.uint64(state) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(token) * np.uint64(
+        0xD6E8FEB86659FD93
+    )
+    slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
+    while True:
+        edge = table[slot] - 1
+        if edge < 0 or (edges[edge, SOURCE] == state and edges[edge, LABEL] == token):
+            return slot  # type: ignore[return-value]
+        slot = (slot + 1) & mask
+
+
+@_part
+def _find(states: Ints, edges: Ints, table: Ints, state: int, token: int) -> int:
+    """The state that ``token`` leads to, or NONE."""
+    first = states[state, FIRST]
+    if first == NONE or states[first, TOKEN] == token:
+        return first  # type: ignore[no-any-return]
+    if states[state, EDGES] == NONE:
+        return NONE
+    edge = table[_slot(edges, table, state, token)] - 1
+    return edges[edge, TARGET] if edge >= 0 else NONE
+
+
+@_part
+def _connect(
+    header: Header, states: Ints, edges: Ints, table: Ints, state: int, token: int, target: int
+) -> None:
+    """Add a transition, or give the one that is there another target, whose TOKEN is set already."""
+    first = states[state, FIRST]
+    if first == NONE or states[first, TOKEN] == token:
+        states[state, FIRST] = target
+        return
+    slot = _slot(edges, table, state, token)
+    edge = table[slot] - 1
+    if edge < 0:
+        edge = header[NUM_EDGES]
+        header[NUM_EDGES] += 1
+        edges[edge, SOURCE] = state
+        edges[edge, LABEL] = token
+        edges[edge, NEXT_EDGE] = states[state, EDGES]
+        states[state, EDGES] = edge
+        table[slot] = edge + 1
+    edges[edge, TARGET] = target
+
+
+@_part
+def _split(header: Header, states: Ints, edges: Ints, table: Ints, parent: int, token: int) -> int:
+    """Give the substrings of parent + token a state of their own: they now end where longer ones don't."""
+    whole = _find(states, edges, table, parent, token)
+    part = header[NUM_STATES]
+    header[NUM_STATES] += 1
+    for column in range(8):
+        states[part, column] = states[whole, column]
+    states[part, LENGTH] = states[parent, LENGTH] + 1
+    states[part, EDGES] = NONE
+    edge = states[whole, EDGES]
+    while edge != NONE:
+        _connect(header, states, edges, table, part, edges[edge, LABEL], edges[edge, TARGET])
+        edge = edges[edge, NEXT_EDGE]
+    while parent != NONE and _find(states, edges, table, parent, token) == whole:
+        _connect(header, states, edges, table, parent, token, part)
+        if states[parent, BEST] == whole:
+            states[parent, BEST] = part
+        parent = states[parent, LINK]
+    states[whole, LINK] = part
+    return part  # type: ignore[no-any-return]
+
+
+@_part
+def _clamp(states: Ints, state: int, length: int) -> int:
+    """The state of the last ``length`` tokens of a substring that ``state`` holds."""
+    while state != ROOT and states[states[state, LINK], LENGTH] >= length:
+        state = states[state, LINK]
+    return state
+
+
+@_part
+def _insert(header: Header, states: Ints, edges: Ints, table: Ints, parent: int, token: int) -> int:
+    """States, links and transitions for window + token, which is new; ``parent`` is the window's state."""
+    new = header[NUM_STATES]
+    header[NUM_STATES] += 1
+    states[new, LENGTH] = header[WINDOW_LENGTH] + 1
+    states[new, COUNT] = 0
+    states[new, BEST] = NONE
+    states[new, TOKEN] = token
+    states[new, FIRST] = NONE
+    states[new, EDGES] = NONE
+    found = NONE
+    while parent != NONE:
+        found = _find(states, edges, table, parent, token)
+        if found != NONE:
+            break
+        _connect(header, states, edges, table, parent, token, new)
+        parent = states[parent, LINK]
+    if parent == NONE:
+        found = ROOT
+    elif states[found, LENGTH] != states[parent, LENGTH] + 1:
+        found = _split(header, states, edges, table, parent, token)
+    states[new, LINK] = found
+    return new  # type: ignore[no-any-return]
+
+
+@_part
+def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, max_match: int) -> None:
+    """One more token, and one more occurrence of all that ends with it."""
+    length = header[WINDOW_LENGTH]
+    context = header[WINDOW]
+    top = _find(states, edges, table, context, token)
+    if top == NONE:
+        top = _insert(header, states, edges, table, context, token)
+        # The window's own state may have been split.
+        context = _clamp(states, context, length)
+    header[NUM_TOKENS] += 1
+    header[WINDOW_LENGTH] = min(length + 1, max_match)
+    header[WINDOW] = _clamp(states, top, header[WINDOW_LENGTH])
+    followed = top
+    while followed != ROOT:
+        states[followed, COUNT] += 1
+        states[followed, END] = header[NUM_TOKENS]
+        followed = states[followed, LINK]
+    followed = top
+    while context != ROOT:
+        followed = _clamp(states, followed, length + 1)
+        best = states[context, BEST]
+        # >= : of equally frequent tokens the one seen last.
+        if best == NONE or states[followed, COUNT] >= states[best, COUNT]:
+            states[context, BEST] = followed
+        context = states[context, LINK]
+        length = states[context, LENGTH]
+
+
+def _extend(
+    header: Header,
+    states: Ints,
+    edges: Ints,
+    table: Ints,
+    text: Ints,
+    start: int,
+    stop: int,
+    max_match: int,
+) -> None:
+    """Append text[start:stop]."""
+    for position in range(start, stop):
+        _append(header, states, edges, table, text[position], max_match)
+
+
+def _lookup(
+    header: Header,
+    states: Ints,
+    edges: Ints,
+    table: Ints,
+    feed: Ints,
+    num_feed: int,
+    from_window: bool,
+    max_match: int,
+    out: Ints,
+    max_tokens: int,
+) -> tuple[int, int]:
+    """Match feed[:num_feed], behind the window or on its own; fill out[0:3] with tokens, counts, totals.
+
+    Returns (tokens found, match length).
+    """
+    num_tokens = header[NUM_TOKENS]
+    state = header[WINDOW] if from_window else ROOT
+    length = header[WINDOW_LENGTH] if from_window else 0
+    for i in range(num_feed):
+        target = _find(states, edges, table, state, feed[i])
+        while target == NONE and state != ROOT:
+            state = states[state, LINK]
+            length = states[state, LENGTH]
+            target = _find(states, edges, table, state, feed[i])
+        if target != NONE:
+            length = min(length + 1, max_match)
+            state = _clamp(states, target, length)
+    match_length = 0
+    for i in range(max_tokens):
+        while state != ROOT and states[state, BEST] == NONE:
+            state = states[state, LINK]
+            length = states[state, LENGTH]
+        if state == ROOT or length < match_length:
+            return i, match_length
+        if i == 0:
+            match_length = length
+        best = states[state, BEST]
+        out[0, i] = states[best, TOKEN]
+        out[1, i] = states[best, COUNT]
+        # The occurrence at the very end of the text has no token behind it.
+        out[2, i] = states[state, COUNT] - (states[state, END] == num_tokens)
+        length = min(length + 1, max_match)
+        state = _clamp(states, best, length)
+    return max_tokens, match_length
+
+
+def _rehash(edges: Ints, num_edges: int, table: Ints) -> None:
+    """Fill an empty table."""
+    for edge in range(num_edges):
+        table[_slot(edges, table, edges[edge, SOURCE], edges[edge, LABEL])] = edge + 1
+
+
+_HEAD = "int64[::1], int32[:, ::1], int32[:, ::1], int32[::1]"
+
+
+class Steps(NamedTuple):
+    extend: Callable[..., None]
+    lookup: Callable[..., tuple[int, int]]
+    rehash: Callable[..., None]
+
+
+def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
+    """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
+
+    numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
+    or damaged cache costs the compile time, nothing else.
+    """
+    try:
+        return cast(Callable[..., Any], numba.njit(signature, cache=True)(function))
+    except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
+        return cast(Callable[..., Any], numba.njit(signature)(function))
+
+
+@functools.cache
+def steps() -> Steps:
+    """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
+    return Steps(
+        _compiled(_extend, f"void({_HEAD}, int32[::1], int64, int64, int64)"),
+        _compiled(
+            _lookup, f"UniTuple(int64, 2)({_HEAD}, int32[::1], int64, boolean, int64, int32[:, ::1], int64)"
+        ),
+        _compiled(_rehash, "void(int32[:, ::1], int64, int32[::1])"),
+    )

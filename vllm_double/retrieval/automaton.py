@@ -1,0 +1,199 @@
+"""A suffix automaton over tokens that counts occurrences online, compiled by numba.
+
+Blumer et al. 1985, "The smallest automaton recognizing the subwords of a text": each state is a set of
+substrings that end at the same positions, and its suffix link leads to their longest suffix that ends at more
+positions. Added to that:
+
+- **Depth.** Lookups use at most ``max_match`` tokens of context, so only substrings of at most
+  ``max_match + 1`` tokens (context and next token) are held. A new token extends the state of the last
+  ``max_match`` tokens, the window, instead of the state of the whole text, and adds nothing where that was
+  seen before. So a path of suffix links has at most ``max_match + 1`` states (a handful in prose), and a
+  token costs no more than such a path, save for the transitions that a split copies: O(1) amortised.
+- **Counts.** A token adds an occurrence to the states on the path of suffix links from the new end, and to no
+  other: counts are exact at all times.
+- **The most frequent next token of each state**, ``BEST``. Context + next token occurs as often as the count
+  of the state that the transition leads to. Only states on that path gain, so one comparison per state keeps
+  it.
+- **One transition inside the state.** A state's longest substring, with each token that a transition adds, is
+  in the text. Such substrings form a trie with at most one leaf per token, so the transitions beyond each
+  state's first number fewer than the tokens. A hash table with two slots per token holds them.
+
+Memory per token of capacity, which is at most twice the tokens: 64 bytes of states (two at worst; what is
+never written is not resident), 16 of transitions, 8 of table.
+"""
+
+import numpy as np
+
+from vllm_double.retrieval._steps import (
+    BEST,
+    COUNT,
+    EDGES,
+    END,
+    FIRST,
+    LENGTH,
+    LINK,
+    NONE,
+    NUM_EDGES,
+    NUM_STATES,
+    NUM_TOKENS,
+    ROOT,
+    TOKEN,
+    WINDOW,
+    WINDOW_LENGTH,
+    Ints,
+    steps,
+)
+
+__all__ = ["MAX_CONTINUATION", "SuffixAutomaton", "warm_up"]
+
+MAX_CONTINUATION = 1024
+"""Most tokens that one lookup returns."""
+
+
+def warm_up() -> None:
+    """Compile, or load what an earlier process compiled. Call it at start-up; later calls cost nothing."""
+    steps()
+
+
+class SuffixAutomaton:
+    """The arrays of one automaton. It does not keep the text: each token is handed over once, in order."""
+
+    __slots__ = ("_edges", "_header", "_out", "_states", "_steps", "_table", "capacity", "max_match")
+
+    def __init__(self, capacity: int, max_match: int) -> None:
+        """Room for ``capacity`` tokens, a power of two; contexts have at most ``max_match`` tokens."""
+        self._steps = steps()
+        self.capacity = capacity
+        self.max_match = max_match
+        self._header = np.zeros(5, np.int64)
+        self._out = np.empty((3, MAX_CONTINUATION), np.int32)
+        self._states = np.empty((2 * capacity, 8), np.int32)
+        self._edges = np.empty((capacity, 4), np.int32)
+        self._table = np.zeros(2 * capacity, np.int32)
+        self.clear()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens appended since `clear`."""
+        return int(self._header[NUM_TOKENS])
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """(bytes written to, bytes reserved) by states, transitions and table."""
+        states, edges = (int(n) for n in self._header[:2])
+        reserved = self._states.nbytes + self._edges.nbytes + self._table.nbytes
+        return 32 * states + 16 * edges + self._table.nbytes, reserved
+
+    def clear(self) -> None:
+        """Back to the empty text, keeping the memory."""
+        if self._header[NUM_EDGES]:
+            self._table.fill(0)
+        self._header[:] = 0
+        self._header[NUM_STATES] = 1
+        self._states[ROOT] = NONE
+        self._states[ROOT, LENGTH] = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens in all, by doubling."""
+        if num_tokens <= self.capacity:
+            return
+        while self.capacity < num_tokens:
+            self.capacity *= 2
+        num_states, num_edges = (int(n) for n in self._header[:2])
+        states = np.empty((2 * self.capacity, 8), np.int32)
+        states[:num_states] = self._states[:num_states]
+        edges = np.empty((self.capacity, 4), np.int32)
+        edges[:num_edges] = self._edges[:num_edges]
+        table = np.zeros(2 * self.capacity, np.int32)
+        self._steps.rehash(edges, num_edges, table)
+        self._states, self._edges, self._table = states, edges, table
+
+    def extend(self, text: Ints, start: int, stop: int) -> None:
+        """Append text[start:stop]; there must be room. No token may be negative."""
+        self._steps.extend(
+            self._header, self._states, self._edges, self._table, text, start, stop, self.max_match
+        )
+
+    def match(self, feed: Ints, num_feed: int, from_end: bool, max_tokens: int) -> tuple[int, int]:
+        """Match feed[:num_feed], if from_end behind the text: (tokens found, match length). See `found`."""
+        return self._steps.lookup(
+            self._header,
+            self._states,
+            self._edges,
+            self._table,
+            feed,
+            num_feed,
+            from_end,
+            self.max_match,
+            self._out,
+            max_tokens,
+        )
+
+    def found(self, num_found: int) -> list[list[int]]:
+        """[tokens, counts, totals] of the latest `match`."""
+        return self._out[:, :num_found].tolist()  # type: ignore[no-any-return]
+
+    def check_integrity(self, text: Ints) -> None:
+        """Raise AssertionError where the arrays are not those of text. Slow, O(n * max_match): for tests."""
+        depth = self.max_match + 1
+        num_tokens, num_states = self.num_tokens, int(self._header[NUM_STATES])
+        states = self._states[:num_states].tolist()
+        assert num_tokens == len(text) <= self.capacity
+        assert num_states <= max(2 * num_tokens, 1)
+        moves = self._transitions()
+        longest, shortest = [0] * num_states, [depth] * num_states
+        shortest[ROOT] = 0
+        for start in range(num_tokens):
+            state = ROOT
+            for length, token in enumerate(text[start : start + depth].tolist(), 1):
+                state = moves[state][token]
+                longest[state] = max(longest[state], length)
+                shortest[state] = min(shortest[state], length)
+        counts, ends = [0] * num_states, [0] * num_states
+        for end in range(1, num_tokens + 1):
+            state = ROOT
+            start = max(0, end - depth)
+            for token in text[start:end].tolist():
+                state = moves[state][token]
+            while state != ROOT:
+                counts[state] += 1
+                ends[state] = end
+                state = states[state][LINK]
+        for state, row in enumerate(states[1:], 1):
+            assert row[COUNT] == counts[state] > 0, "an occurrence is not counted"
+            assert row[END] == ends[state], "END is the last occurrence"
+            assert row[LENGTH] == longest[state], "LENGTH is that of the longest substring"
+            assert longest[row[LINK]] + 1 == shortest[state], "the link leads to the next shorter substrings"
+            assert all(states[target][TOKEN] == token for token, target in moves[state].items())
+            if shortest[state] == depth:
+                continue  # too long for a context: what it leads to is neither kept up to date nor read
+            followers = sum(counts[target] for target in moves[state].values())
+            assert followers == counts[state] - (ends[state] == num_tokens), "a transition is missing"
+            best = max(moves[state].values(), key=lambda target: (counts[target], ends[target]), default=NONE)
+            assert row[BEST] == best, "BEST is the most frequent, then the latest"
+        window = int(self._header[WINDOW])
+        length = int(self._header[WINDOW_LENGTH])
+        assert length == min(num_tokens, self.max_match)
+        state = ROOT
+        for token in text[num_tokens - length :].tolist():
+            state = moves[state][token]
+        assert window == state, "the window is the state of the last tokens"
+
+    def _transitions(self) -> list[dict[int, int]]:
+        """For each state the target of each token."""
+        num_states, num_edges = (int(n) for n in self._header[:2])
+        assert num_edges <= max(self.num_tokens - 1, 0), "more transitions than there is room for"
+        moves: list[dict[int, int]] = []
+        found = 0
+        for first, edge in self._states[:num_states, [FIRST, EDGES]].tolist():
+            state = len(moves)
+            moves.append({} if first == NONE else {int(self._states[first, TOKEN]): first})
+            while edge != NONE:
+                source, token, target, following = self._edges[edge].tolist()
+                assert source == state
+                assert token not in moves[state], "two transitions for one token"
+                moves[state][token] = target
+                edge = following
+                found += 1
+        assert found == num_edges == np.count_nonzero(self._table)
+        return moves

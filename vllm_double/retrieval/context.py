@@ -1,0 +1,180 @@
+"""Retrieval from a request's own prompt and output."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_double.retrieval.automaton import MAX_CONTINUATION, SuffixAutomaton
+from vllm_double.retrieval.base import Continuation, Tokens
+
+__all__ = ["ContextRetriever"]
+
+_MIN_CAPACITY = 256
+# Tokens that extend and rewind index before they return (under half a millisecond); more wait for `work`.
+_AT_ONCE = 512
+# Tokens that `work` indexes of one request before it turns to the next.
+_SLICE = 512
+
+
+class _Request:
+    """A text, of which the automaton knows the first ``automaton.num_tokens`` tokens."""
+
+    __slots__ = ("automaton", "indexed", "length", "text")
+
+    def __init__(self, tokens: Tokens, max_match: int) -> None:
+        capacity = max(_MIN_CAPACITY, 1 << len(tokens).bit_length())
+        self.text = np.empty(capacity, np.int32)
+        self.text[: len(tokens)] = tokens
+        self.length = len(tokens)
+        self.indexed = 0
+        self.automaton = SuffixAutomaton(capacity, max_match)
+
+    def append(self, tokens: Sequence[int] | Tokens) -> None:
+        end = self.length + len(tokens)
+        if end > len(self.text):
+            self.automaton.reserve(end)
+            text = np.empty(self.automaton.capacity, np.int32)
+            text[: self.length] = self.text[: self.length]
+            self.text = text
+        self.text[self.length : end] = tokens
+        self.length = end
+
+    def index(self, budget: int) -> int:
+        """Index at most ``budget`` tokens more; returns how many."""
+        end = min(self.length, self.indexed + budget)
+        start, self.indexed = self.indexed, end
+        self.automaton.extend(self.text, start, end)
+        return end - start
+
+
+class ContextRetriever:
+    """Continues a request with what followed the same words earlier in the same request.
+
+    Let ``indexed`` be the part of the text that is indexed: all of it, except while a long prompt or a long
+    rewind waits for `work`. One step of a lookup takes as context the longest suffix of text + tail +
+    (tokens returned so far), of at most ``max_match`` tokens, that occurs in ``indexed`` with a token of
+    ``indexed`` behind it. Its total is the number of such occurrences (they may overlap). It returns the
+    token that followed most often, with that count; of equally frequent ones that which followed last. Steps
+    end with ``max_tokens``, or before a context would be shorter than the first one (``match_length``). So a
+    continuation that reaches the end of the text goes on where the text's own end occurred before, as in
+    periodic text. Occurrences inside the tail don't count. `reference.scan` is the same in a few obvious
+    lines.
+
+    While tokens wait, a lookup is exact for the part that is indexed, and still matches the text's true end.
+
+    Not thread-safe. Costs: benchmarks/retrieval_bench.py. Memory per token: `automaton`, and 4 bytes of text.
+    """
+
+    name = "context"
+
+    def __init__(self, max_match: int = 32) -> None:
+        """Contexts have at most ``max_match`` tokens. Call `automaton.warm_up` before the first start."""
+        if max_match < 1:
+            raise ValueError(f"max_match must be at least 1, not {max_match}")
+        self.max_match = max_match
+        self._requests: dict[int, _Request] = {}
+        # Keys with tokens to index, next first: a dictionary keeps the order and drops any key in O(1).
+        self._queue: dict[int, None] = {}
+        self._feed = np.empty(max_match, np.int32)
+
+    def start(self, key: int, tokens: Tokens) -> None:
+        """Copy and queue a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
+        if key in self._requests:
+            raise ValueError(f"request {key} is started already")
+        if len(tokens) and tokens.min() < 0:
+            raise ValueError("token ids must not be negative")
+        self._requests[key] = _Request(tokens, self.max_match)
+        if len(tokens):
+            self._queue[key] = None
+
+    def stop(self, key: int) -> None:
+        """Forget the request and free its memory. KeyError: unknown key."""
+        del self._requests[key]
+        self._queue.pop(key, None)
+
+    def work(self, budget_tokens: int) -> None:
+        """Index at most ``budget_tokens`` queued tokens, taking turns between the requests that wait."""
+        while self._queue and budget_tokens > 0:
+            key = next(iter(self._queue))
+            del self._queue[key]
+            request = self._requests[key]
+            budget_tokens -= request.index(min(_SLICE, budget_tokens))
+            if request.indexed < request.length:
+                self._queue[key] = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that wait for `work`."""
+        return sum(self._requests[key].length - self._requests[key].indexed for key in self._queue)
+
+    def num_indexed(self, key: int) -> int:
+        """Tokens of the request that are indexed. KeyError: unknown key."""
+        return self._requests[key].indexed
+
+    def extend(self, key: int, tokens: Sequence[int]) -> None:
+        """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
+        request = self._requests[key]
+        if len(tokens) == 0:
+            return
+        lowest = tokens.min() if isinstance(tokens, np.ndarray) else min(tokens)
+        if lowest < 0:
+            raise ValueError("token ids must not be negative")
+        request.append(tokens)
+        self._settle(key, request)
+
+    def rewind(self, key: int, length: int) -> None:
+        """Keep the first ``length`` tokens. KeyError: unknown key. ValueError: not 0 to the text's length.
+
+        An automaton cannot forget its last token: unless only waiting tokens fall away, all is indexed anew.
+        """
+        request = self._requests[key]
+        if not 0 <= length <= request.length:
+            raise ValueError(f"cannot rewind a text of {request.length} tokens to {length}")
+        request.length = length
+        if length < request.indexed:
+            request.automaton.clear()
+            request.indexed = 0
+        self._settle(key, request)
+
+    def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
+        """What followed the longest suffix of text + tail; see the class. None: no suffix occurs.
+
+        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024).
+        """
+        request = self._requests[key]
+        if not 1 <= max_tokens <= MAX_CONTINUATION:
+            raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
+        feed, num_tail = self._feed, len(tail)
+        from_end = request.indexed == request.length and num_tail < self.max_match
+        if from_end:
+            num_feed = num_tail
+            if num_tail:
+                feed[:num_tail] = tail
+        else:
+            num_tail = min(num_tail, self.max_match)
+            num_text = min(request.length, self.max_match - num_tail)
+            num_feed = num_text + num_tail
+            feed[:num_text] = request.text[request.length - num_text : request.length]
+            feed[num_text:num_feed] = tail[len(tail) - num_tail :]
+        num_found, match_length = request.automaton.match(feed, num_feed, from_end, max_tokens)
+        if num_found == 0:
+            return None
+        tokens, counts, totals = request.automaton.found(num_found)
+        return Continuation(tokens, match_length, counts, totals)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where queue, texts and automata contradict each other. Slow: for tests."""
+        waiting = {key for key, request in self._requests.items() if request.indexed < request.length}
+        assert waiting == set(self._queue), "the queue holds exactly the requests with waiting tokens"
+        for request in self._requests.values():
+            assert request.indexed <= request.length <= len(request.text) == request.automaton.capacity
+            assert request.indexed == request.automaton.num_tokens
+            request.automaton.check_integrity(request.text[: request.indexed])
+
+    def _settle(self, key: int, request: _Request) -> None:
+        """Index at once what is little, queue what is much."""
+        if request.length - request.indexed <= _AT_ONCE:
+            request.index(_AT_ONCE)
+            self._queue.pop(key, None)
+        else:
+            self._queue[key] = None

@@ -1,0 +1,172 @@
+"""What the two ends do with records, whatever carries them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from vllm_double.transport.base import TransportStats
+from vllm_double.transport.messages import (
+    Command,
+    MessageError,
+    NodeArray,
+    Nodes,
+    Report,
+    WorkerStats,
+    decode_command,
+    decode_reports,
+    encode,
+)
+from vllm_double.transport.ring import Record
+
+__all__ = ["RecordTargetEnd", "RecordWorkerEnd", "new_session", "stamp"]
+
+_RECEIVE_BYTES: Final = 1 << 20
+_SHORTEST_NAP_S: Final = 50e-6
+_LONGEST_NAP_S: Final = 1e-3
+
+
+class _Producer(Protocol):
+    def push(self, kind: int, session: int, payload: bytes) -> bool: ...
+
+
+class _Consumer(Protocol):
+    corrupt: int
+
+    @property
+    def pending(self) -> bool: ...
+
+    def drain(self, max_bytes: int) -> list[Record]: ...
+
+
+def stamp(session: int) -> int:
+    """What a record carries of its session: the low 32 bits."""
+    return session & 0xFFFF_FFFF
+
+
+def new_session(previous: int, random_bits: Callable[[int], int] = secrets.randbits) -> int:
+    """A random 64-bit session that neither is 0 nor shares its stamp with the previous one."""
+    while True:
+        session = random_bits(64)
+        if stamp(session) not in (0, stamp(previous)):
+            return session
+
+
+class RecordTargetEnd(ABC):
+    """TargetEnd over a producer of commands and a consumer of reports. ``_closed`` guards everything that is
+    mapped."""
+
+    def __init__(self, commands: _Producer, reports: _Consumer) -> None:
+        self.stats = TransportStats()
+        self._commands = commands
+        self._reports = reports
+        self._closed = False
+
+    @property
+    @abstractmethod
+    def session(self) -> int: ...
+
+    def send(self, command: Command) -> bool:
+        session = self.session
+        if not session:
+            return False
+        return _push(self._commands, session, command, self.stats)
+
+    def drain(self, max_bytes: int) -> list[Report]:
+        if self._closed:
+            return []
+        records = self._reports.drain(max_bytes)
+        # Read after the records: a worker takes its session before it writes its first one.
+        session = self.session
+        current = stamp(session)
+        fresh = [(kind, payload) for kind, of, payload in records if of == current and session]
+        reports, num_bad = decode_reports(fresh) if fresh else ([], 0)
+        stats = self.stats
+        stats.corrupt += num_bad + self._reports.corrupt
+        self._reports.corrupt = 0
+        stats.stale += len(records) - len(fresh)
+        stats.drained += len(fresh) - num_bad
+        return reports
+
+
+class RecordWorkerEnd(ABC):
+    """WorkerEnd over a consumer of commands and a producer of reports."""
+
+    def __init__(
+        self,
+        session: int,
+        commands: _Consumer,
+        reports: _Producer,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.stats = TransportStats()
+        self._session: Final = session
+        self._commands = commands
+        self._reports = reports
+        self._sleep = sleep
+        self._nap_s = _SHORTEST_NAP_S
+
+    @property
+    @abstractmethod
+    def superseded(self) -> bool: ...
+
+    @abstractmethod
+    def _give_up(self) -> None:
+        """End the session if it is still ours."""
+
+    def receive(self) -> list[Command]:
+        if self.superseded:
+            return []
+        records = self._commands.drain(_RECEIVE_BYTES)
+        num_bad = self._commands.corrupt
+        self._commands.corrupt = 0
+        current = stamp(self._session)
+        commands: list[Command] = []
+        for kind, of, payload in records:
+            if of != current:
+                self.stats.stale += 1
+                continue
+            try:
+                commands.append(decode_command(kind, payload))
+            except MessageError:
+                num_bad += 1
+        if num_bad:
+            self.stats.corrupt += num_bad
+            self._give_up()
+            return []
+        if commands:
+            self.stats.drained += len(commands)
+            self._nap_s = _SHORTEST_NAP_S
+        return commands
+
+    def publish(self, records: NodeArray) -> bool:
+        return self._write(Nodes(records))
+
+    def report(self, stats: WorkerStats) -> bool:
+        return self._write(stats)
+
+    def _write(self, message: Report) -> bool:
+        return not self.superseded and _push(self._reports, self._session, message, self.stats)
+
+    def wait(self, timeout_s: float) -> None:
+        # Polling, because "sleep unless the head moved" can lose the wake-up. Naps grow while nothing
+        # happens, over many calls too: quick answers to a busy target, a thousand cheap looks a second for an
+        # idle one.
+        left = timeout_s
+        while left > 0 and not self.superseded and not self._commands.pending:
+            nap = min(self._nap_s, left)
+            self._sleep(nap)
+            left -= nap
+            self._nap_s = min(2 * self._nap_s, _LONGEST_NAP_S)
+
+
+def _push(producer: _Producer, session: int, message: Command | Report, stats: TransportStats) -> bool:
+    kind, payload = encode(message)
+    if producer.push(kind, stamp(session), payload):
+        stats.sent += 1
+        return True
+    stats.full += 1
+    return False

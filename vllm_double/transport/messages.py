@@ -1,0 +1,305 @@
+"""What target and worker say to each other, and the one definition of each message on the wire.
+
+Commands go from the target to the worker, reports come back. Every layout below is used by both ends.
+Decoding checks structure (sizes, counts, finite numbers) and raises :class:`MessageError` for anything else;
+whether a token lies in the vocabulary is for the end that knows the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "MAX_CHILDREN",
+    "MAX_TOKENS",
+    "NODE_DTYPE",
+    "Admit",
+    "Command",
+    "Commit",
+    "MessageError",
+    "Nodes",
+    "Release",
+    "Report",
+    "WorkerStats",
+    "decode_command",
+    "decode_reports",
+    "encode",
+]
+
+MAX_CHILDREN: Final = 8
+MAX_TOKENS: Final = 8192
+"""Most tokens in one array of one command; a longer text is sent as an Admit followed by Commits."""
+
+NODE_DTYPE: Final = np.dtype(
+    [
+        ("handle", "<u8"),
+        ("prefix_hash", "<u8"),
+        ("position", "<u4"),
+        ("count", "<u4"),
+        ("tokens", "<i4", (MAX_CHILDREN,)),
+        ("probs", "<f4", (MAX_CHILDREN,)),
+    ]
+)
+"""One expanded node, 88 bytes: after the prefix with this hash, of length ``position``, the draft model's
+best ``count`` next tokens by falling probability. Entries from ``count`` on mean nothing."""
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+IntArray: TypeAlias = npt.NDArray[np.int32]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+NodeArray: TypeAlias = npt.NDArray[np.void]
+
+ADMIT: Final = 1
+COMMIT: Final = 2
+RELEASE: Final = 3
+NODES: Final = 4
+STATS: Final = 5
+
+# Each is followed by its arrays in the order of the counts.
+# handle, base, max_length, temperature, #tokens, #stop tokens, #bytes of the tenant
+_ADMIT: Final = struct.Struct("<QIIdIHH")
+_COMMIT: Final = struct.Struct("<QIII")  # handle, keep, #tokens, #chain
+_RELEASE: Final = struct.Struct("<Q")  # handle
+
+_INT: Final = np.dtype("<i4")
+_FLOAT: Final = np.dtype("<f4")
+_CHILD: Final = np.arange(MAX_CHILDREN, dtype=np.uint32)
+
+
+class MessageError(ValueError):
+    """A message that cannot be put on the wire, or bytes that are no message."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admit:
+    """A request enters under a fresh handle.
+
+    ``tokens``: int32 [<= MAX_TOKENS], the first chunk of its text (the rest follows as Commits); ``base``:
+    length of the whole text at admission; ``temperature``: 0 is greedy; ``max_length``: the text never grows
+    beyond.
+    """
+
+    handle: int
+    base: int
+    tokens: IntArray
+    temperature: float
+    max_length: int
+    stop_token_ids: tuple[int, ...]
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Commit:
+    """``tokens[:keep]`` of the text stay (fewer than there are: a rewind), ``tokens`` are appended.
+
+    ``chain``: int32 [n], what the target verifies now, possibly empty; ``chain_probs``: float32 [n].
+    """
+
+    handle: int
+    keep: int
+    tokens: IntArray
+    chain: IntArray
+    chain_probs: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The request is over; its handle never comes back."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nodes:
+    """``records``: NODE_DTYPE [n], expanded nodes of any requests in the order of their making."""
+
+    records: NodeArray
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """Counters that only grow since the worker's start, and gauges. Finite numbers only."""
+
+    values: dict[str, float]
+
+
+Command: TypeAlias = "Admit | Commit | Release"
+Report: TypeAlias = "Nodes | WorkerStats"
+
+
+def encode(message: Command | Report) -> tuple[int, bytes]:
+    """Kind and payload of a message. Raises MessageError for arrays of a wrong type or numbers that do not
+    fit."""
+    try:
+        if isinstance(message, Commit):
+            return COMMIT, _encode_commit(message)
+        if isinstance(message, Nodes):
+            return NODES, _raw(message.records, NODE_DTYPE, None)
+        if isinstance(message, Admit):
+            return ADMIT, _encode_admit(message)
+        if isinstance(message, Release):
+            return RELEASE, _RELEASE.pack(message.handle)
+        return STATS, json.dumps(message.values, allow_nan=False).encode()
+    except (struct.error, ValueError, TypeError, OverflowError) as error:
+        raise MessageError(f"cannot encode {type(message).__name__}: {error}") from error
+
+
+def decode_command(kind: int, payload: Buffer) -> Command:
+    """The command in ``payload``; its arrays own their memory. Raises MessageError."""
+    try:
+        if kind == COMMIT:
+            return _decode_commit(payload)
+        if kind == ADMIT:
+            return _decode_admit(payload)
+        if kind == RELEASE:
+            return Release(*_RELEASE.unpack(payload))
+    except (struct.error, ValueError, OverflowError) as error:
+        raise MessageError(f"not a command of kind {kind}: {error}") from error
+    raise MessageError(f"{kind} is no kind of command")
+
+
+def decode_reports(records: Iterable[tuple[int, Buffer]]) -> tuple[list[Report], int]:
+    """Reports in (kind, payload) records, and how many of the records were no reports.
+
+    All nodes come as one Nodes message, because what the reader pays is per message and not per node.
+    """
+    reports: list[Report] = []
+    parts: list[Buffer] = []
+    num_bad = 0
+    for kind, payload in records:
+        if kind == NODES:
+            parts.append(payload)
+            continue
+        try:
+            reports.append(_decode_stats(kind, payload))
+        except MessageError:
+            num_bad += 1
+    if parts:
+        try:
+            nodes = _decode_nodes(parts)
+        except MessageError:
+            good = [part for part in parts if _is_nodes(part)]
+            num_bad += len(parts) - len(good)
+            nodes = _decode_nodes(good)
+        if nodes.records.size:
+            reports.insert(0, nodes)
+    return reports, num_bad
+
+
+def _encode_admit(message: Admit) -> bytes:
+    if not 0.0 <= message.temperature < math.inf:
+        raise ValueError(f"temperature {message.temperature}")
+    tenant = message.tenant.encode()
+    header = _ADMIT.pack(
+        message.handle,
+        message.base,
+        message.max_length,
+        message.temperature,
+        len(message.tokens),
+        len(message.stop_token_ids),
+        len(tenant),
+    )
+    stops = struct.pack(f"<{len(message.stop_token_ids)}i", *message.stop_token_ids)
+    return b"".join((header, _raw(message.tokens, _INT, MAX_TOKENS), stops, tenant))
+
+
+def _decode_admit(payload: Buffer) -> Admit:
+    handle, base, max_length, temperature, num_tokens, num_stops, num_bytes = _ADMIT.unpack_from(payload)
+    if num_tokens > MAX_TOKENS or len(payload) != _ADMIT.size + 4 * (num_tokens + num_stops) + num_bytes:
+        raise ValueError("sizes do not add up")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}")
+    tokens = _array(payload, _INT, num_tokens, _ADMIT.size)
+    stops = struct.unpack_from(f"<{num_stops}i", payload, _ADMIT.size + 4 * num_tokens)
+    tenant = bytes(payload[len(payload) - num_bytes :]).decode()
+    return Admit(handle, base, tokens, temperature, max_length, stops, tenant)
+
+
+def _encode_commit(message: Commit) -> bytes:
+    num_chain = len(message.chain)
+    if len(message.chain_probs) != num_chain:
+        raise ValueError("chain and chain_probs differ in length")
+    header = _COMMIT.pack(message.handle, message.keep, len(message.tokens), num_chain)
+    tokens = _raw(message.tokens, _INT, MAX_TOKENS)
+    if not num_chain:
+        return header + tokens
+    chain = _raw(message.chain, _INT, MAX_TOKENS)
+    return b"".join((header, tokens, chain, _raw(message.chain_probs, _FLOAT, MAX_TOKENS)))
+
+
+def _decode_commit(payload: Buffer) -> Commit:
+    handle, keep, num_tokens, num_chain = _COMMIT.unpack_from(payload)
+    size = _COMMIT.size + 4 * (num_tokens + 2 * num_chain)
+    if max(num_tokens, num_chain) > MAX_TOKENS or len(payload) != size:
+        raise ValueError("sizes do not add up")
+    offset = _COMMIT.size
+    tokens = _array(payload, _INT, num_tokens, offset)
+    chain = _array(payload, _INT, num_chain, offset + 4 * num_tokens)
+    probs = _array(payload, _FLOAT, num_chain, offset + 4 * (num_tokens + num_chain))
+    if not np.isfinite(probs).all():
+        raise ValueError("chain_probs are not finite")
+    return Commit(handle, keep, tokens, chain, probs)
+
+
+def _decode_nodes(parts: Sequence[Buffer]) -> Nodes:
+    if any(len(part) % NODE_DTYPE.itemsize for part in parts):
+        raise MessageError("no whole number of nodes")
+    if not any(len(part) for part in parts):
+        return Nodes(np.empty(0, NODE_DTYPE))
+    # A bytearray, not bytes: the array over it is writable, as compiled readers want it.
+    records = np.frombuffer(bytearray().join(parts), NODE_DTYPE)
+    count = records["count"]
+    probs = records["probs"]
+    if count.max() > MAX_CHILDREN:
+        raise MessageError("a node with too many children")
+    if not ((probs >= 0) & (probs < np.inf) | (count[:, None] <= _CHILD)).all():
+        raise MessageError("a node with a bad probability")
+    return Nodes(records)
+
+
+def _is_nodes(part: Buffer) -> bool:
+    try:
+        _decode_nodes([part])
+    except MessageError:
+        return False
+    return True
+
+
+def _decode_stats(kind: int, payload: Buffer) -> WorkerStats:
+    if kind != STATS:
+        raise MessageError(f"{kind} is no kind of report")
+    try:
+        values = json.loads(bytes(payload))
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        floats = {name: _finite(value) for name, value in values.items()}
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise MessageError(f"not worker statistics: {error}") from error
+    return WorkerStats(floats)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def _raw(array: npt.NDArray[Any], dtype: np.dtype[Any], most: int | None) -> bytes:
+    if array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"a vector of {dtype} is wanted, not {array.ndim} dimensions of {array.dtype}")
+    if most is not None and array.size > most:
+        raise ValueError(f"{array.size} entries, at most {most} fit one command")
+    return array.tobytes()
+
+
+def _array(payload: Buffer, dtype: np.dtype[Any], count: int, offset: int) -> npt.NDArray[Any]:
+    if not count:
+        return np.empty(0, dtype)
+    return np.frombuffer(payload, dtype, count, offset).copy()
