@@ -1,7 +1,7 @@
 """`make demo`: real completions with and without double, side by side, on the bundled pair.
 
-Two servers on the same cores answer the same held-out prompts at batch 1 and 4. The target is the bundled one,
-made as costly as a larger model (benchmarks/pair/inflate.py), in float32, so that every text has to be
+Two servers on the same cores answer the same held-out prompts at batch 1 and 4. The target is the bundled
+one, made as costly as a larger model (benchmarks/pair/inflate.py), in float32, so that every text has to be
 identical; if one is not, the exit status is 1.
 """
 

@@ -45,14 +45,17 @@ def speculation(before: dict[str, float], after: dict[str, float]) -> Speculatio
     drafts = grown("vllm:spec_decode_num_drafts_total")
     drafted = grown("vllm:spec_decode_num_draft_tokens_total")
     accepted = grown("vllm:spec_decode_num_accepted_tokens_total")
-    # A sequence's forward commits one token of its own and the accepted ones.
-    forwards = None if generated is None else generated - (accepted or 0.0)
-    seconds = grown("vllm:double_draft_forward_seconds_total")
-    step = _ratio(seconds, grown("vllm:double_draft_iterations_total"))
+    forwards = grown("vllm:double_request_forwards_total")
+    if forwards is None and generated is not None:
+        # A sequence's forward commits one token of its own and the accepted ones.
+        forwards = generated - (accepted or 0.0)
+    step = _ratio(
+        grown("vllm:double_worker_forward_seconds_total"), grown("vllm:double_worker_iterations_total")
+    )
     return Speculation(
         tokens_per_forward=_ratio(generated, forwards),
         acceptance=_ratio(accepted, drafted),
         chain_length=_ratio(drafted, drafts),
-        hit_rate=_ratio(grown("vllm:double_hits_total"), grown("vllm:double_rounds_total")),
+        hit_rate=_ratio(grown("vllm:double_hits_total"), grown("vllm:double_harvests_total")),
         draft_step_ms=None if step is None else 1000 * step,
     )

@@ -2,9 +2,9 @@
 
     python -m benchmarks.parity --num-prompts 128 --max-tokens 256 --batch 1 8
 
-Prefix caching is on. In float32 every token has to be the same: the exit status is 1 otherwise. ``--divergences
-FILE`` keeps, as JSON lines, what an analysis of other dtypes needs: the prompt, the common text, and the two tokens
-at the first difference.
+Prefix caching is on. In float32 every token has to be the same: the exit status is 1 otherwise.
+``--divergences FILE`` keeps, as JSON lines, what an analysis of other dtypes needs: the prompt, the common
+text, and the two tokens at the first difference.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.run --layers 66 --temperature 0 1 --batch 1 4
 
-First every variant of every arm (chain lengths, thread splits) answers once, then the best of each arm in a cell
-is measured in interleaved rounds. A row holds quantiles over the rounds; ``speedup`` is the median of the
-round-wise ratio.
+First every variant of every arm (chain lengths, thread splits) answers once, then the best of each arm
+is measured in interleaved rounds, cell by cell. A row holds quantiles over the rounds; ``speedup`` is the
+median of the round-wise ratio.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def one_round(
             fleet.warm_up(requests[: cell.batch], cell.batch)
             rates[cell] = fleet.ask(arm, requests, cell.batch).tokens_per_second
             print(
-                f"trying T={cell.temperature:g} batch {cell.batch:<3} {arm.label:<28} {rates[cell]:8.1f} tokens/s",
+                f"trying T={cell.temperature:g} batch {cell.batch:<3} {arm.label:<28} {rates[cell]:8.1f}/s",
                 flush=True,
             )
     return rates

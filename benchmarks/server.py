@@ -25,7 +25,7 @@ from benchmarks.machine import has_cuda, preload
 
 __all__ = ["MARK", "Server", "ServerConfig", "ServerError"]
 
-MARK = "VLLM_DOUBLE_BENCH_ID"  # in the environment of whatever a server starts, however detached
+MARK = "DOUBLE_BENCH_ID"  # in the environment of whatever a server starts, however detached
 PR_SET_PDEATHSIG = 1
 
 
@@ -37,8 +37,8 @@ class ServerError(RuntimeError):
 class ServerConfig:
     """What `vllm serve` is called with.
 
-    ``speculative`` is the value of --speculative-config, ``threads`` that of VLLM_CPU_OMP_THREADS_BIND (None: not
-    set), ``cores`` all that the server and whatever it starts may use.
+    ``speculative`` is the value of --speculative-config, ``threads`` that of VLLM_CPU_OMP_THREADS_BIND (None:
+    not set), ``cores`` all that the server and whatever it starts may use.
     """
 
     target: Path
@@ -90,9 +90,10 @@ def free_port() -> int:
 
 
 def family(leader: int, identity: str, known: set[psutil.Process]) -> set[psutil.Process]:
-    """All living processes of a server: its session, whatever carries its mark, what was known before, and their
-    descendants. One sign alone is not enough: process titles overwrite the environment, daemons leave the session,
-    and orphans lose their parent.
+    """All living processes of a server: its session, its mark, what was known before, and their descendants.
+
+    One sign alone is not enough: process titles overwrite the environment, daemons leave the session, and
+    orphans lose their parent.
     """
     found = {process for process in known if _alive(process)}
     for process in psutil.process_iter():
@@ -124,7 +125,7 @@ class Server:
     """A running `vllm serve`; a context manager that ends it, and everything that it started, on exit."""
 
     def __init__(self, name: str, config: ServerConfig, log_folder: Path | None = None) -> None:
-        """Starts the process; ``wait_healthy`` waits until it answers. The log lies in ``log_folder`` or /tmp."""
+        """Starts the process; ``wait_healthy`` waits until it answers. The log lies in ``log_folder``."""
         self.name = name
         self.config = config
         self.identity = uuid.uuid4().hex
@@ -160,8 +161,8 @@ class Server:
     ) -> None:
         self.stop()
 
-    def wait_healthy(self, deadline_s: float = 300.0) -> float:
-        """Waits for /health; returns the seconds waited. ServerError with the log's end when it does not come."""
+    def wait_healthy(self, deadline_s: float = 600.0) -> float:
+        """Waits for /health; returns the seconds waited. ServerError with the log's end if it never comes."""
         start = time.monotonic()
         while time.monotonic() - start < deadline_s:
             if self._process.poll() is not None:
@@ -217,7 +218,7 @@ class Server:
         return total
 
     def stop(self, grace_s: float = 20.0) -> None:
-        """SIGTERM to the server, SIGKILL to what is left after the grace; ServerError if anything survives that."""
+        """SIGTERM to the server, SIGKILL to what is left after the grace; ServerError if that fails."""
         self.processes()
         if self._process.poll() is None:
             self._process.terminate()

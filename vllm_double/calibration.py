@@ -4,50 +4,52 @@ Each listed child of a node on the committed path is a labelled example, at no c
 not. A table of decaying counts by source, probability bucket and temperature turns a source's own figure into a chance.
 """
 
-__all__ = ["Calibration"]
+__all__ = ["NUM_BUCKETS", "Calibration"]
 
-_NUM_BUCKETS = 20
+NUM_BUCKETS = 20
 _DECAY_AT = 4000.0  # trials in a bucket beyond which old ones count half
 _PRIOR_TRIALS = 20.0
 
 
 class Calibration:
-    """Observed acceptance by (source, bucket of the source's own probability, greedy or sampled)."""
+    """Observed acceptance by source, by bucket of the source's own probability, and by greedy or sampled."""
 
     def __init__(self) -> None:
-        self._hits: dict[tuple[str, int, bool], float] = {}
-        self._trials: dict[tuple[str, int, bool], float] = {}
-        self._probs: dict[tuple[str, int, bool], float] = {}
+        self._curves: dict[tuple[str, bool], list[float]] = {}
+        self._hits: dict[tuple[str, bool], list[float]] = {}
+        self._trials: dict[tuple[str, bool], list[float]] = {}
 
-    @staticmethod
-    def _key(source: str, raw: float, temperature: float) -> tuple[str, int, bool]:
-        return source, min(int(raw * _NUM_BUCKETS), _NUM_BUCKETS - 1), temperature > 0
+    def curve(self, source: str, sampled: bool) -> list[float]:
+        """The live table of one source, float [NUM_BUCKETS + 1]: entry int(raw * NUM_BUCKETS) is the chance, in (0, 1).
 
-    def probability(self, source: str, raw: float, temperature: float) -> float:
-        """The chance that the target agrees with a token to which ``source`` gave ``raw``; in (0, 1)."""
-        key = source, min(int(raw * _NUM_BUCKETS), _NUM_BUCKETS - 1), temperature > 0
-        prob = self._probs.get(key)
-        # Within an unseen bucket the source's own figure is the best guess.
-        return prob if prob is not None else min(max(raw, 1e-4), 0.995)
+        sampled: whether the request has a temperature. Before anything is observed a source is taken at its word.
+        """
+        key = source, sampled
+        if key not in self._curves:
+            middles = [(bucket + 0.5) / NUM_BUCKETS for bucket in range(NUM_BUCKETS)]
+            self._curves[key] = [*middles, middles[-1]]
+            self._trials[key] = [_PRIOR_TRIALS] * NUM_BUCKETS
+            self._hits[key] = [_PRIOR_TRIALS * middle for middle in middles]
+        return self._curves[key]
 
-    def observe(self, source: str, raw: float, temperature: float, agreed: bool) -> None:
+    def observe(self, source: str, raw: float, sampled: bool, agreed: bool) -> None:
         """Count one example: the target did (``agreed``) or did not continue with the token."""
-        key = self._key(source, raw, temperature)
-        trials = self._trials.get(key)
-        if trials is None:
-            middle = (key[1] + 0.5) / _NUM_BUCKETS
-            trials, hits = _PRIOR_TRIALS, _PRIOR_TRIALS * middle
-        else:
-            hits = self._hits[key]
-        trials, hits = trials + 1.0, hits + agreed
-        if trials > _DECAY_AT:
-            trials, hits = trials / 2, hits / 2
-        self._trials[key], self._hits[key] = trials, hits
-        self._probs[key] = min(max(hits / trials, 1e-4), 0.995)
+        curve = self.curve(source, sampled)
+        trials, hits = self._trials[source, sampled], self._hits[source, sampled]
+        bucket = min(int(raw * NUM_BUCKETS), NUM_BUCKETS - 1)
+        trials[bucket] += 1.0
+        hits[bucket] += agreed
+        if trials[bucket] > _DECAY_AT:
+            trials[bucket] /= 2
+            hits[bucket] /= 2
+        curve[bucket] = min(max(hits[bucket] / trials[bucket], 1e-4), 0.995)
+        curve[NUM_BUCKETS] = curve[NUM_BUCKETS - 1]
 
-    def table(self) -> list[tuple[str, float, bool, float, float]]:
-        """Rows (source, bucket's lower edge, sampled, observed frequency, trials) for a reliability plot."""
+    def table(self) -> list[tuple[str, bool, float, float, float]]:
+        """Rows (source, sampled, bucket's lower edge, observed frequency, trials) for a reliability plot."""
         return [
-            (source, bucket / _NUM_BUCKETS, sampled, self._probs[source, bucket, sampled], trials)
-            for (source, bucket, sampled), trials in sorted(self._trials.items())
+            (source, sampled, bucket / NUM_BUCKETS, curve[bucket], self._trials[source, sampled][bucket] - _PRIOR_TRIALS)
+            for (source, sampled), curve in sorted(self._curves.items())
+            for bucket in range(NUM_BUCKETS)
+            if self._trials[source, sampled][bucket] > _PRIOR_TRIALS
         ]

@@ -20,7 +20,7 @@ class DoubleConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = Field(True, description="false: no drafts are made and nothing is started; a switch for tests of cost")
+    enabled: bool = Field(True, description="false: the settings are checked and vLLM then runs as if they were not there")
     context_retrieval: bool = Field(True, description="retrieve continuations from the request's own prompt and output")
     draft_device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='the draft\'s device: "cpu", "cuda:1"; "auto": the platform\'s'

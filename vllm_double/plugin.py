@@ -65,6 +65,9 @@ def _create(
         config = build(raw)
         if getattr(engine_args, "async_scheduling", None):
             raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
+        if config is None:
+            _logger.info('method double is switched off ("enabled": false): this is plain vLLM')
+            return None
         _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
         expose(config.metrics_key, target_parallel_config.data_parallel_size)
         return config

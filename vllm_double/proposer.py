@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.calibration import Calibration
+from vllm_double.calibration import NUM_BUCKETS, Calibration
 from vllm_double.control import StepCost, chain_lengths
 from vllm_double.counters import Counters
 from vllm_double.hashing import mix, seed
 from vllm_double.retrieval.base import Continuation, Retriever
 from vllm_double.transport.base import TargetEnd
 from vllm_double.transport.messages import Admit, Commit, Nodes, Release
-from vllm_double.trie import Edge, PathToken, SpeculationTrie
+from vllm_double.trie import DRAFT, Edge, PathToken, SpeculationTrie
 
 __all__ = ["Proposer", "RequestParams", "Row"]
 
@@ -24,6 +24,7 @@ _INDEX_TOKENS_PER_ROUND = 4096
 _ADMIT_TOKENS_PER_COMMAND = 8192
 _ADMIT_TOKENS_PER_ROUND = 65536
 _DRAIN_BYTES_PER_ROUND = 1 << 20
+_CHILDREN_READ = 4  # of a drafted node: a less probable one is never the best way on
 _MIN_REACH = 0.01  # a retrieved path is taken no further than this
 
 
@@ -78,14 +79,13 @@ class Proposer:
 
     def __init__(
         self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
-        clock: Callable[[], float], *, vocab_size: int,
+        clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self.enabled = True
         self.counters = Counters()
         self.calibration = Calibration()
         self.step_cost = StepCost()
         self._num_tokens = num_speculative_tokens
-        self._vocab_size = vocab_size
         self._end = end
         self._retrievers = list(retrievers)
         self._clock = clock
@@ -101,7 +101,7 @@ class Proposer:
         """A request enters with its prompt, or with a new text under a known id. Cheap: indexing goes in slices."""
         self.finish(request_id)
         key = self._new_key()
-        request = _Request(key, params, len(tokens), SpeculationTrie(seed(key), len(tokens)))
+        request = _Request(key, params, len(tokens), self._new_trie(key, len(tokens), params))
         self._requests[request_id] = request
         if params.use_drafts:
             for retriever in self._retrievers:
@@ -148,25 +148,21 @@ class Proposer:
         if self._end is None:
             return
         self.counters.rounds_without_worker += self._end.session == 0
-        probability = self.calibration.probability
         for report in self._end.drain(_DRAIN_BYTES_PER_ROUND):
             if not isinstance(report, Nodes):
                 self.counters.worker = report.values
                 continue
             records = report.records
-            columns = [records[name].tolist() for name in ("handle", "prefix_hash", "position", "count", "tokens", "probs")]
-            for handle, prefix_hash, position, count, tokens, probs in zip(*columns, strict=True):
+            best = slice(0, _CHILDREN_READ)
+            for handle, prefix_hash, position, tokens, probs in zip(
+                records["handle"].tolist(), records["prefix_hash"].tolist(), records["position"].tolist(),
+                records["tokens"][:, best].tolist(), records["probs"][:, best].tolist(), strict=True,
+            ):  # fmt: skip
                 request = self._by_handle.get(handle)
                 if request is None or position < request.length:
                     self.counters.late_nodes += 1
-                    continue
-                temperature = request.params.temperature
-                edges = [
-                    Edge(token, probability("draft", prob, temperature), "draft", prob)
-                    for token, prob in zip(tokens[:count], probs, strict=False)
-                    if token < self._vocab_size  # the draft's vocabulary may be padded further than the target's
-                ]
-                request.trie.insert(prefix_hash, position, edges)
+                else:
+                    request.trie.insert(prefix_hash, position, tokens, probs)
 
     def _commit(self, request: _Request, row: Row) -> None:
         """Walk the trie by what the target said; every listed child on the way is an example for the calibration."""
@@ -185,10 +181,10 @@ class Proposer:
         request.length = known + row.num_sampled
         if not request.params.use_drafts or request.finished:
             return
-        trie, temperature = request.trie, request.params.temperature
+        trie, sampled = request.trie, request.params.temperature > 0
         for token in new:
-            for edge in trie.edges(trie.root_hash).values():
-                self.calibration.observe(edge.source, edge.raw, temperature, edge.token == token)
+            for source, raw, said in trie.examples():
+                self.calibration.observe(source, raw, sampled, said == token)
             trie.commit(token)
         for retriever in self._retrievers:
             retriever.extend(request.key, new)
@@ -229,10 +225,11 @@ class Proposer:
         """Give retrieved tokens a chance: the share of occurrences that went on so, trusted more the longer the match."""
         edges: list[Edge] = []
         reach = 1.0
+        curve = self.calibration.curve(source, request.params.temperature > 0)
         for place, token in enumerate(found.tokens):
             trust = 1.0 - 0.5 ** ((found.match_length + place) / 2)
             raw = trust * found.counts[place] / (found.totals[place] + 0.1)
-            prob = self.calibration.probability(source, raw, request.params.temperature)
+            prob = curve[int(raw * NUM_BUCKETS)]
             reach *= prob
             if reach < _MIN_REACH:
                 break
@@ -285,7 +282,7 @@ class Proposer:
             self._dismiss(request)
             return
         self._by_handle[handle] = request
-        request.trie = SpeculationTrie(seed(handle), len(tokens))
+        request.trie = self._new_trie(handle, len(tokens), params)
 
     def _dismiss(self, request: _Request) -> None:
         """Have the worker forget the request, now or when there is room to say so."""
@@ -310,7 +307,10 @@ class Proposer:
                 retriever.stop(request.key)
                 retriever.start(request.key, tokens)
             self._dismiss(request)
-            request.trie = SpeculationTrie(seed(request.key), len(tokens))
+            request.trie = self._new_trie(request.key, len(tokens), request.params)
+
+    def _new_trie(self, handle: int, length: int, params: RequestParams) -> SpeculationTrie:
+        return SpeculationTrie(seed(handle), length, self.calibration.curve(DRAFT, params.temperature > 0))
 
     def _new_key(self) -> int:
         self._last_key += 1

@@ -7,11 +7,14 @@ same trie. Nodes are named by the hash of the text before them, so that a record
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vllm_double.calibration import NUM_BUCKETS
 from vllm_double.hashing import mix
 
-__all__ = ["Edge", "PathToken", "SpeculationTrie"]
+__all__ = ["DRAFT", "Edge", "PathToken", "SpeculationTrie"]
 
-_MIN_EDGE_PROB = 0.02  # an edge below this cannot be part of a chain worth verifying
+DRAFT = "draft"
+_RIVALS = 3  # edges of a node that can be the way of the best path
+_RIVAL_SHARE = 0.3  # of the best edge's chance, below which an edge is no rival
 
 
 class Edge(NamedTuple):
@@ -33,85 +36,126 @@ class PathToken(NamedTuple):
 
 
 class SpeculationTrie:
-    """Edges by the hash of the prefix before them. ``position`` is the length of the committed text."""
+    """Edges by the hash of the prefix before them. ``position`` is the length of the committed text.
 
-    def __init__(self, root_hash: int, position: int) -> None:
+    ``curve``: the draft's live table of Calibration.curve, float [NUM_BUCKETS + 1].
+    What the worker drafts is kept as it came: most of it is never looked at, because the target goes another way.
+    """
+
+    def __init__(self, root_hash: int, position: int, curve: Sequence[float]) -> None:
         self.root_hash = root_hash
         self.position = position
-        self._edges: dict[int, dict[int, Edge]] = {}
-        self._hashes_at: dict[int, list[int]] = {}
+        self._curve = curve
+        self._drafted: dict[int, tuple[list[int], list[float]]] = {}
+        self._grafted: dict[int, dict[int, Edge]] = {}
+        self._hashes_at: dict[int, set[int]] = {}
 
     def __len__(self) -> int:
-        return len(self._edges)
-
-    def edges(self, prefix_hash: int) -> dict[int, Edge]:
-        """The edges behind a prefix by token; empty where nothing is known. Not to be changed."""
-        return self._edges.get(prefix_hash, {})
+        return len(self._drafted.keys() | self._grafted.keys())
 
     @property
     def has_hit(self) -> bool:
         """Whether something is ready behind the root."""
-        return self.root_hash in self._edges
+        return self.root_hash in self._drafted or self.root_hash in self._grafted
 
-    def insert(self, prefix_hash: int, position: int, edges: Sequence[Edge]) -> None:
-        """Edges behind a prefix of ``position`` tokens. What lies before the root is late and is dropped."""
-        if position < self.position or not edges:
-            return
-        known = self._edges.get(prefix_hash)
-        if known is None:
-            known = self._edges[prefix_hash] = {}
-            self._hashes_at.setdefault(position, []).append(prefix_hash)
-        for edge in edges:
-            old = known.get(edge.token)
-            if old is None or edge.prob > old.prob or edge.source == old.source:
-                known[edge.token] = edge
+    def insert(self, prefix_hash: int, position: int, tokens: list[int], probs: list[float]) -> None:
+        """What the draft says behind a prefix of ``position`` tokens, best first. Before the root it is late, and dropped."""
+        if position >= self.position:
+            self._drafted[prefix_hash] = (tokens, probs)
+            self._file(prefix_hash, position)
 
     def graft(self, prefix_hash: int, position: int, path: Sequence[Edge]) -> None:
-        """A path of consecutive tokens behind a prefix of ``position`` tokens."""
+        """A retrieved path of consecutive tokens behind a prefix of ``position`` tokens."""
         for edge in path:
-            self.insert(prefix_hash, position, (edge,))
+            if position >= self.position:
+                self._grafted.setdefault(prefix_hash, {})[edge.token] = edge
+                self._file(prefix_hash, position)
             prefix_hash = mix(prefix_hash, edge.token)
             position += 1
+
+    def _file(self, prefix_hash: int, position: int) -> None:
+        hashes = self._hashes_at.get(position)
+        if hashes is None:
+            self._hashes_at[position] = {prefix_hash}
+        else:
+            hashes.add(prefix_hash)
+
+    def _ways(self, prefix_hash: int) -> list[tuple[float, int, str]]:
+        """The (chance, token, source) behind a prefix that a best path may take, most probable first."""
+        ways: list[tuple[float, int, str]] = []
+        drafted = self._drafted.get(prefix_hash)
+        if drafted is not None:
+            tokens, probs = drafted
+            floor = 0.0
+            for token, raw in zip(tokens, probs, strict=True):
+                prob = self._curve[int(raw * NUM_BUCKETS)]
+                if prob < floor:
+                    break
+                floor = max(floor, prob * _RIVAL_SHARE)
+                ways.append((prob, token, DRAFT))
+        grafted = self._grafted.get(prefix_hash)
+        if grafted is None:
+            return ways[:_RIVALS]
+        for edge in grafted.values():
+            # Where two sources agree on a token, the better chance counts.
+            rival = next((way for way in ways if way[1] == edge.token), None)
+            if rival is None or edge.prob > rival[0]:
+                if rival is not None:
+                    ways.remove(rival)
+                ways.append((edge.prob, edge.token, edge.source))
+        ways.sort(reverse=True)
+        floor = ways[0][0] * _RIVAL_SHARE
+        return [way for way in ways[:_RIVALS] if way[0] >= floor]
+
+    def examples(self) -> list[tuple[str, float, int]]:
+        """Everything that was said about the token behind the root, as (source, raw, token)."""
+        drafted = self._drafted.get(self.root_hash)
+        said = [(DRAFT, raw, token) for token, raw in zip(*drafted, strict=True)] if drafted is not None else []
+        grafted = self._grafted.get(self.root_hash)
+        if grafted is not None:
+            said.extend((edge.source, edge.raw, edge.token) for edge in grafted.values())
+        return said
 
     def commit(self, token: int) -> None:
         """Move the root by one committed token; nodes at the old root's position fall away."""
         for prefix_hash in self._hashes_at.pop(self.position, ()):
-            del self._edges[prefix_hash]
+            self._drafted.pop(prefix_hash, None)
+            self._grafted.pop(prefix_hash, None)
         self.root_hash = mix(self.root_hash, token)
         self.position += 1
 
     def best_path(self, max_tokens: int) -> list[PathToken]:
         """The path from the root with the highest expected number of accepted tokens, of at most ``max_tokens``."""
-        best: dict[int, tuple[float, Edge | None]] = {}
+        best: dict[int, tuple[tuple[float, int, str], int]] = {}  # the best way behind a prefix, and where it leads
 
         def value(prefix_hash: int, room: int) -> float:
-            known = best.get(prefix_hash)
-            if known is not None:
-                return known[0]
-            top, choice = 0.0, None
-            if room > 0:
-                for edge in self._edges.get(prefix_hash, {}).values():
-                    # No subtree is worth more than ``room`` tokens: most edges need not be looked at.
-                    if edge.prob >= _MIN_EDGE_PROB and edge.prob * room > top:
-                        worth = edge.prob * (1.0 + value(mix(prefix_hash, edge.token), room - 1))
-                        if worth > top:
-                            top, choice = worth, edge
-            best[prefix_hash] = (top, choice)
+            top = 0.0
+            for way in self._ways(prefix_hash):
+                prob = way[0]
+                if prob * room <= top:
+                    break
+                child = mix(prefix_hash, way[1])
+                known = room > 1 and (child in self._drafted or child in self._grafted)
+                worth = prob * (1.0 + value(child, room - 1)) if known else prob
+                if worth > top:
+                    top = worth
+                    best[prefix_hash] = way, child
             return top
 
-        value(self.root_hash, max_tokens)
+        if max_tokens > 0:
+            value(self.root_hash, max_tokens)
         path: list[PathToken] = []
         prefix_hash, reach = self.root_hash, 1.0
-        while (entry := best.get(prefix_hash)) is not None and entry[1] is not None:
-            edge = entry[1]
-            reach *= edge.prob
-            path.append(PathToken(edge.token, edge.prob, edge.source, reach))
-            prefix_hash = mix(prefix_hash, edge.token)
+        while (entry := best.get(prefix_hash)) is not None and len(path) < max_tokens:
+            (prob, token, source), prefix_hash = entry
+            reach *= prob
+            path.append(PathToken(token, prob, source, reach))
         return path
 
     def check_integrity(self) -> None:
         """Assert that every node is filed once, at a position that is not committed yet."""
         filed = [h for hashes in self._hashes_at.values() for h in hashes]
-        assert len(filed) == len(set(filed)) and set(filed) == set(self._edges), "files differ from edges"
+        assert len(filed) == len(set(filed)), "a node is filed twice"
+        assert set(filed) == self._drafted.keys() | self._grafted.keys(), "files differ from edges"
         assert all(position >= self.position for position in self._hashes_at), "a node lies before the root"
-        assert all(token == edge.token for edges in self._edges.values() for token, edge in edges.items())
+        assert all(token == edge.token for edges in self._grafted.values() for token, edge in edges.items())

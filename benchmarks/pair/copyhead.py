@@ -11,7 +11,6 @@ dimensions that hold a projection of the previous token, and a last one that is 
 from __future__ import annotations
 
 import torch
-
 from model import THETA, Attention, Layer, Llama
 
 SPREAD = 0.04  # standard deviation of the embeddings' content dimensions

@@ -159,7 +159,11 @@ def make_edit(rng: Generator, lines: list[str], names: list[str], characters: in
         if not twice:
             return None
         old = twice[int(rng.integers(len(twice)))]
-        new = f"{old}_{int(rng.integers(2, 10))}" if rng.random() < 0.2 else names[int(rng.integers(len(names)))]
+        new = (
+            f"{old}_{int(rng.integers(2, 10))}"
+            if rng.random() < 0.2
+            else names[int(rng.integers(len(names)))]
+        )
         if new == old or new in found:
             return None
         return Edit("rename", before, f"rename {old} -> {new}", re.sub(rf"\b{re.escape(old)}\b", new, before))
@@ -223,7 +227,9 @@ class Corpus:
         encoded = self.tokenizer.encode_batch(files)
         self.stream = np.concatenate([np.array([*e.ids, EOS_ID], dtype=np.int64) for e in encoded])
         self.lines = [text.splitlines() for text in files]
-        self.names = sorted({w for text in files for w in IDENTIFIER.findall(text) if not keyword.iskeyword(w)})
+        self.names = sorted(
+            {w for text in files for w in IDENTIFIER.findall(text) if not keyword.iskeyword(w)}
+        )
         sizes = np.array([len(text) for text in files], dtype=np.float64)
         self.weights = sizes / sizes.sum()
 

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-
 from data import EOS_ID, HELD_OUT, IDENTIFIER, make_edit, modules
+from tokenizers import Tokenizer
 
 COMPLETIONS, EDITS = 176, 40
 PROMPT_TOKENS = (60, 200)
@@ -29,7 +28,11 @@ LOOP_TAIL, LOOP_PERIOD = 64, 16
 
 def completion_prompt(rng: np.random.Generator, tokenizer: Tokenizer, lines: list[str]) -> str | None:
     """Whole lines of 60 to 200 tokens; half of them end with the header of a function or a class."""
-    headers = [i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class ")) and line.endswith(":")]
+    headers = [
+        i
+        for i, line in enumerate(lines)
+        if line.lstrip().startswith(("def ", "class ")) and line.endswith(":")
+    ]
     bodies = [i for i, line in enumerate(lines) if line.startswith("    ") and line.strip()]
     ends = headers if rng.random() < 0.5 else bodies
     if not ends:
@@ -112,7 +115,9 @@ def greedy(model: Any, prompts: list[list[int]], new: int, rows: int = 54) -> li
         width = max(len(prompts[i]) for i in part)
         ids = torch.tensor([[EOS_ID] * (width - len(prompts[i])) + prompts[i] for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=EOS_ID)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=EOS_ID
+        )
         for i, row in zip(part, out[:, width:].tolist(), strict=True):
             texts[i] = row[: row.index(EOS_ID)] if EOS_ID in row else row
     return texts
@@ -188,7 +193,9 @@ def write_prompts(pair: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", type=Path, default=Path(__file__).parent)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--write-prompts", action="store_true")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from data import EOS_ID, MAX_POSITIONS, VOCABULARY, save_tokenizer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-
-from data import EOS_ID, MAX_POSITIONS, VOCABULARY, save_tokenizer
 
 THETA = 10000.0
 EPSILON = 1e-5
@@ -28,7 +27,7 @@ class Shape:
     intermediate: int
 
 
-TARGET = Shape(hidden=256, layers=6, heads=4, intermediate=512)
+TARGET = Shape(hidden=256, layers=4, heads=4, intermediate=512)
 DRAFT = Shape(hidden=128, layers=2, heads=4, intermediate=384)
 
 
@@ -152,7 +151,9 @@ def configuration(shape: Shape) -> dict[str, object]:
 def export(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the model as bfloat16 safetensors with configuration and tokenizer."""
     save_tokenizer(tokenizer, folder)
-    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    weights = {
+        name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     (folder / "config.json").write_text(json.dumps(configuration(model.shape), indent=2) + "\n")

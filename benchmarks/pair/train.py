@@ -12,7 +12,9 @@ import sys
 
 if os.environ.get("MALLOC_MMAP_MAX_") is None and __name__ == "__main__":
     # glibc returns every large buffer to the system otherwise, and faults it in again at each step.
-    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456")
+    os.environ.update(
+        MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456"
+    )
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import argparse
@@ -27,12 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from torch import Tensor
-
 from copyhead import install
 from data import CURRICULUM, EOS_ID, Corpus, fingerprint, modules, phase_at, train_tokenizer
+from evaluate import evaluate, write_prompts
 from model import DRAFT, TARGET, Llama, Shape, describe, export
+from tokenizers import Tokenizer
+from torch import Tensor
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
                 shapes.setdefault(tuple(parameter.shape), []).append(parameter)
-            list(self.pool.map(lambda parameters, group=group: self.update(group, parameters), shapes.values()))
+            list(
+                self.pool.map(lambda parameters, group=group: self.update(group, parameters), shapes.values())
+            )
 
     @torch.no_grad()
     def update(self, group: dict[str, float], parameters: list[torch.nn.Parameter]) -> None:
@@ -140,7 +144,9 @@ class Run:
     part: int = 1024  # tokens in a part of a batch
 
 
-def fit(run: Run, corpus: Corpus, held: np.ndarray, teacher: Llama | None = None) -> tuple[Llama, dict[str, float]]:
+def fit(
+    run: Run, corpus: Corpus, held: np.ndarray, teacher: Llama | None = None
+) -> tuple[Llama, dict[str, float]]:
     """Trains (or goes on training) a model; with a teacher, code and edits are learned from its distribution."""
     torch.manual_seed(run.seed)
     model = Llama(run.shape)
@@ -199,19 +205,21 @@ def fit(run: Run, corpus: Corpus, held: np.ndarray, teacher: Llama | None = None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--work", type=Path, default=Path("/tmp/pair/work"), help="checkpoints")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--target-tokens", type=int, default=2_400_000)
-    parser.add_argument("--draft-tokens", type=int, default=2_400_000)
-    parser.add_argument("--batch", type=int, default=4096, help="tokens in a step, a multiple of 1024")
+    parser.add_argument("--target-tokens", type=int, default=1_200_000)
+    parser.add_argument("--draft-tokens", type=int, default=1_200_000)
+    parser.add_argument("--batch", type=int, default=3072, help="tokens in a step, a multiple of 1024")
     parser.add_argument("--target-rate", type=float, default=5e-3)
     parser.add_argument("--draft-rate", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--export-seconds", type=float, default=180.0, help="between checkpoints")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # the threads take parts of a batch instead
     args.work.mkdir(parents=True, exist_ok=True)
 
     train, held = modules()
@@ -221,10 +229,12 @@ def main() -> None:
     corpus = Corpus(tokenizer, train)
     encoded = tokenizer.encode_batch(list(held.values()))
     stream = np.concatenate([np.array([*e.ids, EOS_ID], dtype=np.int64) for e in encoded])
-    print(f"{len(train)} modules, {len(corpus.stream)} tokens; held out {len(held)}, {len(stream)}", flush=True)
+    print(
+        f"{len(train)} modules, {len(corpus.stream)} tokens; held out {len(held)}, {len(stream)}", flush=True
+    )
 
-    common: dict[str, Any] = {"batch": args.batch, "seed": args.seed, "work": args.work, "export_seconds": args.export_seconds}
-    common["threads"] = args.threads
+    common: dict[str, Any] = {"batch": args.batch, "seed": args.seed, "work": args.work}
+    common |= {"export_seconds": args.export_seconds, "threads": args.threads}
     target_run = Run("target", TARGET, args.target_tokens, rate=args.target_rate, **common)
     target, target_facts = fit(target_run, corpus, stream)
     target = target.bfloat16().float().eval()  # the teacher is the target as stored
@@ -248,7 +258,11 @@ def main() -> None:
         "draft": {**describe(DRAFT), **draft_facts, "held_out_loss": round(held_loss(draft, stream), 4)},
     }
     (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
+    print(json.dumps(facts, indent=2), flush=True)
+    torch.set_num_threads(args.threads)
+    write_prompts(args.output)
+    report = evaluate(args.output, new=256)
+    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

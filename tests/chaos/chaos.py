@@ -1,7 +1,8 @@
 """Finding, killing and counting the processes of one run, and what it leaves on the machine.
 
-A run is named by a token in the environment of its first process (``VLLM_DOUBLE_RUN``), which all descendants inherit.
-Some of Ray's processes overwrite their environment with their title, so the sessions of our hosts are followed too.
+A run is named by a token in the environment of its first process (``VLLM_DOUBLE_RUN``), which all
+descendants inherit. Some of Ray's processes overwrite their environment with their title, so the sessions of
+our hosts are followed too.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _read(pid: int) -> Process | None:
 
 
 def all_processes() -> list[Process]:
-    found = (_read(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    found = (_read(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
     return [process for process in found if process is not None]
 
 
@@ -125,7 +126,8 @@ def wait_for(look: Callable[[], T], timeout_s: float, explain: Callable[[], str]
 
 
 def footprint(pids: Iterable[int] = ()) -> set[str]:
-    """What a run may leave behind: runtime folders, sockets below them, OpenMP's and other entries of /dev/shm.
+    """What a run may leave behind: runtime folders, sockets below them, OpenMP's and other entries of
+    /dev/shm.
 
     Entries of OpenMP name a process; those of other processes than ``pids`` are not counted.
     """

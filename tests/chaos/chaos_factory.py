@@ -24,7 +24,9 @@ def build(settings: dict[str, Any]) -> BeatingWorker:
 
 
 def build_with_openmp(settings: dict[str, Any]) -> BeatingWorker:
-    """As a real worker does, leaves an entry of Intel's OpenMP in /dev/shm where torch brings that library."""
+    """As a real worker does, leaves an entry of Intel's OpenMP in /dev/shm where torch brings that
+    library.
+    """
     import torch
 
     torch.ones(512, 512) @ torch.ones(512, 512)

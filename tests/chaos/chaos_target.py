@@ -1,6 +1,7 @@
 """Stands for the target's worker process: holds the target's end and the supervisor, and prints what it sees.
 
-One JSON line whenever something changes: state, starts, session, actor's pid, and whether the heart of this session beats.
+One JSON line whenever something changes: state, starts, session, actor's pid, and whether the heart of this
+session beats.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ StartTarget = Callable[..., Target]
 def test_a_killed_process_of_ours_comes_back_and_its_kin_are_gone(start_target: StartTarget) -> None:
     target = start_target()
     before = target.wait_for(beating, START_S)
-    # By falling depth in the process tree: the actor alone is replaced, for all others the host is started again.
+    # By falling depth in the process tree: the actor alone is replaced, for all others the host is started
+    # again.
     for role, new_host in (
         ("actor", False),
         ("raylet", True),

@@ -42,7 +42,7 @@ class World:
         self.draft, self.k = draft, k
         self.worker = self.make_worker()
         retrievers: list[Retriever] = [ContextRetriever()] if retrieval else []
-        self.proposer = Proposer(k, self.target_end if worker else None, retrievers, Ticks(), vocab_size=VOCAB)
+        self.proposer = Proposer(k, self.target_end if worker else None, retrievers, Ticks())
         self.turns = turns
         self.texts: dict[str, list[int]] = {}
         self.chains: dict[str, list[int]] = {}
@@ -248,7 +248,7 @@ def test_lost_late_and_repeated_records_never_change_the_text(fault: str) -> Non
 def test_a_full_log_means_no_drafts_and_a_later_admission() -> None:
     world = World(turns=0)
     world.target_end, world.worker_end = in_process_pair(capacity=2048)
-    world.proposer = Proposer(8, world.target_end, [], Ticks(), vocab_size=VOCAB)
+    world.proposer = Proposer(8, world.target_end, [], Ticks())
     for index in range(8):
         world.admit(f"r{index}", [index + 1] * 60)
     for _ in range(6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class VllmDraftEngine:
         self.page_size = loaded.page_size
         self.num_pages = loaded.num_pages
         self.max_length: int = model_config.max_model_len
-        self.vocab_size: int = model_config.get_vocab_size()
+        self.vocab_size: int = min(model_config.get_vocab_size(), config.vocab_size or sys.maxsize)
         self._model = loaded.model
         self._vllm_config = loaded.vllm_config
         self._builders = loaded.builders

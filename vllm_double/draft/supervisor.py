@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vllm_double.draft.affinity import format_cores
-from vllm_double.draft.host import EXIT_CONFIG, EXIT_UNREACHABLE, MARK, BackOff, HostSettings
+from vllm_double.draft.host import EXIT_CONFIG, EXIT_LOST, EXIT_UNREACHABLE, MARK, BackOff, HostSettings
 from vllm_double.draft.processes import RuntimeFolder, kill_session
 
 __all__ = ["DraftSupervisor", "HostProcess", "HostUnavailableError", "State", "child_environment"]
@@ -36,6 +36,7 @@ State = Literal["starting", "up", "down", "stopped"]
 OnLine = Callable[[str], None]
 
 _STOP_S = 3.0
+_EXPLAINED = (EXIT_CONFIG, EXIT_UNREACHABLE, EXIT_LOST)  # the host has said why it ends
 _LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL)\b")
 
 _RAY_QUIET = {
@@ -177,7 +178,7 @@ class DraftSupervisor:
                 self.last_exit,
                 wait_s,
             )
-            if self.last_exit not in (EXIT_CONFIG, EXIT_UNREACHABLE) and self._recent:
+            if self.last_exit not in _EXPLAINED and self._recent:
                 logger.warning("Its last lines were:\n%s", "\n".join(self._recent))
             if self._pause(wait_s):
                 return

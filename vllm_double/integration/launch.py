@@ -1,10 +1,10 @@
 """What the output rank of a target starts: the logs, the draft worker's host, the retrievers, the proposer, the metrics."""
 
+import logging
 import time
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 
 from vllm_double.config import DoubleConfig
 from vllm_double.draft.host import HostSettings
@@ -16,8 +16,6 @@ from vllm_double.transport.shared import SharedTargetEnd
 
 __all__ = ["Launch"]
 
-logger = init_logger("vllm.double")
-
 _STALE_HEARTBEAT_S = 2.0
 
 
@@ -25,23 +23,25 @@ class Launch:
     """Everything that lives as long as the target's worker process."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        # Our modules log under their own names; the server's log has vLLM's handlers.
+        ours, theirs = logging.getLogger("vllm_double"), logging.getLogger("vllm")
+        ours.handlers, ours.propagate = theirs.handlers, False
+        ours.setLevel(theirs.level)
         config = vllm_config.speculative_config
         double: DoubleConfig = config.double
         self._end: SharedTargetEnd | None = None
         self._supervisor: DraftSupervisor | None = None
         self._beat = (0, 0.0)
-        if config.draft and double.enabled:
+        if config.draft:
             self._end = SharedTargetEnd.create()
             self._supervisor = DraftSupervisor(_host_settings(vllm_config), self._end.address)
-        retrievers: list[Retriever] = [ContextRetriever()] if double.context_retrieval and double.enabled else []
+        retrievers: list[Retriever] = [ContextRetriever()] if double.context_retrieval else []
         self.proposer = Proposer(
             config.num_speculative_tokens,
             self._end,
             retrievers,
             time.perf_counter,
-            vocab_size=vllm_config.model_config.get_vocab_size(),
         )
-        self.proposer.enabled = double.enabled
         rank = vllm_config.parallel_config.data_parallel_rank
         self._metrics = MetricsServer(config.metrics_key, rank, self._snapshot)
 
@@ -84,6 +84,7 @@ def _host_settings(vllm_config: VllmConfig) -> HostSettings:
             "quantization": draft.get("quantization"),
             "dtype": str(target.dtype).removeprefix("torch.") if double.draft_dtype == "auto" else double.draft_dtype,
             "max_model_len": draft.get("max_model_len"),
+            "vocab_size": target.get_vocab_size(),
             "device": device,
             "num_threads": len(cores.draft) if cores is not None else 1,
             "page_size": double.draft_page_size,

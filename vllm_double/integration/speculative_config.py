@@ -55,8 +55,11 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
         super().__post_init__()
 
 
-def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig:
-    """The configuration from the user's keys and vLLM's target configs. Raises ConfigError with one sentence."""
+def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
+    """The configuration from the user's keys and vLLM's target configs; None where drafting is switched off.
+
+    Raises ConfigError with one sentence.
+    """
     known = _DRAFT_KEYS | _COMMON_KEYS
     standard = {entry.name for entry in fields(SpeculativeConfig)}
     draft: dict[str, Any] = {}
@@ -77,13 +80,13 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig:
     target: ModelConfig = raw["target_model_config"]
     parallel: ParallelConfig = raw["target_parallel_config"]
     _check_target(target, parallel)
-    cores = None
-    if draft.get("model") is None:
-        if draft:
-            raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
-    else:
+    if draft.get("model") is not None:
         _check_draft(draft, double, target)
-        cores = _bind_cores(double, parallel.tensor_parallel_size)
+    elif draft:
+        raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
+    if not double.enabled:
+        return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
+    cores = _bind_cores(double, parallel.tensor_parallel_size) if draft else None
     return DoubleSpeculativeConfig(
         num_speculative_tokens=num_tokens,
         target_model_config=target,

@@ -95,8 +95,6 @@ def _split(header: Header, states: Ints, edges: Ints, table: Ints, parent: int, 
         edge = edges[edge, NEXT_EDGE]
     while parent != NONE and _find(states, edges, table, parent, token) == whole:
         _connect(header, states, edges, table, parent, token, part)
-        if states[parent, BEST] == whole:
-            states[parent, BEST] = part
         parent = states[parent, LINK]
     states[whole, LINK] = part
     return part  # type: ignore[no-any-return]
@@ -144,8 +142,6 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
     top = _find(states, edges, table, context, token)
     if top == NONE:
         top = _insert(header, states, edges, table, context, token)
-        # The window's own state may have been split.
-        context = _clamp(states, context, length)
     header[NUM_TOKENS] += 1
     header[WINDOW_LENGTH] = min(length + 1, max_match)
     header[WINDOW] = _clamp(states, top, header[WINDOW_LENGTH])
@@ -154,6 +150,8 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
         states[followed, COUNT] += 1
         states[followed, END] = header[NUM_TOKENS]
         followed = states[followed, LINK]
+    # A split of the window's own state leaves its longer part in ``context``: too long for a context, so its
+    # BEST is never read. All that led to a split state gain here, so no BEST stays with the longer part.
     followed = top
     while context != ROOT:
         followed = _clamp(states, followed, length + 1)

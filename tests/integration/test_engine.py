@@ -1,0 +1,294 @@
+"""The vLLM draft engine against transformers: the same model, the same text, however it was cut into forwards and pages."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_double.draft.base import Row
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("vllm")
+
+NUM_CHILDREN = 5
+PAGE_SIZE = 32
+NUM_PAGES = 64
+MAX_LENGTH = 256
+VOCAB_SIZE = 97
+# float32 sums in another order, through two layers and a softmax
+PROB_TOLERANCE = 2e-5
+
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_LENGTH,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen3-tied": lambda: transformers.Qwen3Config(**SMALL, tie_word_embeddings=True),
+    "gemma3-sliding-window": lambda: transformers.Gemma3TextConfig(
+        **{**SMALL, "initializer_range": 0.1},
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
+
+
+def _serve(connection: Connection, path: str) -> None:
+    from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+
+    engine = VllmDraftEngine(EngineConfig(model=path, num_pages=NUM_PAGES))
+    for cache in engine._caches:
+        cache.fill_(1e3)
+    sizes = (engine.page_size, engine.num_pages, engine.max_length, engine.vocab_size)
+    connection.send(sizes)
+    while (call := connection.recv()) is not None:
+        name, args = call
+        try:
+            connection.send(getattr(engine, name)(*args))
+        except ValueError as error:
+            connection.send(error)
+
+
+class RemoteEngine:
+    """The engine in a process of its own, as vLLM keeps state in its process."""
+
+    def __init__(self, path: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, path), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.page_size, self.num_pages, self.max_length, self.vocab_size = self._connection.recv()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        self._connection.send((name, args))
+        result = self._connection.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def forward(self, rows: Sequence[Row], num_children: int = NUM_CHILDREN) -> Any:
+        return self._call("forward", list(rows), num_children)
+
+    def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
+        self._call("copy_slots", list(triples))
+
+    def close(self) -> None:
+        self._connection.send(None)
+        self._process.join(120)
+        assert not self._process.is_alive(), "the engine's process did not end"
+
+
+class World:
+    """An engine, and transformers' logits for any text."""
+
+    def __init__(self, engine: RemoteEngine, reference: Any) -> None:
+        self.engine = engine
+        self._reference = reference
+
+    def logits(self, text: Sequence[int]) -> torch.Tensor:
+        """float32 [len(text), vocab]"""
+        with torch.inference_mode():
+            return self._reference(torch.tensor([list(text)])).logits[0]
+
+    def check(self, outputs: Any, texts: Sequence[Sequence[int]], temperature: float = 1.0) -> None:
+        """Output i is the distribution after texts[i]."""
+        tokens, probs = outputs
+        assert tokens.dtype == np.int32 and probs.dtype == np.float32
+        assert tokens.shape == probs.shape == (len(texts), NUM_CHILDREN)
+        for index, text in enumerate(texts):
+            expected = torch.softmax(self.logits(text)[-1] / temperature, dim=-1)
+            best = expected.topk(NUM_CHILDREN)
+            np.testing.assert_allclose(probs[index], best.values, atol=PROB_TOLERANCE, err_msg=f"output {index}")
+            np.testing.assert_allclose(
+                expected[tokens[index]], best.values, atol=PROB_TOLERANCE, err_msg=f"output {index}"
+            )
+
+    def write(self, pages: Sequence[int], text: Sequence[int], start: int = 0) -> None:
+        self.engine.forward([_row(pages, start, text[start:], 0)])
+
+
+def _row(
+    pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, temperature: float = 0.0
+) -> Row:
+    return Row(
+        pages=tuple(pages), start=start, tokens=tuple(tokens), num_outputs=num_outputs, temperature=temperature
+    )
+
+
+def _text(seed: int, length: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB_SIZE, length)]
+
+
+def _build(name: str, directory: Path) -> World:
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model.save_pretrained(directory)
+    return World(RemoteEngine(str(directory)), model)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    built = _build("llama", tmp_path_factory.mktemp("llama"))
+    yield built
+    built.engine.close()
+
+
+def test_sizes_are_those_of_the_model_and_the_backend(world: World) -> None:
+    engine = world.engine
+    assert engine.page_size == PAGE_SIZE
+    assert engine.num_pages == NUM_PAGES
+    assert engine.max_length == MAX_LENGTH
+    assert engine.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 31, 32, 33, 100])
+def test_chunked_prefill_differs_from_one_forward(world: World, chunk: int) -> None:
+    text = _text(1, 100)
+    pages = [9, 3, 17, 5]
+    for start in range(0, len(text), chunk):
+        tokens = text[start : start + chunk]
+        outputs = world.engine.forward([_row(pages, start, tokens, len(tokens))])
+        world.check(outputs, [text[: start + i + 1] for i in range(len(tokens))])
+
+
+def test_rows_of_a_ragged_batch_disturb_each_other(world: World) -> None:
+    texts = [_text(10 + i, length) for i, length in enumerate((70, 33, 64, 1, 128, 40))]
+    cached = (69, 25, 32, 0, 64, 0)  # one token, a chain, a page, a first token, a chunk, a whole prompt
+    num_outputs = (1, 8, 32, 1, 1, 0)
+    tables = [[3 * i + 1 + p for p in range(4)] for i in (0, 2, 4, 6, 8, 10)]
+    for table, text, start in zip(tables, texts, cached, strict=True):
+        if start:
+            world.write(table, text[:start])
+    outputs = world.engine.forward(
+        [_row(*row) for row in zip(tables, cached, [t[s:] for t, s in zip(texts, cached, strict=True)], num_outputs)]
+    )
+    wanted = [
+        text[: len(text) - back] for text, n in zip(texts, num_outputs, strict=True) for back in reversed(range(n))
+    ]
+    world.check(outputs, wanted)
+
+
+def test_greedy_decoding_leaves_the_reference_text(world: World) -> None:
+    text = _text(2, 20)
+    pages = [40, 2, 31]
+    expected = list(text)
+    tokens, _ = world.engine.forward([_row(pages, 0, text)])
+    for _ in range(70):
+        expected.append(int(world.logits(expected)[-1].argmax()))
+        text.append(int(tokens[0, 0]))
+        tokens, _ = world.engine.forward([_row(pages, len(text) - 1, text[-1:])])
+    assert text == expected
+
+
+@pytest.mark.parametrize("used", [1, 13, 31])
+def test_fork_of_a_tail_page_confuses_the_branches(world: World, used: int) -> None:
+    shared = _text(3, PAGE_SIZE + used)
+    parent, child, sibling = [10, 11, 14, 17], [10, 12, 15, 18], [10, 13, 16, 19]
+    world.write(parent, shared)
+    world.engine.copy_slots([(11, 12, used), (11, 13, used)])
+    branches = [_text(30 + i, 40) for i in range(3)]
+    tables = (parent, child, sibling)
+    for step in range(40):
+        rows = [_row(t, len(shared) + step, [b[step]]) for t, b in zip(tables, branches, strict=True)]
+        outputs = world.engine.forward(rows)
+        if step in (0, 1, PAGE_SIZE - used, 39):
+            world.check(outputs, [shared + branch[: step + 1] for branch in branches])
+
+
+def test_copies_of_one_call_mix_up_pages(world: World) -> None:
+    texts = [_text(50 + i, 20) for i in range(3)]
+    world.engine.forward([_row([20 + i], 0, text, 0) for i, text in enumerate(texts)])
+    world.engine.copy_slots([(20 + i, 25 + i, 20) for i in range(3)])
+    world.engine.forward([_row([20 + i], 0, _text(60 + i, 20), 0) for i in range(3)])
+    outputs = world.engine.forward([_row([25 + i], 20, [i]) for i in range(3)])
+    world.check(outputs, [[*text, i] for i, text in enumerate(texts)])
+
+
+@pytest.mark.parametrize("keep", [1, 31, 32, 33, 50])
+def test_rewound_slots_are_seen_after_they_were_written_anew(world: World, keep: int) -> None:
+    pages = [7, 8, 6]
+    first = _text(4, 80)
+    world.write(pages, first)
+    second = first[:keep] + _text(5, 30)
+    outputs = world.engine.forward([_row(pages, keep, second[keep:], 30)])
+    world.check(outputs, [second[: keep + i + 1] for i in range(30)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.5])
+def test_temperature_of_a_row_is_not_its_own(world: World, temperature: float) -> None:
+    text = _text(6, 12)
+    outputs = world.engine.forward([_row([1], 0, text, 1, 0.7), _row([2], 0, text, 2, temperature)])
+    world.check([part[:1] for part in outputs], [text], 0.7)
+    world.check([part[1:] for part in outputs], [text[:-1], text], temperature or 1.0)
+
+
+def test_forward_without_outputs_returns_lines(world: World) -> None:
+    tokens, probs = world.engine.forward([_row([1], 0, _text(7, 9), 0)])
+    assert tokens.shape == probs.shape == (0, NUM_CHILDREN)
+
+
+def test_more_rows_than_ever_before_fail(world: World) -> None:
+    texts = [_text(100 + i, 3) for i in range(40)]
+    outputs = world.engine.forward([_row([1 + i], 0, text) for i, text in enumerate(texts)])
+    world.check(outputs, texts)
+
+
+def test_last_position_of_the_model_is_refused(world: World) -> None:
+    text = _text(8, MAX_LENGTH)
+    pages = list(range(20, 28))
+    world.write(pages, text[:-1])
+    world.check(world.engine.forward([_row(pages, MAX_LENGTH - 1, text[-1:])]), [text])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(_row([1], 0, []), id="no-tokens"),
+        pytest.param(_row([1], 0, [3, 4], 3), id="too-many-outputs"),
+        pytest.param(_row([1], 31, [3, 4]), id="page-missing"),
+        pytest.param(_row([NUM_PAGES], 0, [3]), id="page-out-of-range"),
+        pytest.param(_row([-1], 0, [3]), id="negative-page"),
+        pytest.param(_row([1], 0, [VOCAB_SIZE]), id="token-out-of-vocabulary"),
+        pytest.param(_row(range(1, 10), MAX_LENGTH, [3]), id="beyond-the-model"),
+        pytest.param(_row([1], 0, [3], 1, -0.1), id="negative-temperature"),
+    ],
+)
+def test_malformed_row_is_run(world: World, row: Row) -> None:
+    with pytest.raises(ValueError, match="row 1"):
+        world.engine.forward([_row([2], 0, [1]), row])
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied", "gemma3-sliding-window"])
+def test_other_architecture_drafts_differently(name: str, tmp_path: Path) -> None:
+    world = _build(name, tmp_path)
+    try:
+        text = _text(9, 90)
+        pages = [4, 9, 2]
+        for start, end in ((0, 50), (50, 51), (51, 90)):
+            outputs = world.engine.forward([_row(pages, start, text[start:end], end - start)])
+            world.check(outputs, [text[: i + 1] for i in range(start, end)])
+        world.engine.copy_slots([(2, 5, 26)])
+        branches = [[*text, 1, 2], [*text, 3, 4]]
+        outputs = world.engine.forward([_row(p, 90, b[90:]) for p, b in zip(([4, 9, 2], [4, 9, 5]), branches)])
+        world.check(outputs, branches)
+    finally:
+        world.engine.close()

@@ -1,0 +1,103 @@
+"""The host with a real Ray and a worker without a model."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.chaos import Process, wait_for
+from tests.chaos.targets import Target, beating
+from vllm_double.draft.host import HostSettings
+from vllm_double.draft.supervisor import DraftSupervisor, HostUnavailableError
+
+pytestmark = pytest.mark.integration
+START_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    target = Target()
+    try:
+        target.wait_for(beating, START_S)
+        yield target
+    finally:
+        target.end()
+
+
+def ours(target: Target) -> list[Process]:
+    return [process for process in target.run.processes() if process.pid != target.process.pid]
+
+
+def test_everything_outside_the_target_stays_on_the_draft_cores(target: Target) -> None:
+    last_core = max(os.sched_getaffinity(0))
+    elsewhere = {
+        (process.role, thread.name): os.sched_getaffinity(int(thread.name))
+        for process in ours(target)
+        for thread in Path(f"/proc/{process.pid}/task").iterdir()
+        if os.sched_getaffinity(int(thread.name)) != {last_core}
+    }
+    assert not elsewhere
+    assert os.sched_getaffinity(target.process.pid) == os.sched_getaffinity(0)
+
+
+def test_ray_listens_on_loopback_only(target: Target) -> None:
+    sockets = set()
+    for process in ours(target):
+        for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+            try:
+                sockets.add(str(descriptor.readlink()))
+            except OSError:
+                continue
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                addresses.add(fields[1].rpartition(":")[0])
+    loopback = {
+        "0100007F",  # 127.0.0.1
+        "0000000000000000FFFF00000100007F",  # ::ffff:127.0.0.1
+        "00000000000000000000000001000000",  # ::1
+    }
+    assert addresses, "no listening socket was found; this test shows nothing"
+    assert addresses <= loopback
+
+
+def test_only_this_user_can_enter_the_runtime_folder(target: Target) -> None:
+    folders = [path for path in target.left_behind() if path.count("/") == 2 and "vllm-double-ray-" in path]
+    assert len(folders) == 1
+    assert Path(folders[0]).stat().st_mode & 0o077 == 0
+
+
+def test_ray_starts_no_daemon_that_one_actor_does_not_need(target: Target) -> None:
+    assert sorted(process.role for process in ours(target)) == sorted(
+        ["guard", "driver", "gcs", "raylet", "agent", "agent", "actor"]
+    )
+
+
+def test_a_worker_that_cannot_be_built_says_why_and_is_tried_again() -> None:
+    target = Target(factory="chaos_factory:refuse")
+    try:
+        reason = (
+            "The draft actor ended: ValueError: the draft model is not there. It is started again in 2 s."
+        )
+        wait_for(lambda: any(reason in line for line in target.log), START_S, lambda: "".join(target.log))
+        assert target.process.poll() is None
+    finally:
+        target.end()
+
+
+def test_a_required_cluster_that_is_not_there_is_refused_with_one_sentence() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(
+            HostUnavailableError, match=f"The Ray cluster at {address} cannot be used: .*refused"
+        ):
+            DraftSupervisor(HostSettings(ray_address=address, require=True), "1:2:3")
+    assert not [thread for thread in threading.enumerate() if thread.name == "vllm-double-supervisor"]

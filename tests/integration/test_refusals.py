@@ -1,0 +1,121 @@
+"""Bad input: one clear sentence and a non-zero exit, before weights are loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_double.config import ConfigError
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET, DRAFT = ROOT / "benchmarks/pair/target", ROOT / "benchmarks/pair/draft"
+
+
+def create(speculative: dict[str, object], **arguments: object) -> object:
+    from vllm.engine.arg_utils import EngineArgs
+
+    raw = {"method": "double", "model": str(DRAFT), "num_speculative_tokens": 8} | speculative
+    raw = {key: value for key, value in raw.items() if value is not ...}
+    engine_args = EngineArgs(
+        model=str(TARGET), dtype="float32", max_model_len=256, enforce_eager=True, speculative_config=raw, **arguments
+    )
+    return engine_args.create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def _same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def other_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled draft with two tokens of its tokenizer exchanged."""
+    folder = tmp_path_factory.mktemp("other")
+    for file in DRAFT.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.__getitem__)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("speculative", "sentence"),
+    [
+        ({"double": {"draft_core": "1"}}, 'the nearest one is "draft_cores"'),
+        ({"num_speculative_token": 3}, 'the nearest one is "num_speculative_tokens"'),
+        ({"num_speculative_tokens": ...}, 'needs "num_speculative_tokens"'),
+        ({"num_speculative_tokens": 0}, "from 1 to 128"),
+        ({"num_speculative_tokens": -1}, "from 1 to 128"),
+        ({"num_speculative_tokens": 129}, "from 1 to 128"),
+        ({"model": "/no/such/draft"}, "does not exist"),
+        ({"model": ..., "quantization": "fp8"}, "there is no"),
+        ({"rejection_sample_method": "synthetic"}, "rejection samplers"),
+        ({"parallel_drafting": True}, "parallel_drafting"),
+        ({"use_heterogeneous_vocab": True}, "another vocabulary"),
+        ({"prompt_lookup_max": 4}, "has no meaning"),
+        ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size"),
+        ({"max_model_len": 4096}, "max_model_len"),
+        ({"double": {"draft_device": "cuda:7"}}, "no such CUDA device"),
+        ({"double": {"draft_cores": "900"}}, "core 900"),
+        ({"double": {"ray_address": "127.0.0.1:1"}}, "No Ray cluster answers"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_in_one_sentence(speculative: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create(speculative)
+    message = str(caught.value)
+    assert sentence in message and "\n" not in message
+
+
+def test_a_draft_with_another_tokenizer_is_refused(other_draft: Path) -> None:
+    with pytest.raises(ConfigError, match="another tokenizer than the target"):
+        create({"model": str(other_draft)})
+
+
+def test_pipeline_parallelism_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pipeline parallelism"):
+        create({}, pipeline_parallel_size=2)
+
+
+def test_asynchronous_scheduling_is_refused() -> None:
+    with pytest.raises(ConfigError, match="synchronous scheduling"):
+        create({}, async_scheduling=True)
+
+
+def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
+    config = create({"double": {"nodes_per_iteration": 5}}).speculative_config  # type: ignore[attr-defined]
+    assert config.method == "custom_class" and config.num_speculative_tokens == 8
+    assert config.double.nodes_per_iteration == 5 and config.draft["model"] == str(DRAFT)
+    cores = os.sched_getaffinity(0)
+    if len(cores) > 1:
+        assert not set(config.cores.draft) & {core for rank in config.cores.target for core in rank}
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == config.cores.bind
+
+
+def test_other_methods_get_vllms_own_configuration() -> None:
+    from vllm.config import SpeculativeConfig
+
+    ngram = {"method": "ngram", "model": ..., "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    config = create(ngram).speculative_config  # type: ignore[attr-defined]
+    assert type(config) is SpeculativeConfig and config.method == "ngram"
+
+
+@pytest.mark.parametrize("bad", [{"num_speculative_tokens": 0}, {"num_speculative_tokens": 4, "double": {"enabeld": False}}])
+def test_the_server_says_one_sentence_and_exits(bad: dict[str, object]) -> None:
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(TARGET), "--speculative-config"]
+    run = subprocess.run(
+        [*command, json.dumps({"method": "double"} | bad)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode != 0
+    said = [line for line in run.stderr.splitlines() if line.startswith("vllm-double: ")]
+    assert len(said) == 1 and "Traceback" not in run.stderr

@@ -1,0 +1,103 @@
+"""The benchmark's HTTP client against a small server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from aiohttp import web
+
+from benchmarks.client import Request, Round, play
+
+
+@dataclass
+class Completions:
+    """Streams the prompt's characters back as tokens; keeps count of how many requests are in flight."""
+
+    fault: str = ""
+    in_flight: int = 0
+    most: int = 0
+    bodies: list[dict[str, object]] = field(default_factory=list)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        if self.fault == "refused":
+            return web.json_response({"error": {"message": "too long"}}, status=400)
+        self.in_flight += 1
+        self.most = max(self.most, self.in_flight)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        prompt = body["prompt"]
+        for index, character in enumerate(prompt):
+            last = index == len(prompt) - 1 and self.fault != "cut"
+            choice = {
+                "text": character,
+                "token_ids": [ord(character)],
+                "finish_reason": "stop" if last else None,
+            }
+            await response.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+        if self.fault == "error":
+            await response.write(b'data: {"error": {"message": "engine died"}}\n\n')
+        await response.write(b"data: [DONE]\n\n")
+        self.in_flight -= 1
+        return response
+
+
+def run(server: Completions, requests: Sequence[Request], batch: int) -> Round:
+    async def scenario() -> Round:
+        app = web.Application()
+        app.router.add_post("/v1/completions", server.answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            port = runner.addresses[0][1]
+            return await play(f"http://127.0.0.1:{port}", requests, batch)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(scenario())
+
+
+def test_completions_come_back_in_the_order_of_the_requests_with_tokens_and_text() -> None:
+    server = Completions()
+    found = run(server, [Request(str(n), "abc" * (n + 1), 8) for n in range(7)], 3)
+    assert [completion.id for completion in found.completions] == [str(n) for n in range(7)]
+    assert [completion.text for completion in found.completions] == ["abc" * (n + 1) for n in range(7)]
+    assert found.completions[1].tokens == [97, 98, 99] * 2
+    assert found.tokens == 3 * sum(range(1, 8))
+    assert {completion.finish_reason for completion in found.completions} == {"stop"}
+    for completion in found.completions:
+        assert 0 < completion.first_token_s <= completion.seconds
+        assert len(completion.gaps) == len(completion.chunk_s) - 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_no_more_than_batch_requests_are_in_flight(batch: int) -> None:
+    server = Completions()
+    run(server, [Request(str(n), "x" * 50, 8) for n in range(12)], batch)
+    assert 1 <= server.most <= batch
+
+
+def test_requests_ask_for_token_ids_and_carry_no_seed() -> None:
+    server = Completions()
+    run(server, [Request("a", "x", 8, temperature=1.0)], 1)
+    (body,) = server.bodies
+    assert body["return_token_ids"] is True
+    assert body["stream"] is True
+    assert body["temperature"] == 1.0
+    assert "seed" not in body
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("refused", "HTTP 400.*too long"), ("error", "engine died"), ("cut", "ended without a reason")],
+)
+def test_a_failed_request_raises_with_the_servers_words(fault: str, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        run(Completions(fault), [Request("a", "xy", 8)], 1)

@@ -1,0 +1,78 @@
+import itertools
+import random
+
+import pytest
+
+from vllm_double.calibration import NUM_BUCKETS, Calibration
+from vllm_double.control import StepCost, chain_lengths
+
+
+def rate(reaches: list[list[float]], lengths: tuple[int, ...], fixed: float, per_token: float) -> float:
+    tokens = len(reaches) + sum(sum(row[:n]) for row, n in zip(reaches, lengths, strict=True))
+    return tokens / (fixed + per_token * (len(reaches) + sum(lengths)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_chain_lengths_give_the_most_tokens_per_second_of_all_lengths(seed: int) -> None:
+    rng = random.Random(seed)
+    reaches = []
+    for _ in range(rng.randint(1, 3)):
+        reach, row = 1.0, []
+        for _ in range(rng.randint(0, 5)):
+            reach *= rng.uniform(0.3, 0.98)
+            row.append(reach)
+        reaches.append(row)
+    fixed, per_token = 1.0, rng.choice([0.01, 0.1, 0.4])
+    chosen = tuple(chain_lengths(reaches, fixed, per_token))
+    best = max(
+        rate(reaches, lengths, fixed, per_token)
+        for lengths in itertools.product(*(range(len(row) + 1) for row in reaches))
+    )
+    assert rate(reaches, chosen, fixed, per_token) == pytest.approx(best)
+
+
+def test_free_tokens_are_all_taken_and_tokens_as_dear_as_a_step_are_not() -> None:
+    assert chain_lengths([[0.5, 0.1]], 1.0, 0.0) == [2]
+    assert chain_lengths([[0.5, 0.1]], 0.0, 1.0) == [0]
+    assert chain_lengths([], 1.0, 0.1) == []
+
+
+def test_step_cost_learns_a_line_and_shrugs_off_an_outlier() -> None:
+    cost = StepCost()
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens = rng.randint(1, 40)
+        cost.observe(tokens, 0.03 + 0.001 * tokens + rng.uniform(-0.0005, 0.0005))
+    cost.observe(5, 9.0)
+    fixed, per_token = cost.estimate()
+    assert fixed == pytest.approx(0.03, rel=0.15)
+    assert per_token == pytest.approx(0.001, rel=0.2)
+
+
+def test_step_cost_of_steps_of_one_size_stays_sane() -> None:
+    cost = StepCost()
+    for _ in range(100):
+        cost.observe(1, 0.01)
+    fixed, per_token = cost.estimate()
+    assert 0 < per_token < fixed
+
+
+def test_calibration_learns_how_often_the_target_agrees_and_keeps_sources_apart() -> None:
+    calibration = Calibration()
+    rng = random.Random(1)
+    greedy, sampled = calibration.curve("draft", False), calibration.curve("draft", True)
+    bucket = int(0.42 * NUM_BUCKETS)
+    assert greedy[bucket] == pytest.approx(0.425)
+    for _ in range(3000):
+        calibration.observe("draft", 0.42, False, rng.random() < 0.8)
+        calibration.observe("draft", 0.42, True, rng.random() < 0.3)
+    assert greedy[bucket] == pytest.approx(0.8, abs=0.04)
+    assert sampled[bucket] == pytest.approx(0.3, abs=0.04)
+    assert calibration.curve("context", False)[bucket] == pytest.approx(0.425)
+    assert [row[:3] for row in calibration.table()] == [("draft", False, 0.4), ("draft", True, 0.4)]
+
+
+def test_calibration_takes_certainty_without_falling_off_the_table() -> None:
+    calibration = Calibration()
+    calibration.observe("draft", 1.0, False, True)
+    assert 0.9 < calibration.curve("draft", False)[int(1.0 * NUM_BUCKETS)] < 1

@@ -1,0 +1,75 @@
+"""Our part of the metrics page, from the socket to the families."""
+
+import secrets
+import threading
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_double.counters import Counters
+from vllm_double.metrics import MetricsServer, _DoubleCollector, snapshot
+from vllm_double.trie import PathToken
+
+
+def page(key: str, engines: int = 1) -> dict[tuple[str, str], float]:
+    registry = CollectorRegistry()
+    registry.register(_DoubleCollector(key, engines))
+    found: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            found[sample.name, sample.labels.get("source") or sample.labels.get("le") or ""] = sample.value
+    return found
+
+
+def test_counts_arrive_on_the_page() -> None:
+    counters, key = Counters(), secrets.token_hex(8)
+    chain = [PathToken(5, 0.9, "draft", 0.9), PathToken(6, 0.5, "context", 0.45), PathToken(7, 0.5, "context", 0.2)]
+    counters.committed(3, 2, [5, 6], chain)
+    counters.committed(1, 0, [], [])
+    counters.harvested(True)
+    counters.harvested(False)
+    counters.proposed(0.00015, [[1, 2], []])
+    counters.proposed(7.0, [[]])
+    counters.worker = {"iterations": 4.0, "requests": 2.0}
+    server = MetricsServer(key, 0, lambda: snapshot(counters, worker_up=True, worker_restarts=3, enabled=True))
+    found = page(key)
+    server.close()
+    assert found["vllm:double_committed_tokens_total", ""] == 4
+    assert found["vllm:double_request_forwards_total", ""] == 2
+    assert found["vllm:double_request_forwards_without_drafts_total", ""] == 1
+    assert found["vllm:double_hits_total", ""] == 1 and found["vllm:double_harvests_total", ""] == 2
+    assert found["vllm:double_offered_tokens_total", "context"] == 1  # the third was cut by the scheduler
+    assert found["vllm:double_accepted_tokens_total", "draft"] == 1
+    assert found["vllm:double_worker_restarts_total", ""] == 3 and found["vllm:double_worker_up", ""] == 1
+    assert found["vllm:double_worker_iterations_total", ""] == 4 and found["vllm:double_worker_requests", ""] == 2
+    assert found["vllm:double_propose_seconds_bucket", "0.0001"] == 0
+    assert found["vllm:double_propose_seconds_bucket", "0.0002"] == 1
+    assert found["vllm:double_propose_seconds_bucket", "+Inf"] == 2
+
+
+def test_an_engine_that_does_not_answer_is_left_out_and_the_page_stands() -> None:
+    key = secrets.token_hex(8)
+    server = MetricsServer(key, 1, lambda: snapshot(Counters(), worker_up=False, worker_restarts=0, enabled=False))
+    found = page(key, engines=3)
+    server.close()
+    assert found["vllm:double_enabled", ""] == 0
+    assert page(key, engines=3).get(("vllm:double_enabled", "")) is None
+
+
+def test_two_scrapes_at_once_are_both_answered() -> None:
+    key = secrets.token_hex(8)
+    server = MetricsServer(key, 0, lambda: snapshot(Counters(), worker_up=True, worker_restarts=0, enabled=True))
+    pages: list[dict[tuple[str, str], float]] = []
+    threads = [threading.Thread(target=lambda: pages.append(page(key))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    server.close()
+    assert len(pages) == 4 and all(p["vllm:double_worker_up", ""] == 1 for p in pages)
+
+
+def test_drafts_that_were_not_ours_count_for_no_source() -> None:
+    counters = Counters()
+    counters.committed(1, 0, [-1, -1], [PathToken(5, 0.9, "draft", 0.9)])
+    assert counters.offered == {} and counters.rows == 1

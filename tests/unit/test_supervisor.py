@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_double.draft import processes
+from vllm_double.draft.host import EXIT_UNREACHABLE, MARK, BackOff, HostSettings
+from vllm_double.draft.supervisor import DraftSupervisor, HostUnavailableError, child_environment
+
+LIMIT_S = 10.0
+
+
+class FakeHost:
+    """Says ``lines``, lives ``lasts_s`` of fake time, and ends with ``code``; None: when stopped."""
+
+    def __init__(self, world: World, lines: list[str], lasts_s: float, code: int | None) -> None:
+        self._world = world
+        self._lines = lines
+        self._lasts_s = lasts_s
+        self._code = code
+        self._stopped = threading.Event()
+
+    def wait(self, on_line: Callable[[str], None]) -> int:
+        for line in self._lines:
+            on_line(line)
+        if self._code is None:
+            self._world.running.set()
+            assert self._stopped.wait(LIMIT_S), "nobody stopped the host"
+            return -15
+        self._world.now += self._lasts_s
+        return self._code
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopped.set()
+
+
+class World:
+    """Time and processes for one supervisor."""
+
+    def __init__(self, *lives: tuple[list[str], float, int]) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self.running = threading.Event()
+        self._lives = iter(lives)
+
+    def spawn(self, settings: HostSettings, address: str) -> FakeHost:
+        lines, lasts_s, code = next(self._lives, ([said(state="up", actor_pid=7)], 0.0, None))
+        return FakeHost(self, lines, lasts_s, code)
+
+    def pause(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        self.now += seconds
+        return False
+
+    def supervise(self, **settings: object) -> DraftSupervisor:
+        return DraftSupervisor(
+            HostSettings(**settings),  # type: ignore[arg-type]
+            "1:2:3",
+            spawn=self.spawn,
+            clock=lambda: self.now,
+            pause=self.pause,
+        )
+
+    def wait_until_running(self) -> None:
+        assert self.running.wait(LIMIT_S), "the host that stays was never started"
+
+
+def said(text: str = "", **values: object) -> str:
+    return MARK + json.dumps({"level": "INFO", "text": text, **values})
+
+
+@pytest.fixture
+def stop_at_end() -> Iterator[list[DraftSupervisor]]:
+    supervisors: list[DraftSupervisor] = []
+    yield supervisors
+    for supervisor in supervisors:
+        supervisor.stop()
+
+
+def test_a_host_that_keeps_dying_is_started_ever_later(stop_at_end: list[DraftSupervisor]) -> None:
+    world = World(*[([], 0.1, 9)] * 8)
+    stop_at_end.append(supervisor := world.supervise())
+    world.wait_until_running()
+    assert world.pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert (supervisor.starts, supervisor.restarts, supervisor.last_exit) == (9, 8, 9)
+
+
+def test_a_healthy_run_makes_the_next_start_quick_again(stop_at_end: list[DraftSupervisor]) -> None:
+    world = World(([], 1, 9), ([], 1, 9), ([], 60, 9), ([], 59, 9))
+    stop_at_end.append(world.supervise())
+    world.wait_until_running()
+    assert world.pauses == [1, 2, 1, 2]
+
+
+def test_the_state_follows_what_the_host_says(stop_at_end: list[DraftSupervisor]) -> None:
+    world = World()
+    stop_at_end.append(supervisor := world.supervise())
+    world.wait_until_running()
+    assert (supervisor.state, supervisor.actor_pid) == ("up", 7)
+    supervisor.stop()
+    assert supervisor.state == "stopped"
+    assert not supervisor._thread.is_alive()
+
+
+def test_stop_during_a_pause_ends_the_waiting() -> None:
+    supervisor = DraftSupervisor(HostSettings(), "1:2:3", spawn=World(*[([], 0.0, 9)] * 99).spawn)
+    supervisor.stop()
+    assert not supervisor._thread.is_alive()
+    assert supervisor.starts <= 1
+
+
+def test_a_required_cluster_that_does_not_answer_is_one_sentence(stop_at_end: list[DraftSupervisor]) -> None:
+    sentence = "The Ray cluster at nowhere:1 cannot be used: refused."
+    world = World(([said(sentence, reason=sentence)], 0.0, EXIT_UNREACHABLE))
+    with pytest.raises(HostUnavailableError) as caught:
+        stop_at_end.append(world.supervise(require=True))
+    assert str(caught.value) == sentence
+
+
+def test_what_is_not_required_is_tried_again(stop_at_end: list[DraftSupervisor]) -> None:
+    world = World(([], 0.0, EXIT_UNREACHABLE))
+    stop_at_end.append(supervisor := world.supervise())
+    world.wait_until_running()
+    assert supervisor.last_exit == EXIT_UNREACHABLE
+    assert supervisor.state == "up"
+
+
+def test_a_required_host_that_connects_is_taken(stop_at_end: list[DraftSupervisor]) -> None:
+    world = World(([said(connected=True)], 0.0, 9))
+    stop_at_end.append(supervisor := world.supervise(require=True))
+    world.wait_until_running()
+    assert supervisor.state == "up"
+
+
+def test_only_messages_and_warnings_reach_the_log(
+    stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vllm_double.draft.supervisor")
+    lines = ["INFO chatter", "no level at all", "WARNING 11-21 a worry", said("a message"), said(state="up")]
+    world = World((lines, 100.0, 4))
+    stop_at_end.append(world.supervise(device="cpu", draft_cores=(1,), target_cores="0"))
+    world.wait_until_running()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "Starting the draft worker's host: draft on cpu, cores 1; target on cores 0."
+    assert messages[1:3] == ["(draft) WARNING 11-21 a worry", "(draft) a message"]
+    assert not any("chatter" in message for message in messages)
+
+
+def test_the_last_lines_of_a_host_that_ends_without_a_word_are_shown(
+    stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World((["Traceback", "KeyError: 3"], 0.0, 1))
+    stop_at_end.append(world.supervise())
+    world.wait_until_running()
+    assert "Traceback\nKeyError: 3" in caplog.text
+
+
+def test_a_forked_child_does_not_stop_its_parents_host(stop_at_end: list[DraftSupervisor]) -> None:
+    world = World()
+    stop_at_end.append(supervisor := world.supervise())
+    world.wait_until_running()
+    supervisor._owner += 1  # as it looks from any other process
+    supervisor.stop()
+    assert supervisor.state == "up"
+    supervisor._owner -= 1
+
+
+def test_the_child_loses_bindings_and_a_foreign_ray_and_keeps_the_rest() -> None:
+    inherited = {
+        "LD_PRELOAD": "libiomp5.so",
+        "KMP_AFFINITY": "explicit",
+        "OMP_NUM_THREADS": "9",
+        "OMP_PLACES": "{0}",
+        "GOMP_CPU_AFFINITY": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "RAY_ADDRESS": "elsewhere:1",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HOME": "/home/x",
+    }
+    settings = HostSettings(draft_cores=(2, 3), visible_devices="1")
+    child = child_environment(inherited, settings)
+    assert child["OMP_NUM_THREADS"] == "2"
+    assert child["CUDA_VISIBLE_DEVICES"] == "1"
+    assert child["LD_PRELOAD"] == "libiomp5.so"
+    assert child["HOME"] == "/home/x"
+    gone = {"KMP_AFFINITY", "OMP_PLACES", "GOMP_CPU_AFFINITY", "VLLM_CPU_OMP_THREADS_BIND", "RAY_ADDRESS"}
+    assert not gone & child.keys()
+    assert child["RAY_AUTH_MODE"] == "token"
+    assert len(child["RAY_AUTH_TOKEN"]) == 64
+    assert child["RAY_AUTH_TOKEN"] != child_environment(inherited, settings)["RAY_AUTH_TOKEN"]
+
+
+def test_a_given_cluster_keeps_its_own_ray_settings() -> None:
+    child = child_environment({"RAY_AUTH_TOKEN": "theirs"}, HostSettings(ray_address="a:1"))
+    assert child["RAY_AUTH_TOKEN"] == "theirs"
+    assert "RAY_AUTH_MODE" not in child
+
+
+def test_settings_survive_the_way_to_the_host() -> None:
+    settings = HostSettings(
+        worker={"engine": {"model": "m"}}, draft_cores=(1, 2), ray_address="a:1", require=True
+    )
+    assert HostSettings.from_json(settings.to_json()) == settings
+
+
+def test_back_off_never_exceeds_its_limit() -> None:
+    back_off = BackOff(first_s=1, most_s=5, healthy_s=10)
+    assert [back_off.after(0) for _ in range(5)] == [1, 2, 4, 5, 5]
+    assert back_off.after(10) == 1
+
+
+def test_supervising_imports_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys, vllm_double.draft.supervisor; "
+        "print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_stale_folder_goes_and_a_living_owners_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(processes, "_LONGEST", 4096)
+    stale = processes.RuntimeFolder()
+    os.close(stale.lock)  # as after the death of all its owners
+    living = processes.RuntimeFolder()
+    assert not Path(stale.path).exists()
+    processes.remove_stale(str(tmp_path))
+    assert Path(living.path).exists()
+    living.remove()
+    living.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_is_killed_with_its_orphans() -> None:
+    script = "import os, subprocess; subprocess.Popen(['sleep', '600']); os._exit(0)"
+    leader = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    assert leader.wait(LIMIT_S) == 0
+    assert len(processes.session_members(leader.pid)) == 1
+    assert processes.kill_session(leader.pid)
+    assert processes.session_members(leader.pid) == []
