@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for layers in options.layers:
             target = workload.inflated(options.target, layers, Path(folder))
             base = ServerConfig(target, choices.cores, dtype=options.dtype, compile=options.compile)
-            with Fleet(variants("plain", choices), base) as fleet:
+            with Fleet(variants("plain", choices), base, Path(folder)) as fleet:
                 fleet.warm_up(requests[:1], 1)
                 for arm in fleet.arms:
                     gaps = [1000 * gap for c in fleet.ask(arm, requests, 1).completions for gap in c.gaps]

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             target = workload.inflated(options.target, options.layers, Path(folder))
         with ExitStack() as stack:
             with console.status("Starting two servers on the same cores: plain vLLM and double"):
-                fleet = stack.enter_context(Fleet(arms, ServerConfig(target, every)))
+                fleet = stack.enter_context(Fleet(arms, ServerConfig(target, every), Path(folder)))
             requests = workload.requests(prompts, options.max_tokens, 0.0)
             fleet.warm_up(requests[:2], 2)
             for batch in options.batch:

@@ -57,7 +57,7 @@ class Series:
 class Fleet:
     """Servers for several arms with the same configuration otherwise; a context manager."""
 
-    def __init__(self, arms: Sequence[Arm], base: ServerConfig, log_folder: Path | None = None) -> None:
+    def __init__(self, arms: Sequence[Arm], base: ServerConfig, log_folder: Path) -> None:
         """``base`` holds what is alike for all arms; nothing is started before the context is entered."""
         self.arms = list(arms)
         self._base = base

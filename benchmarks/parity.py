@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = workload.inflated(options.target, layers, Path(folder))
         requests = workload_of(prompts, target, options.max_model_len, options.max_tokens, options.num_limit)
         base = ServerConfig(target, every, dtype=options.dtype, max_model_len=options.max_model_len)
-        with Fleet([plain, ours], base) as fleet:
+        with Fleet([plain, ours], base, Path(folder)) as fleet:
             for batch in options.batch:
                 expected = fleet.ask(plain, requests, batch)
                 before = counters(fleet.server(ours).metrics())

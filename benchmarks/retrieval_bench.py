@@ -103,8 +103,8 @@ def main() -> None:
     warm_up()
     print(f"warm_up {time.perf_counter() - begin:.2f} s; microseconds, calls through Python: p50 p99 max")
     print(
-        f"{'text':9} {'context':>7} | {f'index {SLICE} tokens':>23} | {'extend by 1 token':>23} | {'compiled lookup':>23}"
-        f" | {'lookup, no tail':>23}"
+        f"{'text':9} {'context':>7} | {f'index {SLICE} tokens':>23} | {'extend by 1 token':>23}"
+        f" | {'compiled lookup':>23} | {'lookup, no tail':>23}"
         f" | {f'lookup, tail {TAIL}':>23} | bytes/token used, reserved"
     )
     for name, text in texts(max(CONTEXTS) + CALLS + TAIL).items():

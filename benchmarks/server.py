@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ __all__ = ["MARK", "Server", "ServerConfig", "ServerError"]
 
 MARK = "DOUBLE_BENCH_ID"  # in the environment of whatever a server starts, however detached
 PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # opened before any fork
 
 
 class ServerError(RuntimeError):
@@ -118,13 +118,13 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:
     """A running `vllm serve`; a context manager that ends it, and everything that it started, on exit."""
 
-    def __init__(self, name: str, config: ServerConfig, log_folder: Path | None = None) -> None:
+    def __init__(self, name: str, config: ServerConfig, log_folder: Path) -> None:
         """Starts the process; ``wait_healthy`` waits until it answers. The log lies in ``log_folder``."""
         self.name = name
         self.config = config
@@ -132,9 +132,8 @@ class Server:
         self._known: set[psutil.Process] = set()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        folder = log_folder or Path(tempfile.mkdtemp(prefix="vllm-double-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / f"{name.replace('/', '-')}.log"
+        log_folder.mkdir(parents=True, exist_ok=True)
+        self.log = log_folder / f"{name.replace(' ', '-')}.log"
         command = config.command(self.port)
         pin = shutil.which("taskset")
         if pin is not None:
@@ -216,6 +215,15 @@ class Server:
             except psutil.NoSuchProcess:
                 continue
         return total
+
+    @property
+    def pid(self) -> int:
+        """The API server's process."""
+        return self._process.pid
+
+    def reap(self) -> None:
+        """Take note of the API server's end, so that it does not stay a zombie."""
+        self._process.poll()
 
     def stop(self, grace_s: float = 20.0) -> None:
         """SIGTERM to the server, SIGKILL to what is left after the grace; ServerError if that fails."""

@@ -40,20 +40,20 @@ class Prompt:
 
 
 def load_prompts(path: Path, count: int, kinds: Sequence[str] = ()) -> list[Prompt]:
-    """``count`` prompts, alternating over the kinds in the file; ValueError when there are not so many."""
+    """``count`` prompts, mixed as the file's kinds are; ValueError when there are not so many."""
     by_kind: dict[str, list[Prompt]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         if not kinds or entry["kind"] in kinds:
             by_kind.setdefault(entry["kind"], []).append(Prompt(entry["id"], entry["kind"], entry["prompt"]))
-    found: list[Prompt] = []
-    longest = max(map(len, by_kind.values()), default=0)
-    for index in range(longest):
-        found += [prompts[index] for prompts in by_kind.values() if index < len(prompts)]
+    places = [
+        ((index + 0.5) / len(prompts), prompt)
+        for prompts in by_kind.values()
+        for index, prompt in enumerate(prompts)
+    ]
+    found = [prompt for _, prompt in sorted(places, key=lambda place: place[0])]
     if len(found) < count:
-        raise ValueError(
-            f"{path} has {len(found)} prompts{f' of {kinds}' if kinds else ''}, {count} are wanted"
-        )
+        raise ValueError(f"{path.name} has {len(found)} such prompts, {count} are wanted")
     return found[:count]
 
 

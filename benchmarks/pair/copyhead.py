@@ -1,8 +1,9 @@
 """Initial weights that already copy: a previous-token head and induction heads, put in by hand.
 
-A model of this size needs most of a short training run to find induction heads by itself.  Here layer 0 starts
-with one head that looks at the previous position, and layer 1 with heads that look for "what came before here
-is the token I am at" and copy what stands there.  Training starts from this, and changes all of it freely.
+A model of this size needs most of a short training run to find induction heads by itself.  Here layer 0
+starts with one head that looks at the previous position, and layer 1 with heads that look for "what
+came before here is the token I am at" and copy what stands there.  Training starts from
+this, and changes all of it freely.
 
 The hidden state is divided, at the start, into ``content`` dimensions (the token), ``size`` = head_dim
 dimensions that hold a projection of the previous token, and a last one that is constant.
@@ -21,7 +22,7 @@ COPY = 4.0  # weight of a copied token against the current one, in the hidden st
 
 @torch.no_grad()
 def install(model: Llama) -> None:
-    """Sets the initial weights of ``model`` (two layers or more) in place; all outputs but these start at zero."""
+    """Sets the initial weights of ``model`` (two layers or more); its other outputs start at zero."""
     hidden, heads = model.shape.hidden, model.shape.heads
     size = hidden // heads
     half, content, constant = size // 2, hidden - size - 1, (size + 1) ** 0.5

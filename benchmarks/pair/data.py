@@ -32,9 +32,9 @@ HELD_OUT = (
     "logging/config", "multiprocessing/pool", "unittest/suite", "urllib/robotparser", "xmlrpc/client",
 )  # fmt: skip
 PACKAGES = (
-    "asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "distutils", "email", "ensurepip", "html",
-    "http", "importlib", "json", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "tomllib", "unittest",
-    "urllib", "venv", "wsgiref", "xml", "xmlrpc", "zoneinfo",
+    "asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "distutils", "email", "ensurepip",
+    "html", "http", "importlib", "json", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "tomllib",
+    "unittest", "urllib", "venv", "wsgiref", "xml", "xmlrpc", "zoneinfo",
 )  # fmt: skip
 # Tables, generated files and copies of other modules.
 SKIPPED = ("antigravity", "this", "sre_", "__future__", "_sysconfigdata", "_sitebuiltins", "turtle")
@@ -249,7 +249,7 @@ class Corpus:
         return np.array(row[:length], dtype=np.int64)
 
     def batch(self, seed: int, step: int, phase: Phase, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels, each [rows, length] with rows * length = ``tokens``; label -100 is not scored."""
+        """Inputs and labels, each [rows, length] with rows * length = ``tokens``; -100 is not scored."""
         rng = np.random.default_rng((seed, step))
         length, rows = phase.length + 1, tokens // phase.length
         if phase.kind == "spans":

@@ -118,6 +118,7 @@ def greedy(model: Any, prompts: list[list[int]], new: int, rows: int = 54) -> li
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=EOS_ID
         )
+        print(f"{at + len(part)} of {len(order)} prompts", file=sys.stderr, flush=True)
         for i, row in zip(part, out[:, width:].tolist(), strict=True):
             texts[i] = row[: row.index(EOS_ID)] if EOS_ID in row else row
     return texts
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--pair", type=Path, default=Path(__file__).parent)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--write-prompts", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.write_prompts:

@@ -8,12 +8,12 @@ weights of an added layer are random and not zero, so the work of the layer is d
 stand evenly between the trained ones.
 
 ``--intermediate-size M`` widens every layer's feed-forward part: random rows for ``gate_proj`` and
-``up_proj``, zero columns for ``down_proj``.  It makes the target heavier in memory, and adds exactly 0 in real
-arithmetic; but a matrix product over more columns may sum in another order, so the logits may differ in their
-last bits.  Where runs are compared token for token, use ``--layers`` only.
+``up_proj``, zero columns for ``down_proj``.  It makes the target heavier in memory, and adds exactly 0 in
+real arithmetic; but a matrix product over more columns may sum in another order, so the logits may differ
+in their last bits.  Where runs are compared token for token, use ``--layers`` only.
 
 ``--cost-ratio C`` chooses the number of layers: with ``--draft-step-ms X --layer-ms Y`` (measured on the
-machine) C * X / Y layers; without them, a layer of the target is taken to cost what a layer of the draft costs
+machine) C * X / Y layers; without them, a layer of the target is taken to cost what a layer of the draft does
 (true on a CPU, where overhead rules), so C times the number of layers in ``--draft`` (default: the folder
 ``draft`` beside the source).
 """

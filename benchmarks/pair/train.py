@@ -98,9 +98,9 @@ def gradients(
 ) -> tuple[tuple[Tensor, ...], float, int]:
     """Gradients of one part of a batch (inputs, labels: [rows, length]), for all parameters.
 
-    The loss is a sum over the scored tokens divided by ``scored``, their number in the whole batch: cross-entropy
-    with the labels or, with a teacher, the KL divergence from its distribution, in nats.  Returns the
-    gradients, this part of the loss and the number of tokens whose first choice is the label.
+    The loss is a sum over the scored tokens divided by ``scored``, their number in the whole batch:
+    cross-entropy with the labels or, with a teacher, the KL divergence from its distribution, in nats.
+    Returns the gradients, this part of the loss and the number of tokens whose first choice is the label.
     """
     logits = model(inputs).flatten(0, 1)
     flat = labels.flatten()
@@ -147,7 +147,7 @@ class Run:
 def fit(
     run: Run, corpus: Corpus, held: np.ndarray, teacher: Llama | None = None
 ) -> tuple[Llama, dict[str, float]]:
-    """Trains (or goes on training) a model; with a teacher, code and edits are learned from its distribution."""
+    """Trains a model, or goes on; with a teacher, code and edits are learned from its distribution."""
     torch.manual_seed(run.seed)
     model = Llama(run.shape)
     install(model)
@@ -175,8 +175,8 @@ def fit(
         cuts = range(0, len(inputs), max(1, run.part // phase.length))
         scored = int((labels != -100).sum())
         guide = None if phase.kind == "spans" else teacher
-        parts = [pool.submit(gradients, model, guide, inputs[c : c + cuts.step], labels[c : c + cuts.step], scored)
-                 for c in cuts]  # fmt: skip
+        pieces = [slice(c, c + cuts.step) for c in cuts]
+        parts = [pool.submit(gradients, model, guide, inputs[p], labels[p], scored) for p in pieces]
         done = [part.result() for part in parts]
         for index, parameter in enumerate(model.parameters()):
             parameter.grad = torch.stack([d[0][index] for d in done]).sum(0)
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--work", type=Path, default=Path("/tmp/pair/work"), help="checkpoints")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--target-tokens", type=int, default=1_200_000)
+    parser.add_argument("--target-tokens", type=int, default=4_200_000)
     parser.add_argument("--draft-tokens", type=int, default=1_200_000)
     parser.add_argument("--batch", type=int, default=3072, help="tokens in a step, a multiple of 1024")
     parser.add_argument("--target-rate", type=float, default=5e-3)

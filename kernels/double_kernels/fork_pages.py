@@ -18,15 +18,17 @@ def fork_pages(
 ) -> None:
     """Copy slots 0 .. used - 1 of each (source page, destination page, used slots) triple, in every cache.
 
-    caches: views of the key/value cache, any dtype, device and strides, pages in dimension 0. One per layer, one per layer for keys
-        and one for values, or one with the layers as an inner dimension: whatever the layout allows.
+    caches: views of the key/value cache, any dtype, device and strides, pages in dimension 0. One per layer,
+        two (keys, values) per layer, or one with the layers as an inner dimension, as the layout allows.
     triples: destinations are distinct and are no source of the same call, so the order does not matter.
     page_size: slots in a page; 0 <= used <= page_size. Nothing is copied where used is 0.
     slot_dim: the dimension whose length is page_size and which counts the slots of a page. None if the
-        layout inside a page is the attention kernel's own business (vLLM's CPU kernels keep keys transposed, or in tiles): then
-        whole pages are copied, and what lies behind the used slots of a destination is undefined.
+        layout inside a page is the attention kernel's own business (vLLM's CPU kernels keep keys transposed,
+        or in tiles): then whole pages are copied, and what lies behind the used slots of a destination is
+        undefined.
 
-    Raises ValueError for a page or a count out of range, destinations that clash, or caches of different sizes.
+    Raises ValueError for a page or a count out of range, destinations that clash, or caches of different
+    sizes.
     """
     if not triples:
         return
@@ -62,7 +64,11 @@ def _check(caches: Sequence[torch.Tensor], page_size: int, slot_dim: int | None)
             raise ValueError(f"caches have {num_pages} and {cache.shape[0]} pages")
         if slot_dim is not None:
             if not 1 <= slot_dim < cache.ndim:
-                raise ValueError(f"slot_dim is {slot_dim}, a cache has {cache.ndim} dimensions, the first for pages")
+                raise ValueError(
+                    f"slot_dim is {slot_dim}, a cache has {cache.ndim} dimensions, the first for pages"
+                )
             if cache.shape[slot_dim] != page_size:
-                raise ValueError(f"dimension {slot_dim} has {cache.shape[slot_dim]} slots, a page has {page_size}")
+                raise ValueError(
+                    f"dimension {slot_dim} has {cache.shape[slot_dim]} slots, a page has {page_size}"
+                )
     return num_pages

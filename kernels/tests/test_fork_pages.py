@@ -101,6 +101,6 @@ def test_wrong_arguments_copy_something(
 ) -> None:
     caches = [torch.rand(shape) for shape in shapes]
     before = [cache.clone() for cache in caches]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"cop|cache|slot"):
         fork_pages(caches, triples, page_size=7, slot_dim=slot_dim)
     assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))

@@ -6,7 +6,7 @@ from double_kernels import top_branches
 
 TOLERANCE = 1e-6  # float32 softmax of at most a few thousand terms
 
-SHAPES = [(1, 1), (1, 7), (3, 33), (5, 257), (2, 3072), (33, 1000)]
+SHAPES = [(1, 1), (1, 7), (3, 33), (5, 257), (2, 3072), (33, 1000), (2, 32801), (40, 3072)]
 
 
 def slow_top_branches(
@@ -19,7 +19,9 @@ def slow_top_branches(
         scores = [float(score) / temperature for score in logits[row].float()]
         highest = max(scores)
         total = math.fsum(math.exp(score - highest) for score in scores)
-        best = sorted(range(len(scores)), key=lambda token: (-float(logits[row, token]), token))[:num_children]
+        best = sorted(range(len(scores)), key=lambda token: (-float(logits[row, token]), token))[
+            :num_children
+        ]
         all_tokens.append(best)
         all_probs.append([math.exp(scores[token] - highest) / total for token in best])
     return all_tokens, all_probs
@@ -28,7 +30,8 @@ def slow_top_branches(
 def _compare(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None) -> None:
     tokens, probs = top_branches(logits, num_children, temperatures)
     expected_tokens, expected_probs = slow_top_branches(logits, num_children, temperatures)
-    assert tokens.dtype == torch.int64 and probs.dtype == torch.float32
+    assert tokens.dtype == torch.int64
+    assert probs.dtype == torch.float32
     assert tokens.tolist() == expected_tokens
     torch.testing.assert_close(probs, torch.tensor(expected_probs), atol=TOLERANCE, rtol=1e-5)
 
@@ -58,9 +61,24 @@ def test_higher_token_wins_a_tie(num_children: int) -> None:
     _compare(logits, num_children)
 
 
-def test_many_ties_lose_the_order() -> None:
+@pytest.mark.parametrize("vocab_size", [300, 32_801])
+def test_many_ties_lose_the_order(vocab_size: int) -> None:
     torch.manual_seed(1)
-    _compare(torch.randint(-3, 3, (17, 300)).float(), 8)
+    _compare(torch.randint(-3, 3, (3, vocab_size)).float(), 8)
+
+
+@pytest.mark.parametrize("place", ["first-block", "last-block", "tail", "all-over"])
+def test_best_tokens_of_a_large_vocabulary_are_missed(place: str) -> None:
+    vocab_size = 70_001
+    best = {
+        "first-block": range(8),
+        "last-block": range(69_944, 69_952),
+        "tail": range(69_993, 70_001),
+        "all-over": range(3, 70_000, 9_000),
+    }[place]
+    logits = torch.zeros(2, vocab_size)
+    logits[:, list(best)] = torch.arange(8.0, 0, -1)
+    _compare(logits, 8)
 
 
 def test_temperature_near_zero_overflows() -> None:
@@ -106,5 +124,5 @@ def test_no_rows_fail() -> None:
 def test_wrong_arguments_are_taken(
     logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None
 ) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"must be|num_children"):
         top_branches(logits, num_children, temperatures)

@@ -35,12 +35,13 @@ class Process:
     parent: int
     session: int
     started: int
+    name: str
     command: str
 
     @property
     def role(self) -> str:
-        if "vllm_double.draft.host" in self.command:
-            return "guard" if self.pid == self.session else "driver"
+        if self.name.startswith("double-"):
+            return self.name.removeprefix("double-")
         return next((role for part, role in _ROLES.items() if part in self.command), "other")
 
     def alive(self) -> bool:
@@ -51,15 +52,16 @@ class Process:
 def _read(pid: int) -> Process | None:
     """None for a process that is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        command = (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        )
-    except (OSError, ValueError):
+        head, _, tail = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
         return None
+    fields = tail.split()
     if fields[0] in (b"Z", b"X"):
         return None
-    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), command)
+    name = head.partition(b"(")[2].decode(errors="replace")
+    words = command.replace(b"\0", b" ").decode(errors="replace").strip()
+    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), name, words)
 
 
 def all_processes() -> list[Process]:
@@ -77,7 +79,7 @@ class Run:
     def processes(self) -> list[Process]:
         everything = all_processes()
         marked = {process.pid for process in everything if self._is_marked(process.pid)}
-        self.sessions |= {p.session for p in everything if p.pid in marked and p.role in ("guard", "driver")}
+        self.sessions |= {p.session for p in everything if p.pid in marked and p.name.startswith("double-")}
         return [p for p in everything if p.pid in marked or p.session in self.sessions]
 
     def by_role(self, role: str) -> list[Process]:
@@ -125,25 +127,30 @@ def wait_for(look: Callable[[], T], timeout_s: float, explain: Callable[[], str]
     return value
 
 
-def footprint(pids: Iterable[int] = ()) -> set[str]:
-    """What a run may leave behind: runtime folders, sockets below them, OpenMP's and other entries of
-    /dev/shm.
-
-    Entries of OpenMP name a process; those of other processes than ``pids`` are not counted.
-    """
+def runtime_footprint() -> set[str]:
+    """Runtime folders of any host on this machine, and the sockets below them."""
     folders = {str(path) for path in Path(tempfile.gettempdir()).glob("vllm-double-ray-*")}
-    sockets = {
-        line.split()[-1]
-        for line in Path("/proc/net/unix").read_text().splitlines()
-        if "/vllm-double-ray-" in line
-    }
-    numbers = {str(pid) for pid in pids}
-    shared = {
-        str(path)
-        for path in Path("/dev/shm").iterdir()
-        if not path.name.startswith("__KMP_") or path.name.split("_")[-2] in numbers
-    }
-    return folders | sockets | shared
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return folders | {line.split()[-1] for line in lines if "/vllm-double-ray-" in line}
+
+
+def shared_memory(processes: Iterable[Process]) -> set[str]:
+    """Entries of /dev/shm that these processes have mapped or hold open, and OpenMP's, which name their
+    process.
+    """
+    found = set()
+    for process in processes:
+        folder = Path("/proc", str(process.pid))
+        try:
+            mapped = {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()}
+            opened = {str(descriptor.readlink()) for descriptor in (folder / "fd").iterdir()}
+        except OSError:
+            continue
+        found |= {
+            path for path in mapped | opened if path.startswith("/dev/shm/") and "(deleted)" not in path
+        }
+        found |= {str(path) for path in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{process.pid}_*")}
+    return found
 
 
 def cpu_seconds(pid: int) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.chaos import MARKER, Run, footprint, wait_for
+from tests.chaos.chaos import MARKER, Run, runtime_footprint, shared_memory, wait_for
 from vllm_double.draft.host import HostSettings
 
 HERE = Path(__file__).parent
@@ -30,9 +30,9 @@ class Target:
         }
         wanted = HostSettings(**{**defaults, **settings})
         self.run = Run(secrets.token_hex(8))
-        self.before = footprint()
+        self.before = runtime_footprint()
         self.seen: dict[str, Any] = {}
-        self.pids: set[int] = set()
+        self.shared: set[str] = set()
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
         self.process = subprocess.Popen(
@@ -43,13 +43,16 @@ class Target:
             env={**os.environ, MARKER: self.run.token, "PYTHONPATH": path},
         )
         self.log: list[str] = []
-        threading.Thread(target=self._read, args=(self.process.stdout, self._lines.put), daemon=True).start()
-        threading.Thread(target=self._read, args=(self.process.stderr, self.log.append), daemon=True).start()
+        streams = ((self.process.stdout, self._lines.put), (self.process.stderr, self.log.append))
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams]
+        for reader in self._readers:
+            reader.start()
 
     @staticmethod
     def _read(stream: Any, put: Callable[[str], None]) -> None:
-        for line in stream:
-            put(line)
+        with stream:
+            for line in stream:
+                put(line)
 
     def wait_for(self, matches: Callable[[dict[str, Any]], bool], timeout_s: float) -> dict[str, Any]:
         def look() -> bool:
@@ -60,11 +63,15 @@ class Target:
             return bool(self.seen) and matches(self.seen)
 
         wait_for(look, timeout_s, lambda: f"last seen: {self.seen}\n{''.join(self.log[-30:])}")
-        self.pids |= {process.pid for process in self.run.processes()}
+        ours = [process for process in self.run.processes() if process.pid != self.process.pid]
+        self.shared |= shared_memory(ours)
         return self.seen
 
     def left_behind(self) -> set[str]:
-        return footprint(self.pids) - self.before
+        """Folders and sockets that were not there before, and shared memory that was seen to be this
+        run's.
+        """
+        return (runtime_footprint() - self.before) | {path for path in self.shared if Path(path).exists()}
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -74,6 +81,8 @@ class Target:
             self.run.wait_until_gone(15)
         finally:
             self.run.end()
+            for reader in self._readers:
+                reader.join(10)
 
 
 def beating(seen: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from vllm_double.draft.host import HostSettings
 from vllm_double.draft.supervisor import DraftSupervisor, HostUnavailableError
 
 pytestmark = pytest.mark.integration
-START_S = 60.0
+START_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_only_this_user_can_enter_the_runtime_folder(target: Target) -> None:
 
 def test_ray_starts_no_daemon_that_one_actor_does_not_need(target: Target) -> None:
     assert sorted(process.role for process in ours(target)) == sorted(
-        ["guard", "driver", "gcs", "raylet", "agent", "agent", "actor"]
+        ["guard", "deputy", "driver", "gcs", "raylet", "agent", "agent", "actor"]
     )
 
 

@@ -1,8 +1,8 @@
-"""A tiny language model, what it should say by exact enumeration, and what vLLM's rejection sampler makes of it.
+"""A tiny language model, what it should say by exact enumeration, and what vLLM's sampler makes of it.
 
-The exact side (`next_token_probs`, `exact_joint`) is plain Python and shares nothing with vLLM. The sampled side
-(`sample_joint`) goes through vLLM's `RejectionSampler` step by step, with the tensors that `GPUModelRunner` would
-build for chains of drafted tokens.
+The exact side (`next_token_probs`, `exact_joint`) is plain Python and shares nothing with vLLM. The sampled
+side (`sample_joint`) goes through vLLM's `RejectionSampler` step by step, with the tensors that
+`GPUModelRunner` would build for chains of drafted tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TokenModel:
 
 
 def next_token_probs(logits: Sequence[float], rule: SamplingRule, output: Sequence[int]) -> list[float]:
-    """The distribution of the next token after PROMPT and `output`, one number after the other, in float64."""
+    """The distribution of the next token after PROMPT and `output`, number by number, in float64."""
     scores = [float(value) for value in logits]
     for token in range(VOCAB):
         if token in PROMPT or token in output:
@@ -92,7 +92,7 @@ def exact_joint(model: TokenModel, rule: SamplingRule) -> np.ndarray:
 
 
 Lengths = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""From the last two tokens of each row [rows, 2]: how many tokens are scheduled, and how many are real (then -1)."""
+"""From the last two tokens of each row [rows, 2]: how many tokens are scheduled, and how many are not -1."""
 
 
 def fixed(length: int) -> Lengths:
@@ -124,15 +124,40 @@ class Case:
     lengths: Lengths
 
 
-@dataclass(slots=True)
 class _Rows:
-    """The state of a running batch: which case each row belongs to and what it has generated."""
+    """The state of a running batch: each row's case, and its text (two tokens of prompt, then the output)."""
 
-    case: np.ndarray
-    outputs: list[list[int]]
+    def __init__(self, case: np.ndarray) -> None:
+        self.case = case
+        self.lengths = np.zeros(len(case), dtype=np.int64)
+        self._text = np.zeros((len(case), 2 + JOINT + MAX_CHAIN), dtype=np.int64)
+        self._text[:, :2] = PROMPT[-2:]
 
     def last_two(self) -> np.ndarray:
-        return np.array([(*PROMPT[-2:], *output)[-2:] for output in self.outputs])
+        rows = np.arange(len(self.case))
+        return np.stack([self._text[rows, self.lengths], self._text[rows, self.lengths + 1]], axis=1)
+
+    def outputs(self) -> list[list[int]]:
+        texts = self._text[:, 2:].tolist()
+        return [text[:length] for text, length in zip(texts, self.lengths.tolist(), strict=True)]
+
+    def extend(self, sampled: np.ndarray) -> None:
+        """Appends to each row what is not -1 in `sampled` [rows, tokens]: so vLLM parses that array."""
+        for column in sampled.T:
+            rows = np.flatnonzero(column >= 0)
+            self._text[rows, 2 + self.lengths[rows]] = column[rows]
+            self.lengths[rows] += 1
+
+    def take_finished(self) -> tuple[np.ndarray, np.ndarray]:
+        """Removes the rows with JOINT tokens or more; returns their cases and first JOINT tokens."""
+        finished = self.lengths >= JOINT
+        result = self.case[finished], self._text[finished, 2 : 2 + JOINT]
+        self.case, self.lengths, self._text = (
+            self.case[~finished],
+            self.lengths[~finished],
+            self._text[~finished],
+        )
+        return result
 
 
 def sample_joint(
@@ -143,29 +168,23 @@ def sample_joint(
     The cases are interleaved, so that neighbouring rows of a batch have different parameters and chains.
     """
     torch.manual_seed(seed)
-    counts = [np.zeros((VOCAB,) * JOINT, dtype=np.int64) for _ in cases]
+    counts = np.zeros((len(cases), *(VOCAB,) * JOINT), dtype=np.int64)
     sampler = _rejection_sampler()
     order = np.tile(np.arange(len(cases)), samples)
     for start in range(0, len(order), batch):
-        case = order[start : start + batch]
-        rows = _Rows(case, [[] for _ in case])
-        while rows.outputs:
+        rows = _Rows(order[start : start + batch])
+        while len(rows.case):
             _step(model, cases, rows, sampler)
-            finished = np.array([len(output) >= JOINT for output in rows.outputs])
-            done = np.array([output[:JOINT] for output in rows.outputs if len(output) >= JOINT])
-            for index in np.unique(rows.case[finished]):
-                tokens = done[rows.case[finished] == index]
-                np.add.at(counts[index], tuple(tokens.T), 1)
-            rows.outputs = [output for output in rows.outputs if len(output) < JOINT]
-            rows.case = rows.case[~finished]
-    return counts
+            case, tokens = rows.take_finished()
+            np.add.at(counts, (case, *tokens.T), 1)
+    return list(counts)
 
 
 def p_value(counts: np.ndarray, probs: np.ndarray, smallest_cell: float = 5.0) -> float:
     """Chi-square test of the counts against the exact probabilities; cells of small expectation are pooled.
 
-    Pooling goes by the expectation alone. A count in a cell of probability 0 gives 0. Pearson's statistic, because
-    its mean is exact whatever the expectations are, so that many p-values can be combined.
+    Pooling goes by the expectation alone. A count in a cell of probability 0 gives 0. Pearson's statistic,
+    because its mean is exact whatever the expectations are, so that many p-values can be combined.
     """
     if counts[probs == 0].any():
         return 0.0
@@ -194,29 +213,26 @@ def _rejection_sampler() -> Any:
 
 
 def _step(model: TokenModel, cases: Sequence[Case], rows: _Rows, sampler: Any) -> None:
-    """One target forward and its sampling for every row, as the model runner does it; extends `rows.outputs`."""
+    """One target forward and its sampling for every row, as the model runner does it; extends `rows`."""
     last = rows.last_two()
     scheduled = np.zeros(len(last), dtype=np.int64)
     real = np.zeros(len(last), dtype=np.int64)
-    for index in np.unique(rows.case):
+    for index, case in enumerate(cases):
         mine = rows.case == index
-        scheduled[mine], real[mine] = cases[index].lengths(last[mine])
+        scheduled[mine], real[mine] = case.lengths(last[mine])
     chain, logits = _draft_and_score(model, last, scheduled, real)
     sampling = _sampling_metadata(cases, rows, scheduled, chain)
     if scheduled.any():
         output = sampler(_metadata(scheduled, chain), None, logits, sampling)
-        tokens, _ = sampler.parse_output(output.sampled_token_ids, VOCAB)
     else:
         output = sampler.sampler(logits, sampling)
-        tokens = output.sampled_token_ids.tolist()
-    for generated, new in zip(rows.outputs, tokens, strict=True):
-        generated.extend(new)
+    rows.extend(output.sampled_token_ids.numpy())
 
 
 def _draft_and_score(
     model: TokenModel, last: np.ndarray, scheduled: np.ndarray, real: np.ndarray
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Chains [rows, MAX_CHAIN] and the target's logits at all their positions, flat [sum(scheduled + 1), VOCAB]."""
+    """Chains [rows, MAX_CHAIN] and the target's logits at all positions, flat [sum(scheduled + 1), VOCAB]."""
     num_rows = len(last)
     chain = np.full((num_rows, MAX_CHAIN), -1)
     scores = np.empty((num_rows, MAX_CHAIN + 1, VOCAB), dtype=np.float32)
@@ -242,7 +258,7 @@ def _metadata(scheduled: np.ndarray, chain: np.ndarray) -> Any:
         num_draft_tokens=scheduled.tolist(),
         cu_num_draft_tokens=torch.from_numpy(np.cumsum(scheduled).astype(np.int32)),
         cu_num_sampled_tokens=torch.from_numpy(ends.astype(np.int32)),
-        target_logits_indices=torch.from_numpy(np.setdiff1d(all_logits, bonus).astype(np.int32)),
+        target_logits_indices=torch.from_numpy(np.delete(all_logits, bonus).astype(np.int32)),
         bonus_logits_indices=torch.from_numpy(bonus.astype(np.int32)),
         logits_indices=torch.from_numpy(all_logits.astype(np.int32)),
     )
@@ -275,7 +291,7 @@ def _sampling_metadata(cases: Sequence[Case], rows: _Rows, scheduled: np.ndarray
         frequency_penalties=column("frequency"),
         presence_penalties=column("presence"),
         repetition_penalties=column("repetition"),
-        output_token_ids=rows.outputs if penalises else [],
+        output_token_ids=rows.outputs() if penalises else [],
         allowed_token_ids_mask=None,
         bad_words_token_ids={},
         logitsprocs=LogitsProcessors(),

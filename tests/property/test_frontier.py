@@ -75,10 +75,14 @@ def test_the_most_probable_path_is_worked_on_first() -> None:
         node = iteration.runs[0].nodes[0]
         assert request.root is not None
         reaches.append(math.exp(node.log_prob - request.root.log_prob))
-        open_nodes = [
-            n for parent in _nodes(request.root) for n in parent.children.values() if n.branch is None and n is not node
+        left = [
+            parent.log_prob + log_prob - request.root.log_prob
+            for parent in _nodes(request.root)
+            for token, log_prob in parent.alternatives
+            if token not in parent.children
         ]
-        assert all(math.exp(n.log_prob - request.root.log_prob) <= reaches[-1] + 1e-9 for n in open_nodes)
+        assert left
+        assert all(math.exp(log_prob) <= reaches[-1] + 1e-9 for log_prob in left)
         engine.copy_slots(iteration.copies)
         tokens, probs = engine.forward(iteration.rows, 8)
         frontier.expand(iteration, tokens, probs)
@@ -203,7 +207,7 @@ def test_any_interleaving_keeps_pages_and_trees_sound(
                 continue
             node, tokens = frontier._requests[handle].root, []
             for _ in range(rng.randint(0, 5)):
-                options = list(node.children) if node is not None else []
+                options = [*node.children, *(t for t, _ in node.alternatives)] if node is not None else []
                 token = rng.choice(options) if options and rng.random() < 0.8 else rng.randrange(VOCAB)
                 node = node.children.get(token) if node is not None else None
                 tokens.append(token)

@@ -17,23 +17,32 @@ PAGE_SIZE = 4
 
 
 def _engine() -> FakeEngine:
-    return FakeEngine(hashed_logits(VOCAB_SIZE), vocab_size=VOCAB_SIZE, num_pages=12, page_size=PAGE_SIZE, max_length=24)
+    return FakeEngine(
+        hashed_logits(VOCAB_SIZE), vocab_size=VOCAB_SIZE, num_pages=12, page_size=PAGE_SIZE, max_length=24
+    )
 
 
-def _row(pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, t: float = 0.0) -> Row:
+def _row(
+    pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, t: float = 0.0
+) -> Row:
     return Row(pages=pages, start=start, tokens=tokens, num_outputs=num_outputs, temperature=t)
 
 
-def _expected(text: Sequence[int], num_children: int, temperature: float = 1.0) -> tuple[list[int], list[float]]:
+def _expected(
+    text: Sequence[int], num_children: int, temperature: float = 1.0
+) -> tuple[list[int], list[float]]:
     logits = hashed_logits(VOCAB_SIZE)(text) / temperature
     probs = np.exp(logits) / np.exp(logits).sum()
     best = sorted(range(VOCAB_SIZE), key=lambda token: (-probs[token], token))[:num_children]
     return best, [float(probs[token]) for token in best]
 
 
-def _check(outputs: tuple[np.ndarray, np.ndarray], texts: Sequence[Sequence[int]], temperature: float = 1.0) -> None:
+def _check(
+    outputs: tuple[np.ndarray, np.ndarray], texts: Sequence[Sequence[int]], temperature: float = 1.0
+) -> None:
     tokens, probs = outputs
-    assert tokens.dtype == np.int32 and probs.dtype == np.float32
+    assert tokens.dtype == np.int32
+    assert probs.dtype == np.float32
     assert len(tokens) == len(probs) == len(texts)
     for index, text in enumerate(texts):
         best, expected = _expected(text, tokens.shape[1], temperature)
@@ -47,7 +56,7 @@ def test_it_is_no_draft_engine() -> None:
 
 
 def test_it_imports_torch_or_vllm() -> None:
-    code = "import sys, vllm_double.draft.fake_engine; print(*(n for n in ('torch', 'vllm') if n in sys.modules))"
+    code = "import sys, vllm_double.draft.fake_engine; print(*{'torch', 'vllm'}.intersection(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == ""
 
@@ -146,11 +155,13 @@ def test_fork_took_too_few_slots() -> None:
         engine.forward([_row([2], 3, [4])], 2)
 
 
-@pytest.mark.parametrize("triples", [[(0, 1, 1), (2, 1, 1)], [(0, 1, 1), (1, 2, 1)], [(0, 12, 1)], [(0, 1, 5)]])
+@pytest.mark.parametrize(
+    "triples", [[(0, 1, 1), (2, 1, 1)], [(0, 1, 1), (1, 2, 1)], [(0, 12, 1)], [(0, 1, 5)]]
+)
 def test_impossible_copy_is_made(triples: list[tuple[int, int, int]]) -> None:
     engine = _engine()
     engine.forward([_row([page], 0, [1, 2, 3, 4], 0) for page in (0, 1, 2)], 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="cop"):
         engine.copy_slots(triples)
     assert engine.context([1], 4) == [1, 2, 3, 4]
 

@@ -182,14 +182,16 @@ def test_cost_line_gives_the_layers_of_a_cost_ratio() -> None:
         fit([6, 6], [1, 2])
 
 
-def test_prompts_alternate_over_kinds_and_too_few_are_refused(tmp_path: Path) -> None:
+def test_prompts_are_mixed_as_the_file_is_and_too_few_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    entries = [{"id": f"{kind}{i}", "kind": kind, "prompt": "x"} for kind in "ab" for i in range(3)]
+    entries = [{"id": f"a{i}", "kind": "a", "prompt": "x"} for i in range(8)]
+    entries += [{"id": f"b{i}", "kind": "b", "prompt": "x"} for i in range(4)]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert [prompt.id for prompt in load_prompts(path, 4)] == ["a0", "b0", "a1", "b1"]
+    assert [prompt.kind for prompt in load_prompts(path, 6)] == ["a", "b", "a", "a", "b", "a"]
+    assert len({prompt.id for prompt in load_prompts(path, 12)}) == 12
     assert [prompt.id for prompt in load_prompts(path, 2, ["b"])] == ["b0", "b1"]
-    with pytest.raises(ValueError, match="has 6 prompts"):
-        load_prompts(path, 7)
+    with pytest.raises(ValueError, match="has 12 such prompts"):
+        load_prompts(path, 13)
 
 
 def test_plots_take_the_latest_row_of_an_arm() -> None:

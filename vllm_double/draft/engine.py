@@ -1,4 +1,4 @@
-"""The draft engine on vLLM: any decoder model that vLLM loads, batched ragged forwards over a paged key/value cache."""
+"""The draft engine on vLLM: any decoder model that vLLM loads, ragged batches over a paged cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ __all__ = ["EngineConfig", "VllmDraftEngine"]
 class VllmDraftEngine:
     """DraftEngine on a vLLM model; see vllm_double.draft.base for what its methods promise.
 
-    One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own in the process.
+    One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own in the
+    process.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -86,8 +87,8 @@ class VllmDraftEngine:
 class _Batch:
     """Lays the rows of a forward out as vLLM's flat tensors.
 
-    The arrays are kept from call to call and grow; on a CPU the tensors are views of them, so at most one forward may
-    be under way.
+    The arrays are kept from call to call and grow; on a CPU the tensors are views of them, so at most one
+    forward may be under way.
     """
 
     def __init__(self, device: torch.device, page_size: int, max_row_pages: int) -> None:
@@ -157,7 +158,7 @@ def _no_outputs(num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[n
 
 
 def _merge(caches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """One view [pages, heads, slots, content, layers] instead of one per layer, where the layers lie evenly spaced."""
+    """One view [pages, heads, slots, content, layers] of all layers, if they lie evenly spaced in memory."""
     first = caches[0]
     if len(caches) < 2 or any(
         cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()

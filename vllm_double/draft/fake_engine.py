@@ -1,8 +1,9 @@
-"""A draft engine without a model: pages hold token ids, and forwards read the whole context back through the block table.
+"""A draft engine without a model: pages hold token ids, and a forward reads the context back through them.
 
-Its next-token distribution is a function of exactly the context that the pages hold, so a bug in how branches share,
-fork, rewind or free pages changes the output, or stops the test: every slot also holds a hash of all tokens up to it, as a real
-key depends on all tokens before it, and a slot whose hash does not fit the prefix it is read behind raises AssertionError.
+Its next-token distribution is a function of exactly the context that the pages hold, so a bug in how branches
+share, fork, rewind or free pages changes the output, or stops the test: every slot also holds a hash of all
+tokens up to it, as a real key depends on all tokens before it, and a slot whose hash does not fit the prefix
+that it is read behind raises AssertionError.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _EMPTY_PREFIX = 0
 
 
 def hashed_logits(vocab_size: int, *, seed: int = 0, spread: float = 2.0) -> NextToken:
-    """A NextToken that draws normal logits with standard deviation `spread` from the hash of the whole context."""
+    """A NextToken that draws normal logits, of deviation `spread`, from the hash of the whole context."""
 
     def next_token(context: Sequence[int]) -> npt.NDArray[np.float64]:
         prefix = mix(_EMPTY_PREFIX, seed)
@@ -39,9 +40,9 @@ def hashed_logits(vocab_size: int, *, seed: int = 0, spread: float = 2.0) -> Nex
 class FakeEngine:
     """DraftEngine whose model is the function `next_token`; for tests and scripted worlds.
 
-    Raises AssertionError where a real engine would silently answer nonsense: a poisoned slot is read or copied, a slot
-    holds a token that was written behind another prefix, two rows of a forward write one slot, or a row
-    reads a slot that another row of the same forward writes.
+    Raises AssertionError where a real engine would silently answer nonsense: a poisoned slot is read or
+    copied, a slot holds a token that was written behind another prefix, two rows of a forward write one slot,
+    or a row reads a slot that another row of the same forward writes.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class FakeEngine:
         )
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
-        # All cached contexts are read before anything is written, so that a row never profits from a neighbour.
+        # All cached contexts are read before anything is written, so that a row never profits from a
+        # neighbour.
         cached = [self._read(index, row) for index, row in enumerate(rows)]
         self._write(rows, cached)
         self.num_forwards += 1
@@ -148,7 +150,9 @@ class FakeEngine:
             for position in range(row.start):
                 page, slot = row.pages[position // self.page_size], position % self.page_size
                 writer = writers.get((page, slot))
-                assert writer is None, f"row {index} reads page {page}, slot {slot}, which row {writer} writes"
+                assert writer is None, (
+                    f"row {index} reads page {page}, slot {slot}, which row {writer} writes"
+                )
 
     def _best(
         self, context: Sequence[int], temperature: float, num_children: int

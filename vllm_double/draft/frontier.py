@@ -139,15 +139,12 @@ class Frontier:
             best = self._best(request)
             if best is not None:
                 # A request that was not served since its last commit comes before all others' second helpings.
-                heap.append((request.num_expanded > 0, -best[0], order, request))
+                heap.append((request.num_expanded > 0, -best, order, request))
         heapq.heapify(heap)
         budget = self._limits.nodes_per_iteration
         while heap and (budget > 0 or not heap[0][0]):
             _, _, order, request = heapq.heappop(heap)
-            best = self._best(request)
-            assert best is not None
-            node = best[1]
-            request.take_candidate()
+            node = request.take_candidate()
             try:
                 budget -= self._add(iteration, tips, request, node, put_back)
             except OutOfPages:
@@ -156,23 +153,23 @@ class Frontier:
                 break
             best = self._best(request)
             if best is not None:
-                heapq.heappush(heap, (request.num_expanded > 0, -best[0], order, request))
+                heapq.heappush(heap, (request.num_expanded > 0, -best, order, request))
         for request, node in put_back:
             request.put_back(node)
         return iteration
 
-    def _best(self, request: DraftRequest) -> tuple[float, Node] | None:
-        """The request's best candidate, if it is worth a place in a forward."""
+    def _best(self, request: DraftRequest) -> float | None:
+        """Path log-probability of the request's best candidate, if that is worth a place in a forward."""
         if request.root is None or request.num_cached < len(request.text):
             return None
         limit = min(request.deepest_allowed(self._limits.num_speculative_tokens), self._max_length)
         while (best := request.best_candidate()) is not None:
-            if best[0] < self._min_log_prob:
+            log_prob, position = best
+            if log_prob < self._min_log_prob:
                 return None
-            if best[1].position < limit:
-                return best
-            request.take_candidate()  # too deep for now: the next commit's children are candidates of their own
-            request.defer(best[1])
+            if position < limit:
+                return log_prob
+            request.defer_candidate()
         return None
 
     def _catch_up(self, iteration: Iteration, tips: dict[int, _Run]) -> None:
@@ -243,17 +240,17 @@ class Frontier:
         records = np.zeros(len(nodes), dtype=NODE_DTYPE)
         if not nodes:
             return records
+        tokens, probs = tokens[:, :num_children], probs[:, :num_children]
         log_probs = np.log(np.maximum(probs, 1e-9)).tolist()
         token_lists = tokens.tolist()
         for index, (request, node) in enumerate(nodes):
-            for token, log_prob in zip(token_lists[index][:num_children], log_probs[index], strict=False):
-                request.child(node, token, log_prob)
+            request.expand(node, token_lists[index], log_probs[index])
         records["handle"] = [request.handle for request, _ in nodes]
         records["prefix_hash"] = [node.prefix_hash for _, node in nodes]
         records["position"] = [node.position + 1 for _, node in nodes]
         records["count"] = num_children
-        records["tokens"][:, :num_children] = tokens[:, :num_children]
-        records["probs"][:, :num_children] = probs[:, :num_children]
+        records["tokens"][:, :num_children] = tokens
+        records["probs"][:, :num_children] = probs
         return records
 
     # ---- pages ------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """``python -m vllm_double.draft.host``: the process that owns Ray and everything of ours outside the target.
 
-Two processes, because the one that cleans up must not be the one that Ray can take down:
+Three processes, because the one that cleans up must not be the one that Ray can take down:
 
 - the guard leads a session of its own, imports next to nothing, and waits for the end of the target, of the
-  driver, or a SIGTERM; then it kills every process of its session and removes the runtime directory;
+  driver, or a SIGTERM; then it kills every process of its session and removes the runtime folder;
 - the driver, its forked child, runs Ray and keeps the draft actor alive. Ray's daemons die with it, it with
-  the guard.
-
-If the guard itself is killed, the supervisor in the target does the guard's last work; if both are killed at
-once, the kernel ends the processes and the next start removes the directory.
+  the guard;
+- the deputy, another child, does the guard's last work if the guard is killed. So does the supervisor in the
+  target, but target and guard may be killed together.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -112,6 +112,11 @@ def say(level: str, text: str = "", **values: object) -> None:
         os.write(1, line.encode())
     except OSError:
         pass  # The target is gone, and with it the reader.
+
+
+def _name_process(name: str) -> None:
+    """What ``ps`` and ``top`` show; at most 15 characters."""
+    Path("/proc/self/comm").write_text(name)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -221,23 +226,38 @@ def drive(settings: HostSettings, address: str, target_pid: int, runtime_dir: st
         cluster.close()
 
 
+def stand_by(guard_pid: int, runtime_dir: str) -> int:
+    """The deputy: waits for the guard's death and cleans up."""
+    guard = _pidfd(guard_pid)
+    poll = select.poll()
+    if guard is not None:
+        poll.register(guard, select.POLLIN)
+    while os.getppid() == guard_pid:
+        poll.poll(500 if guard is None else 5000)
+    kill_session(guard_pid, spare=(os.getpid(),))
+    remove_runtime(runtime_dir)
+    return 0
+
+
 def _report_state(state: str, pid: int) -> None:
     level = "INFO" if state == "up" else "DEBUG"
     say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
 
 
-def _in_child(run: Callable[[], int], guard_pid: int) -> int:
-    """Runs ``run`` in a forked child that cannot outlive this process; returns the child's pid."""
+def _fork(name: str, run: Callable[[], int], death_signal: int) -> int:
+    """Runs ``run`` in a child that gets ``death_signal`` when this process dies; returns the child's pid."""
+    guard_pid = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _prctl(_PR_SET_PDEATHSIG, death_signal)
+        _name_process(name)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if os.getppid() == guard_pid:
+        if not death_signal or os.getppid() == guard_pid:
             code = run()
     except SystemExit:
         code = 0
@@ -256,6 +276,7 @@ def main() -> int:
     target_pid, runtime_dir = int(request["target_pid"]), str(request["runtime_dir"])
     if os.getsid(0) != os.getpid():
         raise SystemExit("The host must lead a session of its own; it is started by DraftSupervisor.")
+    _name_process("double-guard")
     guard = _Guard(target_pid, runtime_dir)
     # SIGTERM and not SIGKILL: the guard is the one that has to clean up when the target is killed.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -265,7 +286,11 @@ def main() -> int:
         if not guard.target_gone():
             _bind(settings.draft_cores)
             address = str(request["address"])
-            driver = _in_child(lambda: drive(settings, address, target_pid, runtime_dir), os.getpid())
+            guard_pid = os.getpid()
+            _fork("double-deputy", lambda: stand_by(guard_pid, runtime_dir), death_signal=0)
+            driver = _fork(
+                "double-driver", lambda: drive(settings, address, target_pid, runtime_dir), signal.SIGKILL
+            )
             code = guard.wait(driver)
             if code is None and settings.ray_address is not None:
                 _end_gently(driver)

@@ -1,11 +1,12 @@
-"""Loads a vLLM decoder model without vLLM's engine: the model, its paged key/value cache, its attention metadata builders.
+"""Loads a vLLM decoder model without vLLM's engine: model, paged key/value cache, metadata builders.
 
-The process is the draft worker's own: vLLM's process-wide state (distributed groups, forward context) is ours here.
+The process is the draft worker's own: vLLM's process-wide state (distributed groups, forward context) is ours
+here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ _PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 class EngineConfig:
     """Which draft model, where it runs, and how much it may keep.
 
-    model, revision, quantization, load_format, trust_remote_code, max_model_len, seed, enforce_eager: as in vLLM; None
-        is the model's own.
+    model, revision, quantization, load_format, trust_remote_code, max_model_len, seed, enforce_eager: as in
+        vLLM; None is the model's own.
     dtype: as in vLLM; 'auto' is the model's own, but float32 on a CPU without instructions for 16-bit types.
     device: 'cpu' or 'cuda:N'; vLLM must be built for it.
-    num_threads: threads of the operators on a CPU. OMP_NUM_THREADS and the affinity of the process are its starter's.
-    page_size: tokens in a page; None is the smallest that the model's attention backend takes, which makes forks cheap.
+    num_threads: threads of the operators on a CPU. OMP_NUM_THREADS and the affinity of the process are its
+        starter's.
+    page_size: tokens in a page; None is the smallest that the model's attention backend takes, which makes
+        forks cheap.
     num_pages: pages of the key/value cache; None is what kv_cache_bytes has room for.
     vocab_size: of the target; token ids from there on are never answered. None is the draft's own.
     tensor_parallel_size: must be 1, a draft engine drives one device.
@@ -64,18 +67,20 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: a draft engine drives one device")
-        for name in ("num_threads", "vocab_size", "page_size", "num_pages", "kv_cache_bytes", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, it must be positive")
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}: a draft engine drives one device"
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
+                raise ValueError(f"{field.name} is {value}, it must be positive")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What a forward needs.
 
-    caches: layer name to its part of the cache, pages in dimension 0; layers that share a cache are listed once.
+    caches: layer name to its part of the cache, pages in dimension 0; a layer that shares is not listed.
     builders: attention metadata builder and the layers that take what it builds.
     slot_dim: dimension of a cache that counts the slots of a page, None if the backend hides it.
     """
@@ -94,13 +99,12 @@ def load(config: EngineConfig) -> LoadedModel:
     """Load the model and allocate its cache. Raises ValueError for a model or device that cannot draft."""
     device = torch.device(config.device)
     if device.type != current_platform.device_type:
-        raise ValueError(
-            f"the draft's device is {config.device}, but this vLLM is built for {current_platform.device_type}"
-        )
+        built_for = current_platform.device_type
+        raise ValueError(f"the draft's device is {config.device}, but this vLLM is built for {built_for}")
     vllm_config = _vllm_config(config)
     _check_drafts(vllm_config)
     if device.type == "cpu":
-        # get_model() asks for it, and torch raises where there is no accelerator; vLLM's CPU worker does the same.
+        # get_model() calls them, and torch raises where there is no accelerator; as vLLM's CPU worker does.
         torch.accelerator.empty_cache = _nothing
         torch.accelerator.synchronize = _nothing
     else:
@@ -157,7 +161,7 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
 
 
 def _is_slow_on_cpu(vllm_config: VllmConfig) -> bool:
-    """Whether the weights' 16-bit type has no matrix instructions here: float32 is then 3 times as fast at 8 rows."""
+    """Whether the weights' 16-bit type has no instructions here: float32 is then twice as fast at 8 rows."""
     if vllm_config.model_config.quantization is not None or vllm_config.model_config.dtype == torch.float32:
         return False
     capabilities = torch.cpu.get_capabilities()
@@ -169,7 +173,10 @@ def _check_drafts(vllm_config: VllmConfig) -> None:
     for refused, why in (
         (model_config.runner_type != "generate", "does not generate text"),
         (model_config.is_encoder_decoder, "is an encoder-decoder"),
-        (model_config.has_inner_state or model_config.is_attention_free, "keeps a state that cannot be rewound"),
+        (
+            model_config.has_inner_state or model_config.is_attention_free,
+            "keeps a state that cannot be rewound",
+        ),
         (model_config.uses_mrope, "needs multimodal positions"),
     ):
         if refused:
@@ -181,7 +188,10 @@ def _init_distributed(vllm_config: VllmConfig, device: torch.device) -> None:
     if not torch.distributed.is_initialized():
         # vLLM joins the group that is there; this one needs no port and no file.
         torch.distributed.init_process_group(
-            backend=backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+            backend=backend,
+            store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
         )
     init_worker_distributed_environment(vllm_config, 0, None, device.index or 0, backend)
 
@@ -204,7 +214,9 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
         raise ValueError("the draft model has layers without a paged key/value cache: it cannot be rewound")
     groups = get_kv_cache_groups(vllm_config, specs)
     if len(groups) != 1:
-        raise ValueError(f"the draft model's layers need {len(groups)} different block tables, one is supported")
+        raise ValueError(
+            f"the draft model's layers need {len(groups)} different block tables, one is supported"
+        )
     layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     resolve_kv_cache_layout(vllm_config, [layouts], specs.values())
     kv_cache_config = get_kv_cache_config_from_groups(vllm_config, groups, config.kv_cache_bytes)
@@ -240,7 +252,8 @@ def _all_take(backends: set[Any], page_size: int) -> bool:
 
 
 def _slot_dim(device: torch.device, caches: dict[str, torch.Tensor], page_size: int) -> int | None:
-    # vLLM's caches are [pages, heads, slots, content]. Its CPU kernels use a page as they like: keys are transposed or tiled.
+    # vLLM's caches are [pages, heads, slots, content]. Its CPU kernels use a page as they like: keys are
+    # transposed or tiled.
     if device.type == "cpu":
         return None
     if all(cache.ndim == 4 and cache.shape[2] == page_size for cache in caches.values()):

@@ -248,7 +248,8 @@ class HostProcess:
             self._process.stdin.close()
         except OSError:
             pass  # It died at once; wait() says so.
-        self._output = self._process.stdout.fileno()
+        self._stdout = self._process.stdout
+        self._output = self._stdout.fileno()
         os.set_blocking(self._output, False)
 
     def wait(self, on_line: OnLine) -> int:
@@ -276,6 +277,7 @@ class HostProcess:
         finally:
             if ended is not None:
                 os.close(ended)
+            self._stdout.close()
             self._clean_up()
 
     def stop(self, timeout_s: float) -> None:

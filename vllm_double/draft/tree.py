@@ -16,6 +16,7 @@ from vllm_double.hashing import mix, seed
 __all__ = ["Branch", "DraftRequest", "Node"]
 
 _order = itertools.count()
+_ITSELF = -1
 
 
 class Branch:
@@ -32,7 +33,7 @@ class Branch:
 class Node:
     """A token at ``position``; ``prefix_hash`` names the text up to and including it."""
 
-    __slots__ = ("alive", "branch", "children", "log_prob", "parent", "position", "prefix_hash", "token")
+    __slots__ = ("alive", "alternatives", "branch", "children", "log_prob", "parent", "position", "prefix_hash", "token")
 
     def __init__(self, token: int, position: int, prefix_hash: int, parent: "Node | None", log_prob: float) -> None:
         self.token = token
@@ -41,8 +42,14 @@ class Node:
         self.parent = parent
         self.log_prob = log_prob  # of the whole path since admission: only differences below one root mean anything
         self.children: dict[int, Node] = {}
+        self.alternatives: list[tuple[int, float]] = []  # what the draft listed, best first, with log-probabilities
         self.branch: Branch | None = None
         self.alive = True
+
+
+# Negative log-probability of the path, a tie-breaker, a node, and which of its alternatives is meant (_ITSELF: the node).
+# Only the best alternative of a node that has not become a node yet is a candidate: most alternatives never become one.
+_Candidate = tuple[float, int, Node, int]
 
 
 class DraftRequest:
@@ -67,8 +74,8 @@ class DraftRequest:
         self.trunk.holders = 1
         self.root: Node | None = None  # the last committed token, once the whole text at admission is here
         self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
-        self._candidates: list[tuple[float, int, Node]] = []
-        self._deferred: list[Node] = []
+        self._candidates: list[_Candidate] = []
+        self._deferred: list[_Candidate] = []
 
     # ---- text -------------------------------------------------------------------------------------------------
 
@@ -95,8 +102,8 @@ class DraftRequest:
             self._move_root(node if matched == len(tokens) else None, node)
         self.num_expanded = 0
         self.chain_length = 0
-        for deferred in self._deferred:
-            self._push(deferred)
+        for candidate in self._deferred:
+            heapq.heappush(self._candidates, candidate)
         self._deferred.clear()
         return matched
 
@@ -143,38 +150,75 @@ class DraftRequest:
         """The child of ``node`` for ``token``; made, with ``log_prob`` given its parent, where there is none yet."""
         child = node.children.get(token)
         if child is None:
-            position = node.position + 1
-            child = Node(token, position, mix(node.prefix_hash, token), node, node.log_prob + log_prob)
-            node.children[token] = child
-            if token not in self.stop_token_ids and position + 1 < self.max_length:
-                self._push(child)
+            child = self._make(node, token, log_prob)
+            if self._may_go_on(child):
+                self._push(child, child.log_prob, _ITSELF)
         return child
 
-    def _push(self, node: Node) -> None:
-        heapq.heappush(self._candidates, (-node.log_prob, next(_order), node))
+    def expand(self, node: Node, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Note what the draft says behind a computed node, best first."""
+        node.alternatives = list(zip(tokens, log_probs, strict=True))
+        self._push_alternative(node, 0)
 
-    def best_candidate(self) -> tuple[float, Node] | None:
-        """The most probable node that is not computed yet, with its path's log-probability from the root."""
+    def _make(self, node: Node, token: int, log_prob: float) -> Node:
+        child = Node(token, node.position + 1, mix(node.prefix_hash, token), node, node.log_prob + log_prob)
+        node.children[token] = child
+        return child
+
+    def _may_go_on(self, node: Node) -> bool:
+        """Whether it is of use to know what follows ``node``."""
+        return node.token not in self.stop_token_ids and node.position + 1 < self.max_length
+
+    def _push(self, node: Node, log_prob: float, index: int) -> None:
+        heapq.heappush(self._candidates, (-log_prob, next(_order), node, index))
+
+    def _push_alternative(self, node: Node, index: int) -> None:
+        """Make the first alternative from ``index`` on that may become a node a candidate."""
+        if node.position + 2 >= self.max_length:
+            return
+        for place in range(index, len(node.alternatives)):
+            token, log_prob = node.alternatives[place]
+            if token not in node.children and token not in self.stop_token_ids:
+                self._push(node, node.log_prob + log_prob, place)
+                return
+
+    def best_candidate(self) -> tuple[float, int] | None:
+        """Path log-probability from the root, and position, of the most probable node that is not computed yet."""
         heap = self._candidates
         while heap:
-            negative, _, node = heap[0]
-            # The root is committed text, and read as such.
-            if node.alive and node.branch is None and node is not self.root:
-                assert self.root is not None
-                return -negative - self.root.log_prob, node
+            negative, _, node, index = heap[0]
+            if node.alive and index == _ITSELF:
+                # The root is committed text, and read as such.
+                if node.branch is None and node is not self.root:
+                    break
+            elif node.alive:
+                if node.alternatives[index][0] not in node.children:
+                    break
+                heapq.heappop(heap)
+                self._push_alternative(node, index + 1)
+                continue
             heapq.heappop(heap)
-        return None
+        if not heap:
+            return None
+        assert self.root is not None
+        negative, _, node, index = heap[0]
+        return -negative - self.root.log_prob, node.position + (index != _ITSELF)
 
-    def take_candidate(self) -> None:
-        heapq.heappop(self._candidates)
+    def take_candidate(self) -> Node:
+        """The node that ``best_candidate`` told of; no candidate any more."""
+        _, _, node, index = heapq.heappop(self._candidates)
+        if index == _ITSELF:
+            return node
+        self._push_alternative(node, index + 1)
+        return self._make(node, *node.alternatives[index])
 
     def put_back(self, node: Node) -> None:
         """Make ``node`` a candidate again."""
-        self._push(node)
+        self._push(node, node.log_prob, _ITSELF)
 
-    def defer(self, node: Node) -> None:
-        """Keep ``node`` from being a candidate until the next commit."""
-        self._deferred.append(node)
+    def defer_candidate(self) -> None:
+        """Keep what ``best_candidate`` told of from being a candidate until the next commit."""
+        self._deferred.append(heapq.heappop(self._candidates))
 
     def deepest_allowed(self, num_speculative_tokens: int) -> int:
         """Positions beyond this one are deeper than num_speculative_tokens behind any outcome of the verification."""

@@ -80,9 +80,9 @@ class RecordTargetEnd(ABC):
             return []
         records = self._reports.drain(max_bytes)
         # Read after the records: a worker takes its session before it writes its first one.
-        session = self.session
-        current = stamp(session)
-        fresh = [(kind, payload) for kind, of, payload in records if of == current and session]
+        # Without a worker it is 0, which no record carries.
+        current = stamp(self.session)
+        fresh = [(kind, payload) for kind, of, payload in records if of == current]
         reports, num_bad = decode_reports(fresh) if fresh else ([], 0)
         stats = self.stats
         stats.corrupt += num_bad + self._reports.corrupt

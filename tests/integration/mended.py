@@ -1,0 +1,40 @@
+"""vLLM's CPU sampler with our mends, for tests: the fixture `cpu_kernels` and the context `without`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from vllm_double import patches
+
+BY_NAME = {entry.name: entry for entry in patches.ENTRIES}
+
+
+@pytest.fixture
+def cpu_kernels() -> Iterator[Any]:
+    """vLLM's CPU functions with kernels registered and mends applied; they are applied again afterwards."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if not current_platform.is_cpu() or HAS_TRITON:
+        pytest.skip("the CPU build's sampler is tested here")
+    current_platform.import_kernels()
+    current_platform.register_triton_kernel_overrides()
+    assert patches.mend_cpu_sampler({})
+    yield importlib.import_module("vllm.utils.cpu_triton_utils")
+    assert patches.mend_cpu_sampler({})
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """vLLM as it is without one of the mends."""
+    patches.revert([BY_NAME[name]])
+    assert not patches.is_applied(BY_NAME[name])
+    try:
+        yield
+    finally:
+        patches.mend_cpu_sampler({})
