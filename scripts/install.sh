@@ -15,11 +15,11 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 
 if nvidia-smi >/dev/null 2>&1; then
-    echo "Installing vLLM $VLLM_VERSION for CUDA into $VENV"
-    "$VENV/bin/pip" install --quiet --no-compile "vllm==$VLLM_VERSION" -e '.[dev]'
+    echo "Installing vLLM $VLLM_VERSION for CUDA into $VENV (a few minutes)"
+    "$VENV/bin/pip" install -qq --no-compile "vllm==$VLLM_VERSION" -e '.[dev]'
 else
-    echo "Installing the CPU build of vLLM $VLLM_VERSION into $VENV"
-    if ! "$VENV/bin/pip" install --quiet --no-compile ./packaging/vllm-alias -e '.[dev]'; then
+    echo "Installing the CPU build of vLLM $VLLM_VERSION into $VENV (a few minutes)"
+    if ! "$VENV/bin/pip" install -qq --no-compile ./packaging/vllm-alias -e '.[dev]'; then
         echo "If pip did not find torch's CPU build (a version that ends in +cpu), name PyTorch's CPU index in pip's" \
             "configuration (extra-index-url) and run this again." >&2
         exit 1

@@ -191,17 +191,21 @@ class Phase:
     length: int
     kind: str  # "spans" (repeated random tokens) or "mix" (2/3 code, 1/3 edits)
     characters: tuple[int, int] = (0, 0)
+    focus: bool = False  # only every FOCUS-th module is drawn from
 
 
 # Copying comes first, on random spans, short before long; without this the edits are not copied at all.
-# The initial weights (copying.py) already copy, so that these phases are short.
+# The initial weights (copyhead.py) already copy, so that these phases are short. A small model that has seen everything
+# twice knows little and loops; in the second half it sees a few modules again and again, and then writes code.
+FOCUS = 5
 CURRICULUM = (
     Phase(0.010, 128, "spans"),
     Phase(0.025, 256, "spans"),
     Phase(0.15, 256, "mix", (80, 300)),
-    Phase(0.50, 256, "mix", (80, 450)),
-    Phase(0.92, 512, "mix", (100, 750)),
-    Phase(1.00, 1024, "mix", (100, 1500)),
+    Phase(0.35, 256, "mix", (80, 450)),
+    Phase(0.465, 512, "mix", (100, 750)),
+    Phase(0.92, 512, "mix", (100, 750), focus=True),
+    Phase(1.00, 1024, "mix", (100, 1500), focus=True),
 )
 
 
@@ -219,33 +223,42 @@ class Corpus:
     stream: np.ndarray = field(init=False)  # int64 tokens of all files, each ended with EOS
     lines: list[list[str]] = field(init=False)
     names: list[str] = field(init=False)
+    focus_length: int = field(init=False)  # tokens of the first files, on which training focuses in the end
     weights: np.ndarray = field(init=False)  # chance of each file to be the source of an edit
+    focus_weights: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         order = np.random.default_rng(0).permutation(len(self.texts))
         files = [list(self.texts.values())[i] for i in order]
         encoded = self.tokenizer.encode_batch(files)
         self.stream = np.concatenate([np.array([*e.ids, EOS_ID], dtype=np.int64) for e in encoded])
+        num_focus = -(-len(files) // FOCUS)
+        self.focus_length = sum(len(e.ids) + 1 for e in encoded[:num_focus])
         self.lines = [text.splitlines() for text in files]
         self.names = sorted(
             {w for text in files for w in IDENTIFIER.findall(text) if not keyword.iskeyword(w)}
         )
         sizes = np.array([len(text) for text in files], dtype=np.float64)
         self.weights = sizes / sizes.sum()
+        focus = np.where(np.arange(len(files)) < num_focus, sizes, 0.0)
+        self.focus_weights = focus / focus.sum()
 
-    def edit(self, rng: Generator, characters: tuple[int, int]) -> Edit:
+    def edit(self, rng: Generator, characters: tuple[int, int], focus: bool = False) -> Edit:
         """One random edit whose chunk has about ``characters`` = (shortest, longest) characters."""
+        weights = self.focus_weights if focus else self.weights
         while True:
-            lines = self.lines[int(rng.choice(len(self.lines), p=self.weights))]
+            lines = self.lines[int(rng.choice(len(self.lines), p=weights))]
             made = make_edit(rng, lines, self.names, int(rng.integers(characters[0], characters[1])))
             if made is not None:
                 return made
 
-    def edit_row(self, rng: Generator, length: int, characters: tuple[int, int]) -> np.ndarray:
+    def edit_row(
+        self, rng: Generator, length: int, characters: tuple[int, int], focus: bool
+    ) -> np.ndarray:
         """``length`` tokens of edits, each ended with EOS; the last one is cut."""
         row: list[int] = []
         while len(row) < length:
-            row += [*self.tokenizer.encode(self.edit(rng, characters).text).ids, EOS_ID]
+            row += [*self.tokenizer.encode(self.edit(rng, characters, focus).text).ids, EOS_ID]
         return np.array(row[:length], dtype=np.int64)
 
     def batch(self, seed: int, step: int, phase: Phase, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -262,8 +275,9 @@ class Corpus:
                 labels[row, : span + 1] = -100
             return data[:, :-1], labels[:, 1:]
         edits = round(rows / 3)
-        parts = [self.edit_row(rng, length, phase.characters) for _ in range(edits)]
-        for start in rng.integers(0, len(self.stream) - length, rows - edits):
+        parts = [self.edit_row(rng, length, phase.characters, phase.focus) for _ in range(edits)]
+        end = self.focus_length if phase.focus else len(self.stream)
+        for start in rng.integers(0, end - length, rows - edits):
             parts.append(self.stream[start : start + length])
         data = np.stack(parts)
         return data[:, :-1], data[:, 1:]

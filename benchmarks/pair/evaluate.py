@@ -161,6 +161,7 @@ def evaluate(pair: Path, new: int) -> dict[str, Any]:
             "ended_with_eos": mean([len(texts[i]) < new for i in chosen]),
             "looping": mean([loops(texts[i]) for i in chosen]),
             "draft_acceptance": mean([h for a in accepted for h in a]),
+            "draft_acceptance_first_64_tokens": mean([h for a in accepted for h in a[:64]]),
             "draft_acceptance_without_loops": mean([h for a in calm for h in a]),
         }
     exact, lead, right, draft_right = [], [], [], []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -127,30 +126,34 @@ def wait_for(look: Callable[[], T], timeout_s: float, explain: Callable[[], str]
     return value
 
 
-def runtime_footprint() -> set[str]:
-    """Runtime folders of any host on this machine, and the sockets below them."""
-    folders = {str(path) for path in Path(tempfile.gettempdir()).glob("vllm-double-ray-*")}
-    lines = Path("/proc/net/unix").read_text().splitlines()
-    return folders | {line.split()[-1] for line in lines if "/vllm-double-ray-" in line}
+def possessions(processes: Iterable[Process]) -> set[str]:
+    """What these processes could leave behind: their runtime folders, and their entries of /dev/shm.
 
-
-def shared_memory(processes: Iterable[Process]) -> set[str]:
-    """Entries of /dev/shm that these processes have mapped or hold open, and OpenMP's, which name their
-    process.
+    OpenMP's entries name their process; others are counted if a process has them mapped or open.
     """
     found = set()
     for process in processes:
         folder = Path("/proc", str(process.pid))
+        found |= {str(path) for path in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{process.pid}_*")}
         try:
-            mapped = {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()}
-            opened = {str(descriptor.readlink()) for descriptor in (folder / "fd").iterdir()}
+            paths = {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()}
+            paths |= {str(descriptor.readlink()) for descriptor in (folder / "fd").iterdir()}
         except OSError:
             continue
+        found |= {path for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
         found |= {
-            path for path in mapped | opened if path.startswith("/dev/shm/") and "(deleted)" not in path
+            str(Path(path).parent) for path in paths if "/vllm-double-ray-" in path and path.endswith("/lock")
         }
-        found |= {str(path) for path in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{process.pid}_*")}
     return found
+
+
+def still_there(paths: Iterable[str]) -> set[str]:
+    """Those of the paths that exist, and the sockets below them that somebody still holds."""
+    folders = tuple(f"{path}/" for path in paths)
+    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
+    return {path for path in paths if Path(path).exists()} | {
+        path for path in sockets if path.startswith(folders)
+    }
 
 
 def cpu_seconds(pid: int) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.chaos import MARKER, Run, runtime_footprint, shared_memory, wait_for
+from tests.chaos.chaos import MARKER, Run, possessions, still_there, wait_for
 from vllm_double.draft.host import HostSettings
 
 HERE = Path(__file__).parent
@@ -30,9 +30,8 @@ class Target:
         }
         wanted = HostSettings(**{**defaults, **settings})
         self.run = Run(secrets.token_hex(8))
-        self.before = runtime_footprint()
         self.seen: dict[str, Any] = {}
-        self.shared: set[str] = set()
+        self.owned: set[str] = set()
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
         self.process = subprocess.Popen(
@@ -63,15 +62,17 @@ class Target:
             return bool(self.seen) and matches(self.seen)
 
         wait_for(look, timeout_s, lambda: f"last seen: {self.seen}\n{''.join(self.log[-30:])}")
-        ours = [process for process in self.run.processes() if process.pid != self.process.pid]
-        self.shared |= shared_memory(ours)
+        self.look()
         return self.seen
 
+    def look(self) -> None:
+        """Takes note of what the run's processes own now."""
+        self.owned |= possessions(self.run.processes())
+
     def left_behind(self) -> set[str]:
-        """Folders and sockets that were not there before, and shared memory that was seen to be this
-        run's.
-        """
-        return (runtime_footprint() - self.before) | {path for path in self.shared if Path(path).exists()}
+        """What of all that was seen to be this run's still exists. Look before the end."""
+        self.look()
+        return still_there(self.owned)
 
     def end(self) -> None:
         if self.process.poll() is None:

@@ -70,6 +70,7 @@ def test_nothing_is_left_after_the_target_ends_by(number: signal.Signals, start_
 def test_nothing_is_left_after_the_target_is_killed_while_ray_starts(start_target: StartTarget) -> None:
     target = start_target()
     wait_for(lambda: target.run.by_role("gcs"), START_S)
+    assert target.left_behind(), "the run's folder is not found"
     target.process.kill()
     target.process.wait(END_S)
     target.run.wait_until_gone(END_S)

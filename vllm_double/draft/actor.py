@@ -68,7 +68,7 @@ class DraftActor:
 
     @ray.method(concurrency_group="control")
     def ping(self) -> str:
-        """ "building", "up" or "ended"."""
+        """The state: "building", "up" or "ended"."""
         return self._state
 
     @ray.method(concurrency_group="control")

@@ -1,6 +1,7 @@
 """What the output rank of a target starts: the logs, the draft worker's host, the retrievers, the proposer, the metrics."""
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm_double.draft.supervisor import DraftSupervisor
 from vllm_double.metrics import MetricsServer, snapshot
 from vllm_double.proposer import Proposer
 from vllm_double.retrieval import ContextRetriever, Retriever
+from vllm_double.retrieval.automaton import warm_up
 from vllm_double.transport.shared import SharedTargetEnd
 
 __all__ = ["Launch"]
@@ -35,6 +37,7 @@ class Launch:
         if config.draft:
             self._end = SharedTargetEnd.create()
             self._supervisor = DraftSupervisor(_host_settings(vllm_config), self._end.address)
+        warm_up()  # compiled code is loaded now, not in the first request
         retrievers: list[Retriever] = [ContextRetriever()] if double.context_retrieval else []
         self.proposer = Proposer(
             config.num_speculative_tokens,
@@ -73,9 +76,10 @@ def _host_settings(vllm_config: VllmConfig) -> HostSettings:
     device = double.draft_device
     if device == "auto":
         device = vllm_config.device_config.device_type
-    visible = None
+    # A draft on the CPU beside a target on a GPU must not find one.
+    visible: str | None = "" if device == "cpu" else None
     if device.startswith("cuda:"):
-        visible, device = device.partition(":")[2], "cuda:0"
+        visible, device = _physical_device(int(device.partition(":")[2])), "cuda:0"
     cores = config.cores
     worker = {
         "engine": {
@@ -104,8 +108,14 @@ def _host_settings(vllm_config: VllmConfig) -> HostSettings:
         worker=worker,
         device=double.draft_device,
         draft_cores=cores.draft if cores is not None else None,
-        target_cores=cores.describe() if cores is not None else "",
+        target_cores=cores.bind if cores is not None else "",
         visible_devices=visible,
         ray_address=double.ray_address,
         ray_num_cpus=double.ray_num_cpus,
     )
+
+
+def _physical_device(index: int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls the device that this process counts as ``index``."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index].strip() if visible else str(index)
