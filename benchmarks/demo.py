@@ -37,6 +37,9 @@ from benchmarks.stats import is_looping, share
 
 __all__ = ["main"]
 
+NUM_SLICES = 4
+"""The arms take turns so many times, so that whatever disturbs the machine disturbs both."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if every text of the double server is that of the plain one, else 1."""
@@ -70,35 +73,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             requests = workload.requests(prompts, options.max_tokens, 0.0)
             fleet.warm_up(requests[:2], 2)
             for batch in options.batch:
-                plain, ours = (stream(fleet, arm, requests, batch, console) for arm in arms)
+                plain, ours = stream(fleet, arms, requests, batch, console)
                 cells.append((batch, plain, ours))
     return report(console, cells)
 
 
-def stream(fleet: Fleet, arm: Arm, requests: Sequence[Request], batch: int, console: Console) -> Series:
-    """One pass over the requests, with a bar and the text that came back last."""
+def stream(
+    fleet: Fleet, arms: Sequence[Arm], requests: Sequence[Request], batch: int, console: Console
+) -> list[Series]:
+    """All arms answer all requests, in turn slice by slice, with a bar each and the text that came back last."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TextColumn("{task.fields[rate]:6.1f} tokens/s"), TextColumn("[dim]{task.fields[text]}[/dim]"),
     )  # fmt: skip
-    server = fleet.server(arm)
-    before = counters(server.metrics())
+    series = [Series(arm) for arm in arms]
+    before = [counters(fleet.server(arm).metrics()) for arm in arms]
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{arm.name:<8} batch {batch}", total=len(requests), rate=0.0, text="")
-        tokens = 0
+        bars = [
+            progress.add_task(f"{arm.name:<8} batch {batch}", total=len(requests), rate=0.0, text="")
+            for arm in arms
+        ]
+        size = -(-len(requests) // NUM_SLICES)
+        for start in range(0, len(requests), size):
+            for one, bar in zip(series, bars, strict=True):
 
-        def show(completion: Completion) -> None:
-            nonlocal tokens
-            tokens += len(completion.tokens)
-            elapsed = progress.tasks[task].elapsed or 1.0
-            lines = [line for line in completion.text.split("\n") if line.strip()]
-            text = escape(max(lines, key=len, default="").strip()[:40])
-            progress.update(task, advance=1, rate=tokens / elapsed, text=text)
+                def show(completion: Completion, bar: TaskID = bar) -> None:
+                    lines = [line for line in completion.text.split("\n") if line.strip()]
+                    progress.update(bar, advance=1, text=escape(max(lines, key=len, default="").strip()[:40]))
 
-        round_ = fleet.ask(arm, requests, batch, show)
-        progress.update(task, rate=round_.tokens_per_second, text="")
-    return Series(arm, [round_], speculation(before, counters(server.metrics())))
+                one.rounds.append(fleet.ask(one.arm, requests[start : start + size], batch, show))
+                progress.update(bar, rate=total_rate(one), text="")
+    for one, earlier in zip(series, before, strict=True):
+        one.speculation = speculation(earlier, counters(fleet.server(one.arm).metrics()))
+    return series
+
+
+def total_rate(series: Series) -> float:
+    """Tokens per second over all slices."""
+    return sum(part.tokens for part in series.rounds) / sum(part.seconds for part in series.rounds)
 
 
 def report(console: Console, cells: Sequence[tuple[int, Series, Series]]) -> int:
@@ -110,10 +122,10 @@ def report(console: Console, cells: Sequence[tuple[int, Series, Series]]) -> int
     for batch, plain, ours in cells:
         identical = ours.identical(plain)
         failed += len(identical) - sum(identical)
-        table.add_row(str(batch), "plain", f"{plain.rates[0]:.1f}", "1.00", *figures(plain), "")
+        slow, fast = total_rate(plain), total_rate(ours)
+        table.add_row(str(batch), plain.arm.name, f"{slow:.1f}", "1.00", *figures(plain), "")
         same = f"{sum(identical)} of {len(identical)}"
-        name = ours.arm.name
-        table.add_row("", name, f"{ours.rates[0]:.1f}", f"{ours.speedup(plain):.2f}", *figures(ours), same)
+        table.add_row("", ours.arm.name, f"{fast:.1f}", f"{fast / slow:.2f}", *figures(ours), same)
     console.print(table)
     completions = [completion for _, _, ours in cells for completion in ours.completions]
     looping = share([is_looping(completion.tokens) for completion in completions])

@@ -195,8 +195,9 @@ class Phase:
 
 
 # Copying comes first, on random spans, short before long; without this the edits are not copied at all.
-# The initial weights (copyhead.py) already copy, so that these phases are short. A small model that has seen everything
-# twice knows little and loops; in the second half it sees a few modules again and again, and then writes code.
+# The initial weights (copyhead.py) already copy, so that these phases are short. A small model that has seen
+# everything twice knows little and loops; in the second half it sees a few modules again and again, and then
+# writes code.
 FOCUS = 5
 CURRICULUM = (
     Phase(0.010, 128, "spans"),
@@ -252,9 +253,7 @@ class Corpus:
             if made is not None:
                 return made
 
-    def edit_row(
-        self, rng: Generator, length: int, characters: tuple[int, int], focus: bool
-    ) -> np.ndarray:
+    def edit_row(self, rng: Generator, length: int, characters: tuple[int, int], focus: bool) -> np.ndarray:
         """``length`` tokens of edits, each ended with EOS; the last one is cut."""
         row: list[int] = []
         while len(row) < length:

@@ -88,7 +88,8 @@ def load(folder: Path) -> Any:
     """The stored bfloat16 weights, computed with in float32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -98,7 +98,8 @@ def check(source: Path, output: Path, rows: int = 4, length: int = 128) -> dict[
 
     found: dict[str, dict[str, float | bool]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        one, other = (AutoModelForCausalLM.from_pretrained(p, dtype=dtype).eval() for p in (source, output))
+        load: Any = AutoModelForCausalLM.from_pretrained
+        one, other = (load(p, dtype=dtype).eval() for p in (source, output))
         tokens = torch.randint(
             1, one.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(7)
         )
