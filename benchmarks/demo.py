@@ -21,8 +21,8 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def stream(
     fleet: Fleet, arms: Sequence[Arm], requests: Sequence[Request], batch: int, console: Console
 ) -> list[Series]:
-    """All arms answer all requests, in turn slice by slice, with a bar each and the text that came back last."""
+    """All arms answer all requests, in turn, slice by slice; a bar each, and the text that came back last."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]:6.1f} tokens/s"), TextColumn("[dim]{task.fields[text]}[/dim]"),

@@ -22,6 +22,8 @@ __all__ = ["Fleet", "Series", "interleave"]
 
 WORKER_UP = "vllm:double_worker_up"
 BYTES_PER_SERVER = 2 << 30
+SPIN_S = 1.2
+"""vLLM's processes wait for each other in a busy loop, for a second after the last message."""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Fleet:
         self._log_folder = log_folder
         self._stack = ExitStack()
         self._servers: dict[str, Server] = {}
+        self._last: tuple[str, float] = ("", 0.0)
 
     def __enter__(self) -> Fleet:
         wanted = len(self.arms) * BYTES_PER_SERVER
@@ -96,6 +99,7 @@ class Fleet:
 
     def idle_share(self, seconds: float = 3.0) -> float:
         """Cores that all servers together burn while nobody asks."""
+        time.sleep(SPIN_S)
         before = {label: server.cpu_seconds() for label, server in self._servers.items()}
         time.sleep(seconds)
         return sum(server.cpu_seconds() - before[label] for label, server in self._servers.items()) / seconds
@@ -107,10 +111,15 @@ class Fleet:
         batch: int,
         progress: Callable[[Completion], None] | None = None,
     ) -> Round:
-        """One pass over the requests, with cold caches."""
+        """One pass over the requests, with cold caches and all other servers at rest."""
+        label, ended = self._last
+        if label != arm.label:
+            time.sleep(max(0.0, ended + SPIN_S - time.monotonic()))
         server = self.server(arm)
         server.reset_caches()
-        return asyncio.run(play(server.url, requests, batch, progress))
+        round_ = asyncio.run(play(server.url, requests, batch, progress))
+        self._last = (arm.label, time.monotonic())
+        return round_
 
     def warm_up(self, requests: Sequence[Request], batch: int) -> None:
         """Lets every server answer a few requests that are not measured."""
