@@ -66,10 +66,7 @@ def _ngram(choices: Choices) -> list[dict[str, object] | None]:
 
 
 def _draft_model(choices: Choices) -> list[dict[str, object] | None]:
-    return [
-        {"method": "draft_model", "model": str(choices.draft), "num_speculative_tokens": k}
-        for k in choices.draft_k
-    ]
+    return [{"method": "draft_model", "model": str(choices.draft), "num_speculative_tokens": k} for k in choices.draft_k]
 
 
 def _suffix(choices: Choices) -> list[dict[str, object] | None]:

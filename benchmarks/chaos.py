@@ -245,9 +245,7 @@ def wait_gone(server: Server, killed: int, whole_server: bool) -> float | None:
 def answers(server: Server) -> bool:
     """Whether the server still completes a request."""
     body = b'{"model": "target", "prompt": "def f(", "max_tokens": 8, "temperature": 0}'
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"{server.url}/v1/completions", data=body, headers={"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status) == 200

@@ -96,9 +96,7 @@ async def complete(session: aiohttp.ClientSession, url: str, request: Request) -
                 found.finish_reason = choice.get("finish_reason") or found.finish_reason
     found.seconds = time.perf_counter() - start
     if not found.finish_reason:
-        raise RuntimeError(
-            f"{request.id}: the stream ended without a reason after {len(found.tokens)} tokens"
-        )
+        raise RuntimeError(f"{request.id}: the stream ended without a reason after {len(found.tokens)} tokens")
     return found
 
 

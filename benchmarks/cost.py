@@ -42,9 +42,7 @@ def layers_for(cost_ratio: float, draft_step_ms: float, line: tuple[float, float
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the line and appends one row per number of layers and thread split."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", type=int, default=[6, 36, 66])
     parser.add_argument("--draft-step-ms", type=float, help="time of a draft forward on its own core")
     parser.add_argument("--wanted", nargs="+", type=float, default=[4, 8, 16, 32], help="cost ratios C")
@@ -58,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "cost.csv")
     options = parser.parse_args(argv)
     choices = Choices(workload.DRAFT, tuple(options.cores))
-    requests = workload.requests(
-        workload.load_prompts(options.prompts, options.num_prompts), options.max_tokens, 0.0
-    )
+    requests = workload.requests(workload.load_prompts(options.prompts, options.num_prompts), options.max_tokens, 0.0)
     steps: dict[str | None, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="vllm-double-cost-") as folder:
         for layers in options.layers:
@@ -71,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for arm in fleet.arms:
                     gaps = [1000 * gap for c in fleet.ask(arm, requests, 1).completions for gap in c.gaps]
                     steps.setdefault(arm.threads, []).append(median(gaps))
-                    print(
-                        f"{layers:3} layers, threads {arm.threads}: {median(gaps):.2f} ms a step", flush=True
-                    )
+                    print(f"{layers:3} layers, threads {arm.threads}: {median(gaps):.2f} ms a step", flush=True)
                     row: dict[str, rows.Value] = {
                         "layers": layers,
                         "threads": arm.threads,

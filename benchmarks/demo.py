@@ -78,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report(console, cells)
 
 
-def stream(
-    fleet: Fleet, arms: Sequence[Arm], requests: Sequence[Request], batch: int, console: Console
-) -> list[Series]:
+def stream(fleet: Fleet, arms: Sequence[Arm], requests: Sequence[Request], batch: int, console: Console) -> list[Series]:
     """All arms answer all requests, in turn, slice by slice; a bar each, and the text that came back last."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
@@ -89,10 +87,7 @@ def stream(
     series = [Series(arm) for arm in arms]
     before = [counters(fleet.server(arm).metrics()) for arm in arms]
     with Progress(*columns, console=console) as progress:
-        bars = [
-            progress.add_task(f"{arm.name:<8} batch {batch}", total=len(requests), rate=0.0, text="")
-            for arm in arms
-        ]
+        bars = [progress.add_task(f"{arm.name:<8} batch {batch}", total=len(requests), rate=0.0, text="") for arm in arms]
         size = -(-len(requests) // NUM_SLICES)
         for start in range(0, len(requests), size):
             for one, bar in zip(series, bars, strict=True):
@@ -115,9 +110,7 @@ def total_rate(series: Series) -> float:
 
 def report(console: Console, cells: Sequence[tuple[int, Series, Series]]) -> int:
     """Prints the table; 0 if all texts are identical, else 1."""
-    table = Table(
-        "batch", "arm", "tokens/s", "speed-up", "tokens per target forward", "hit rate", "identical texts"
-    )
+    table = Table("batch", "arm", "tokens/s", "speed-up", "tokens per target forward", "hit rate", "identical texts")
     failed = 0
     for batch, plain, ours in cells:
         identical = ours.identical(plain)

@@ -71,26 +71,20 @@ class Fleet:
     def __enter__(self) -> Fleet:
         wanted = len(self.arms) * BYTES_PER_SERVER
         if psutil.virtual_memory().available < wanted:
-            raise ServerError(
-                f"{len(self.arms)} servers at once need about {wanted >> 30} GiB of memory; name fewer arms"
-            )
+            raise ServerError(f"{len(self.arms)} servers at once need about {wanted >> 30} GiB of memory; name fewer arms")
         with ExitStack() as stack:
             width = max(1, len(self._base.cores))
             for start in range(0, len(self.arms), width):
                 for arm in self.arms[start : start + width]:
                     config = replace(self._base, speculative=arm.speculative, threads=arm.threads)
-                    self._servers[arm.label] = stack.enter_context(
-                        Server(arm.label, config, self._log_folder)
-                    )
+                    self._servers[arm.label] = stack.enter_context(Server(arm.label, config, self._log_folder))
                 for arm in self.arms[start : start + width]:
                     self._servers[arm.label].wait_healthy()
                     wait_for_drafts(self._servers[arm.label])
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
     def server(self, arm: Arm) -> Server:
@@ -158,9 +152,7 @@ def interleave(
         for arm in [*arms[shift:], *arms[:shift]]:
             round_ = fleet.ask(arm, requests, batch)
             series[arm.label].rounds.append(round_)
-            progress(
-                f"round {number + 1}/{num_rounds}  {arm.label:<28} {round_.tokens_per_second:8.1f} tokens/s"
-            )
+            progress(f"round {number + 1}/{num_rounds}  {arm.label:<28} {round_.tokens_per_second:8.1f} tokens/s")
     for arm in arms:
         series[arm.label].speculation = speculation(before[arm.label], counters(fleet.server(arm).metrics()))
     return series

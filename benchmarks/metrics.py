@@ -49,9 +49,7 @@ def speculation(before: dict[str, float], after: dict[str, float]) -> Speculatio
     if forwards is None and generated is not None:
         # A sequence's forward commits one token of its own and the accepted ones.
         forwards = generated - (accepted or 0.0)
-    step = _ratio(
-        grown("vllm:double_worker_forward_seconds_total"), grown("vllm:double_worker_iterations_total")
-    )
+    step = _ratio(grown("vllm:double_worker_forward_seconds_total"), grown("vllm:double_worker_iterations_total"))
     return Speculation(
         tokens_per_forward=_ratio(generated, forwards),
         acceptance=_ratio(accepted, drafted),

@@ -67,9 +67,7 @@ def divergences(
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", default="double", choices=[name for name in ARMS if name != "plain"])
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--num-limit", type=int, default=16, help="of them, texts that end at max_model_len")
@@ -125,9 +123,7 @@ def parity_row(
     different: Sequence[dict[str, object]],
 ) -> dict[str, rows.Value]:  # fmt: skip
     """The outcome at one batch size."""
-    at_limit = [
-        c for c in plain.completions if c.id.endswith("/limit") and len(c.tokens) == options.max_tokens
-    ]
+    at_limit = [c for c in plain.completions if c.id.endswith("/limit") and len(c.tokens) == options.max_tokens]
     return {
         "arm": arm.name,
         "config": json.dumps(portable(arm.speculative)),

@@ -30,9 +30,7 @@ def latest(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[str, dic
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes speedup-T<temperature>-B<batch>.svg beside the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=rows.RESULTS / "bench.csv")
     options = parser.parse_args(argv)
     import matplotlib as mpl
@@ -46,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         by_ratio = all(ratios.values())
         conditions = ""
         for arm, by_layers in arms.items():
-            points = sorted(
-                (float(ratios[n] if by_ratio else n), float(row["speedup"])) for n, row in by_layers.items()
-            )
+            points = sorted((float(ratios[n] if by_ratio else n), float(row["speedup"])) for n, row in by_layers.items())
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=arm)
             row = next(iter(by_layers.values()))
             vllm = row["versions"].split(", ")[0]

@@ -38,9 +38,7 @@ def append(path: Path, row: Mapping[str, Value]) -> None:
         with path.open(newline="") as file:
             header = next(csv.reader(file))
         if header != columns:
-            raise ValueError(
-                f"{path} has other columns: {sorted(set(header) ^ set(columns)) or 'another order'}"
-            )
+            raise ValueError(f"{path} has other columns: {sorted(set(header) ^ set(columns)) or 'another order'}")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:

@@ -38,21 +38,13 @@ class Cell:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--arms", nargs="+", default=default_arms(), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
-    parser.add_argument(
-        "--layers", nargs="+", type=int, default=[66], help="decoder layers of the inflated target: its cost"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=default_arms(), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--layers", nargs="+", type=int, default=[66], help="decoder layers of the inflated target: its cost")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--num-prompts", type=int, default=8, help="prompts of a round; at least the largest batch"
-    )
+    parser.add_argument("--num-prompts", type=int, default=8, help="prompts of a round; at least the largest batch")
     parser.add_argument("--kinds", nargs="+", default=[], help="kinds of prompts; all if not given")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--ngram-k", nargs="+", type=int, default=[2, 4, 6])
@@ -65,9 +57,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--compile", action="store_true", help="compiled servers instead of eager ones")
     parser.add_argument("--cores", type=parse_cores, default=cores(), help="what every arm may use, as 0-3")
-    parser.add_argument(
-        "--draft-step-ms", type=float, help="a draft forward, for C, where double's metrics don't tell"
-    )
+    parser.add_argument("--draft-step-ms", type=float, help="a draft forward, for C, where double's metrics don't tell")
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "bench.csv")
     parser.add_argument("--logs", type=Path, default=workload.PAIR.parent / "logs")
     options = parser.parse_args(argv)
@@ -118,9 +108,7 @@ def choose(
     return {cell: [arm for _, arm in by_name.values()] for cell, by_name in found.items()}
 
 
-def one_round(
-    options: argparse.Namespace, base: ServerConfig, arm: Arm, cells: Sequence[Cell]
-) -> dict[Cell, float]:
+def one_round(options: argparse.Namespace, base: ServerConfig, arm: Arm, cells: Sequence[Cell]) -> dict[Cell, float]:
     """Tokens per second of one variant in every cell."""
     rates = {}
     with Fleet([arm], base, options.logs) as fleet:
@@ -141,9 +129,7 @@ def ask_for(options: argparse.Namespace, cell: Cell) -> list[Request]:
     return workload.requests(prompts, options.max_tokens, cell.temperature)
 
 
-def measure(
-    options: argparse.Namespace, base: ServerConfig, best: dict[Cell, list[Arm]], layers: int
-) -> None:
+def measure(options: argparse.Namespace, base: ServerConfig, best: dict[Cell, list[Arm]], layers: int) -> None:
     """Interleaved rounds of the chosen variants, all servers up at once; appends the rows."""
     arms = list({arm.label: arm for chosen in best.values() for arm in chosen}.values())
     with Fleet(arms, base, options.logs) as fleet:
@@ -167,9 +153,7 @@ def measure(
                 rows.append(options.output, row)
 
 
-def cell_rows(
-    options: argparse.Namespace, cell: Cell, layers: int, series: Sequence[Series]
-) -> list[dict[str, rows.Value]]:
+def cell_rows(options: argparse.Namespace, cell: Cell, layers: int, series: Sequence[Series]) -> list[dict[str, rows.Value]]:
     """One row per arm of a cell."""
     plain = next(one for one in series if one.arm.name == "plain")
     target_step_ms = 1000 * median(gap for completion in plain.completions for gap in completion.gaps)

@@ -21,8 +21,7 @@ def curl(port: int) -> str:
     """A command line that asks the server for a completion."""
     body = {"model": "target", "prompt": "def main(", "max_tokens": 64, "temperature": 0}
     return (
-        f"curl -s http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body))}"
+        f"curl -s http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )
 
 
@@ -36,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     options, extra = parser.parse_known_args(argv)
     (arm,) = variants("double", Choices(options.draft, tuple(cores()), double_k=(options.k,)))
-    config = ServerConfig(
-        options.target, tuple(cores()), arm.speculative, dtype=options.dtype, extra=tuple(extra)
-    )
+    config = ServerConfig(options.target, tuple(cores()), arm.speculative, dtype=options.dtype, extra=tuple(extra))
     command = config.command(options.port)
     print(f"{shlex.join(command)}\n\nWhen it is up:\n\n{curl(options.port)}\n", flush=True)
     os.execve(command[0], command, os.environ | config.variables())

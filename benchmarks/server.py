@@ -155,9 +155,7 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     def wait_healthy(self, deadline_s: float = 600.0) -> float:
@@ -165,9 +163,7 @@ class Server:
         start = time.monotonic()
         while time.monotonic() - start < deadline_s:
             if self._process.poll() is not None:
-                raise ServerError(
-                    f"{self.name} exited with {self._process.returncode} at start:\n{self.tail()}"
-                )
+                raise ServerError(f"{self.name} exited with {self._process.returncode} at start:\n{self.tail()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return time.monotonic() - start

@@ -39,9 +39,7 @@ def is_looping(tokens: Sequence[int], window: int = LOOP_WINDOW, max_period: int
     if len(tokens) < window:
         return False
     tail = tokens[-window:]
-    return any(
-        all(tail[i] == tail[i - period] for i in range(period, window)) for period in range(1, max_period + 1)
-    )
+    return any(all(tail[i] == tail[i - period] for i in range(period, window)) for period in range(1, max_period + 1))
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

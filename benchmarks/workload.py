@@ -46,11 +46,7 @@ def load_prompts(path: Path, count: int, kinds: Sequence[str] = ()) -> list[Prom
         entry = json.loads(line)
         if not kinds or entry["kind"] in kinds:
             by_kind.setdefault(entry["kind"], []).append(Prompt(entry["id"], entry["kind"], entry["prompt"]))
-    places = [
-        ((index + 0.5) / len(prompts), prompt)
-        for prompts in by_kind.values()
-        for index, prompt in enumerate(prompts)
-    ]
+    places = [((index + 0.5) / len(prompts), prompt) for prompts in by_kind.values() for index, prompt in enumerate(prompts)]
     found = [prompt for _, prompt in sorted(places, key=lambda place: place[0])]
     if len(found) < count:
         raise ValueError(f"{path.name} has {len(found)} such prompts, {count} are wanted")
@@ -62,9 +58,7 @@ def requests(prompts: Sequence[Prompt], max_tokens: int, temperature: float) -> 
     return [Request(prompt.id, prompt.text, max_tokens, temperature) for prompt in prompts]
 
 
-def to_the_limit(
-    prompts: Sequence[Prompt], target: Path, max_model_len: int, max_tokens: int
-) -> list[Request]:
+def to_the_limit(prompts: Sequence[Prompt], target: Path, max_model_len: int, max_tokens: int) -> list[Request]:
     """Requests whose text ends exactly at ``max_model_len``: prompts laid end to end, past EOS if need be."""
     tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
     tokens: list[int] = []

@@ -48,7 +48,13 @@ class Calibration:
     def table(self) -> list[tuple[str, bool, float, float, float]]:
         """Rows (source, sampled, bucket's lower edge, observed frequency, trials) for a reliability plot."""
         return [
-            (source, sampled, bucket / NUM_BUCKETS, curve[bucket], self._trials[source, sampled][bucket] - _PRIOR_TRIALS)
+            (
+                source,
+                sampled,
+                bucket / NUM_BUCKETS,
+                curve[bucket],
+                self._trials[source, sampled][bucket] - _PRIOR_TRIALS,
+            )
             for (source, sampled), curve in sorted(self._curves.items())
             for bucket in range(NUM_BUCKETS)
             if self._trials[source, sampled][bucket] > _PRIOR_TRIALS

@@ -33,20 +33,27 @@ class DoubleConfig(BaseModel):
         "auto", pattern=r"^(auto|float32|float16|bfloat16)$", description='"auto": the dtype that the target runs in'
     )  # fmt: skip
     draft_kv_cache_gib: float = Field(
-        0.25, gt=0, le=1024, description="memory for the draft's KV cache in GiB; when full, some requests go without a draft"
+        0.25,
+        gt=0,
+        le=1024,
+        description="memory for the draft's KV cache in GiB; when full, some requests go without a draft",
     )
     draft_page_size: int = Field(
         32, ge=1, le=1024, description="tokens in a page of the draft's KV cache; small pages make branches cheap. The "
         "attention backend may ask for a multiple of its own",
     )  # fmt: skip
     nodes_per_iteration: int = Field(8, ge=1, le=1024, description="tokens that one draft forward takes at most")
-    children_per_node: int = Field(8, ge=1, le=8, description="alternatives that are kept per drafted token; 1 is a single path")
+    children_per_node: int = Field(
+        8, ge=1, le=8, description="alternatives that are kept per drafted token; 1 is a single path"
+    )
     prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
     draft_seeded_requests: bool = Field(
-        False, description="draft for requests with a seed and a temperature, too: their text is then no longer reproducible"
+        False,
+        description="draft for requests with a seed and a temperature, too: their text is then no longer reproducible",
     )
     ray_address: str | None = Field(
-        None, description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own'
+        None,
+        description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own',
     )
     ray_num_cpus: float = Field(1.0, ge=0, le=1024, description="logical CPUs that the draft actor claims in Ray")
 
@@ -80,14 +87,18 @@ class DoubleConfig(BaseModel):
 
 def nearest(key: str, known: Any) -> str:
     """The known name that ``key`` most looks like."""
-    names = sorted(known)
+    names: list[str] = sorted(known)
     return max(names, key=lambda name: difflib.SequenceMatcher(None, str(key).lower(), name).ratio())
 
 
 def check_num_speculative_tokens(value: Any) -> int:
     """The upper bound of a chain's length. Raises ConfigError with one sentence."""
     if value is None:
-        raise ConfigError('Method "double" needs "num_speculative_tokens", the most draft tokens verified in one step (16, say).')
+        raise ConfigError(
+            'Method "double" needs "num_speculative_tokens", the most draft tokens verified in one step (16, say).'
+        )
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
-        raise ConfigError(f'"num_speculative_tokens" is {value!r}, and must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}.')
+        raise ConfigError(
+            f'"num_speculative_tokens" is {value!r}, and must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}.'
+        )
     return value

@@ -22,16 +22,28 @@ __all__ = ["MetricsServer", "expose", "families", "snapshot"]
 _TIMEOUT_S = 0.25
 _COUNTERS = {
     "rounds": ("vllm:double_target_forwards", "Target forwards that drafts were proposed after."),
-    "rows": ("vllm:double_request_forwards", "Requests times target forwards, those without draft tokens included."),
-    "rows_without_drafts": ("vllm:double_request_forwards_without_drafts", "Those of them that verified nothing."),
+    "rows": (
+        "vllm:double_request_forwards",
+        "Requests times target forwards, those without draft tokens included.",
+    ),
+    "rows_without_drafts": (
+        "vllm:double_request_forwards_without_drafts",
+        "Those of them that verified nothing.",
+    ),
     "committed_tokens": ("vllm:double_committed_tokens", "Tokens that those forwards gave."),
     "proposed_tokens": ("vllm:double_proposed_tokens", "Draft tokens in proposed chains."),
     "harvests": ("vllm:double_harvests", "Times that a request asked for drafts."),
     "hits": ("vllm:double_hits", "Times that something was ready behind the last committed token."),
     "late_nodes": ("vllm:double_late_nodes", "Draft records that came after their place was committed."),
     "rewinds": ("vllm:double_rewinds", "Texts that shrank."),
-    "resynchronisations": ("vllm:double_resynchronisations", "Requests that were admitted to a worker again."),
-    "rounds_without_worker": ("vllm:double_rounds_without_draft", "Rounds that were ready without a draft worker."),
+    "resynchronisations": (
+        "vllm:double_resynchronisations",
+        "Requests that were admitted to a worker again.",
+    ),
+    "rounds_without_worker": (
+        "vllm:double_rounds_without_draft",
+        "Rounds that were ready without a draft worker.",
+    ),
     "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
 }
 _WORKER_GAUGES = frozenset({"requests"})
@@ -79,7 +91,9 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
             gauge.add_metric([engine], picture[key])
         yield gauge
     histogram = HistogramMetricFamily(
-        "vllm:double_propose_seconds", "Time between two target forwards that proposing took.", labels=["engine"]
+        "vllm:double_propose_seconds",
+        "Time between two target forwards that proposing took.",
+        labels=["engine"],
     )
     for engine, picture in pictures:
         total, buckets = 0, []

@@ -46,9 +46,7 @@ def _wrap(engine_args: Any) -> None:
     engine_args.create_speculative_config = create_speculative_config
 
 
-def _create(
-    engine_args: Any, raw: dict[str, Any], target_model_config: Any = None, target_parallel_config: Any = None
-) -> Any:
+def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = None, target_parallel_config: Any = None) -> Any:
     from vllm_double.config import ConfigError
     from vllm_double.patches import UnsupportedVllm, require
 

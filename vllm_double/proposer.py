@@ -269,14 +269,17 @@ class Proposer:
         empty = np.empty(0, dtype=np.int32)
         sent = end.send(
             Admit(
-                handle, len(tokens), tokens[:chunk], params.temperature, params.max_length,
-                tuple(params.stop_token_ids), params.tenant,
-            )  # fmt: skip
+                handle,
+                len(tokens),
+                tokens[:chunk],
+                params.temperature,
+                params.max_length,
+                tuple(params.stop_token_ids),
+                params.tenant,
+            )
         )
         for start in range(chunk, len(tokens), chunk):
-            sent = sent and end.send(
-                Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32))
-            )
+            sent = sent and end.send(Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32)))
         request.session, request.told = end.session, len(tokens)
         if not sent:
             self._dismiss(request)

@@ -159,11 +159,7 @@ def make_edit(rng: Generator, lines: list[str], names: list[str], characters: in
         if not twice:
             return None
         old = twice[int(rng.integers(len(twice)))]
-        new = (
-            f"{old}_{int(rng.integers(2, 10))}"
-            if rng.random() < 0.2
-            else names[int(rng.integers(len(names)))]
-        )
+        new = f"{old}_{int(rng.integers(2, 10))}" if rng.random() < 0.2 else names[int(rng.integers(len(names)))]
         if new == old or new in found:
             return None
         return Edit("rename", before, f"rename {old} -> {new}", re.sub(rf"\b{re.escape(old)}\b", new, before))
@@ -236,9 +232,7 @@ class Corpus:
         num_focus = -(-len(files) // FOCUS)
         self.focus_length = sum(len(e.ids) + 1 for e in encoded[:num_focus])
         self.lines = [text.splitlines() for text in files]
-        self.names = sorted(
-            {w for text in files for w in IDENTIFIER.findall(text) if not keyword.iskeyword(w)}
-        )
+        self.names = sorted({w for text in files for w in IDENTIFIER.findall(text) if not keyword.iskeyword(w)})
         sizes = np.array([len(text) for text in files], dtype=np.float64)
         self.weights = sizes / sizes.sum()
         focus = np.where(np.arange(len(files)) < num_focus, sizes, 0.0)
@@ -276,7 +270,6 @@ class Corpus:
         edits = round(rows / 3)
         parts = [self.edit_row(rng, length, phase.characters, phase.focus) for _ in range(edits)]
         end = self.focus_length if phase.focus else len(self.stream)
-        for start in rng.integers(0, end - length, rows - edits):
-            parts.append(self.stream[start : start + length])
+        parts += [self.stream[at : at + length] for at in rng.integers(0, end - length, rows - edits)]
         data = np.stack(parts)
         return data[:, :-1], data[:, 1:]

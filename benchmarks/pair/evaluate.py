@@ -28,11 +28,7 @@ LOOP_TAIL, LOOP_PERIOD = 64, 16
 
 def completion_prompt(rng: np.random.Generator, tokenizer: Tokenizer, lines: list[str]) -> str | None:
     """Whole lines of 60 to 200 tokens; half of them end with the header of a function or a class."""
-    headers = [
-        i
-        for i, line in enumerate(lines)
-        if line.lstrip().startswith(("def ", "class ")) and line.endswith(":")
-    ]
+    headers = [i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class ")) and line.endswith(":")]
     bodies = [i for i, line in enumerate(lines) if line.startswith("    ") and line.strip()]
     ends = headers if rng.random() < 0.5 else bodies
     if not ends:
@@ -116,9 +112,7 @@ def greedy(model: Any, prompts: list[list[int]], new: int, rows: int = 54) -> li
         width = max(len(prompts[i]) for i in part)
         ids = torch.tensor([[EOS_ID] * (width - len(prompts[i])) + prompts[i] for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=EOS_ID
-        )
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=EOS_ID)
         print(f"{at + len(part)} of {len(order)} prompts", file=sys.stderr, flush=True)
         for i, row in zip(part, out[:, width:].tolist(), strict=True):
             texts[i] = row[: row.index(EOS_ID)] if EOS_ID in row else row
@@ -196,9 +190,7 @@ def write_prompts(pair: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=Path(__file__).parent)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--write-prompts", action="store_true")

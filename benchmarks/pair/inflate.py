@@ -100,9 +100,7 @@ def check(source: Path, output: Path, rows: int = 4, length: int = 128) -> dict[
     for dtype in (torch.float32, torch.bfloat16):
         load: Any = AutoModelForCausalLM.from_pretrained
         one, other = (load(p, dtype=dtype).eval() for p in (source, output))
-        tokens = torch.randint(
-            1, one.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(7)
-        )
+        tokens = torch.randint(1, one.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(7))
         with torch.no_grad():
             first, second = one(tokens).logits, other(tokens).logits
         gap = float((first.float() - second.float()).abs().max())
@@ -111,9 +109,7 @@ def check(source: Path, output: Path, rows: int = 4, length: int = 128) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     count = parser.add_mutually_exclusive_group()
@@ -121,9 +117,7 @@ def main() -> None:
     count.add_argument("--cost-ratio", type=float)
     parser.add_argument("--draft", type=Path, help="with --cost-ratio: the draft's folder")
     parser.add_argument("--draft-step-ms", type=float, help="with --cost-ratio: a draft step, milliseconds")
-    parser.add_argument(
-        "--layer-ms", type=float, help="with --cost-ratio: a layer of the target, milliseconds"
-    )
+    parser.add_argument("--layer-ms", type=float, help="with --cost-ratio: a layer of the target, milliseconds")
     parser.add_argument("--intermediate-size", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="compare the logits with transformers")

@@ -151,9 +151,7 @@ def configuration(shape: Shape) -> dict[str, object]:
 def export(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the model as bfloat16 safetensors with configuration and tokenizer."""
     save_tokenizer(tokenizer, folder)
-    weights = {
-        name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
-    }
+    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     (folder / "config.json").write_text(json.dumps(configuration(model.shape), indent=2) + "\n")

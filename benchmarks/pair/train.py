@@ -12,9 +12,7 @@ import sys
 
 if os.environ.get("MALLOC_MMAP_MAX_") is None and __name__ == "__main__":
     # glibc returns every large buffer to the system otherwise, and faults it in again at each step.
-    os.environ.update(
-        MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456"
-    )
+    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456")
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import argparse
@@ -61,9 +59,7 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
                 shapes.setdefault(tuple(parameter.shape), []).append(parameter)
-            list(
-                self.pool.map(lambda parameters, group=group: self.update(group, parameters), shapes.values())
-            )
+            list(self.pool.map(lambda parameters, group=group: self.update(group, parameters), shapes.values()))
 
     @torch.no_grad()
     def update(self, group: dict[str, float], parameters: list[torch.nn.Parameter]) -> None:
@@ -144,9 +140,7 @@ class Run:
     part: int = 1024  # tokens in a part of a batch
 
 
-def fit(
-    run: Run, corpus: Corpus, held: np.ndarray, teacher: Llama | None = None
-) -> tuple[Llama, dict[str, float]]:
+def fit(run: Run, corpus: Corpus, held: np.ndarray, teacher: Llama | None = None) -> tuple[Llama, dict[str, float]]:
     """Trains a model, or goes on; with a teacher, code and edits are learned from its distribution."""
     torch.manual_seed(run.seed)
     model = Llama(run.shape)
@@ -205,9 +199,7 @@ def fit(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--work", type=Path, default=Path("/tmp/pair/work"), help="checkpoints")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -229,9 +221,7 @@ def main() -> None:
     corpus = Corpus(tokenizer, train)
     encoded = tokenizer.encode_batch(list(held.values()))
     stream = np.concatenate([np.array([*e.ids, EOS_ID], dtype=np.int64) for e in encoded])
-    print(
-        f"{len(train)} modules, {len(corpus.stream)} tokens; held out {len(held)}, {len(stream)}", flush=True
-    )
+    print(f"{len(train)} modules, {len(corpus.stream)} tokens; held out {len(held)}, {len(stream)}", flush=True)
 
     common: dict[str, Any] = {"batch": args.batch, "seed": args.seed, "work": args.work}
     common |= {"export_seconds": args.export_seconds, "threads": args.threads}

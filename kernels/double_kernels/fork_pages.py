@@ -64,11 +64,7 @@ def _check(caches: Sequence[torch.Tensor], page_size: int, slot_dim: int | None)
             raise ValueError(f"caches have {num_pages} and {cache.shape[0]} pages")
         if slot_dim is not None:
             if not 1 <= slot_dim < cache.ndim:
-                raise ValueError(
-                    f"slot_dim is {slot_dim}, a cache has {cache.ndim} dimensions, the first for pages"
-                )
+                raise ValueError(f"slot_dim is {slot_dim}, a cache has {cache.ndim} dimensions, the first for pages")
             if cache.shape[slot_dim] != page_size:
-                raise ValueError(
-                    f"dimension {slot_dim} has {cache.shape[slot_dim]} slots, a page has {page_size}"
-                )
+                raise ValueError(f"dimension {slot_dim} has {cache.shape[slot_dim]} slots, a page has {page_size}")
     return num_pages

@@ -28,9 +28,7 @@ def top_branches(
     gives NaN probabilities.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be floating point [rows, vocab], not {logits.dtype} {tuple(logits.shape)}"
-        )
+        raise ValueError(f"logits must be floating point [rows, vocab], not {logits.dtype} {tuple(logits.shape)}")
     num_rows, vocab_size = logits.shape
     if not 1 <= num_children <= vocab_size:
         raise ValueError(f"num_children is {num_children}, the vocabulary has {vocab_size} tokens")
@@ -45,9 +43,7 @@ def top_branches(
         if bool(is_tied.any()):
             tokens = tokens.clone()
             for row in is_tied.nonzero().flatten().tolist():
-                tokens[row, :num_children] = _lowest_ids_first(
-                    scores[row], best_scores[row, num_children - 1], num_children
-                )
+                tokens[row, :num_children] = _lowest_ids_first(scores[row], best_scores[row, num_children - 1], num_children)
     tokens = tokens[:, :num_children].contiguous()
 
     if temperatures is not None:
@@ -69,9 +65,7 @@ def _topk(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]
     end = num_blocks * _BLOCK
     blocks = scores[:, :end].reshape(num_rows, num_blocks, _BLOCK)
     chosen = torch.topk(blocks.amax(-1), count, sorted=False).indices.unsqueeze(-1)
-    candidates = torch.cat(
-        [blocks.gather(1, chosen.expand(-1, -1, _BLOCK)).flatten(1), scores[:, end:]], dim=1
-    )
+    candidates = torch.cat([blocks.gather(1, chosen.expand(-1, -1, _BLOCK)).flatten(1), scores[:, end:]], dim=1)
     ids = torch.arange(_BLOCK, device=scores.device)
     tokens = torch.cat(
         [

@@ -19,9 +19,7 @@ def slow_top_branches(
         scores = [float(score) / temperature for score in logits[row].float()]
         highest = max(scores)
         total = math.fsum(math.exp(score - highest) for score in scores)
-        best = sorted(range(len(scores)), key=lambda token: (-float(logits[row, token]), token))[
-            :num_children
-        ]
+        best = sorted(range(len(scores)), key=lambda token: (-float(logits[row, token]), token))[:num_children]
         all_tokens.append(best)
         all_probs.append([math.exp(scores[token] - highest) / total for token in best])
     return all_tokens, all_probs
@@ -45,9 +43,7 @@ def _compare(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor
         for f in sorted({1, min(4, vocab), min(8, vocab), min(vocab, 33)})
     ],
 )
-def test_top_branches_differ_from_a_sort(
-    num_rows: int, vocab_size: int, num_children: int, dtype: torch.dtype
-) -> None:
+def test_top_branches_differ_from_a_sort(num_rows: int, vocab_size: int, num_children: int, dtype: torch.dtype) -> None:
     torch.manual_seed(num_rows * vocab_size + num_children)
     logits = (3 * torch.randn(num_rows, vocab_size)).to(dtype)
     temperatures = torch.rand(num_rows) * 2 + 0.1
@@ -121,8 +117,6 @@ def test_no_rows_fail() -> None:
         pytest.param(torch.zeros(3, 4), 2, torch.ones(4), id="temperatures-of-other-rows"),
     ],
 )
-def test_wrong_arguments_are_taken(
-    logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None
-) -> None:
+def test_wrong_arguments_are_taken(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None) -> None:
     with pytest.raises(ValueError, match=r"must be|num_children"):
         top_branches(logits, num_children, temperatures)

@@ -141,9 +141,7 @@ def possessions(processes: Iterable[Process]) -> set[str]:
         except OSError:
             continue
         found |= {path for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
-        found |= {
-            str(Path(path).parent) for path in paths if "/vllm-double-ray-" in path and path.endswith("/lock")
-        }
+        found |= {str(Path(path).parent) for path in paths if "/vllm-double-ray-" in path and path.endswith("/lock")}
     return found
 
 
@@ -151,9 +149,7 @@ def still_there(paths: Iterable[str]) -> set[str]:
     """Those of the paths that exist, and the sockets below them that somebody still holds."""
     folders = tuple(f"{path}/" for path in paths)
     sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
-    return {path for path in paths if Path(path).exists()} | {
-        path for path in sockets if path.startswith(folders)
-    }
+    return {path for path in paths if Path(path).exists()} | {path for path in sockets if path.startswith(folders)}
 
 
 def cpu_seconds(pid: int) -> float:

@@ -41,9 +41,7 @@ def test_parameters_of_drafted_rows_are_not_the_requests(
         assert torch.equal(output, untouched), "vLLM mended this: the entry can go"
 
 
-def sample_rows(
-    kernels: Any, drafts: list[int], lengths: list[int], probs: Any, **others: Any
-) -> list[list[int]]:
+def sample_rows(kernels: Any, drafts: list[int], lengths: list[int], probs: Any, **others: Any) -> list[list[int]]:
     """One call of the random kernel: recovered tokens are 100 + position, bonus tokens 200 + row."""
     num_rows, width = len(lengths), max(lengths) + 1
     output = torch.full((num_rows, width), -1, dtype=torch.int32)
@@ -74,9 +72,7 @@ def test_padding_is_accepted(cpu_kernels: Any) -> None:
     expected = [[2, 101, -1, -1], [201, -1, -1, -1], [103, -1, -1, -1]]
     assert sample_rows(cpu_kernels, drafts, lengths, probs) == expected
     with without("cpu-reject-padding"):
-        assert sample_rows(cpu_kernels, drafts, lengths, probs) != expected, (
-            "vLLM mended this: the entry can go"
-        )
+        assert sample_rows(cpu_kernels, drafts, lengths, probs) != expected, "vLLM mended this: the entry can go"
 
 
 def test_padding_is_accepted_where_draft_probabilities_underflow(cpu_kernels: Any) -> None:
@@ -136,6 +132,4 @@ def test_token_in_place_of_padding_is_not_drawn_from_the_target(cpu_kernels: Any
     assert torch.equal(draft_probs, torch.tensor([[0.9, 0.1]]).repeat(3, 1))
     with without("cpu-recover-padding"):
         assert recover(cpu_kernels, drafts, probs, None) == [1, 0, 1]
-        assert recover(cpu_kernels, drafts, probs, draft_probs) == [1, 1, 1], (
-            "vLLM mended this: the entry can go"
-        )
+        assert recover(cpu_kernels, drafts, probs, draft_probs) == [1, 1, 1], "vLLM mended this: the entry can go"

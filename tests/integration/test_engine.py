@@ -124,20 +124,14 @@ class World:
                 known.append((text, logits))
             expected = torch.softmax(logits[len(text) - 1] / temperature, dim=-1)
             best = expected.topk(NUM_CHILDREN)
-            np.testing.assert_allclose(
-                probs[index], best.values, atol=PROB_TOLERANCE, err_msg=f"output {index}"
-            )
-            np.testing.assert_allclose(
-                expected[tokens[index]], best.values, atol=PROB_TOLERANCE, err_msg=f"output {index}"
-            )
+            np.testing.assert_allclose(probs[index], best.values, atol=PROB_TOLERANCE, err_msg=f"output {index}")
+            np.testing.assert_allclose(expected[tokens[index]], best.values, atol=PROB_TOLERANCE, err_msg=f"output {index}")
 
     def write(self, pages: Sequence[int], text: Sequence[int], start: int = 0) -> None:
         self.engine.forward([_row(pages, start, text[start:], 0)])
 
 
-def _row(
-    pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, temperature: float = 0.0
-) -> Row:
+def _row(pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, temperature: float = 0.0) -> Row:
     return Row(
         pages=tuple(pages),
         start=start,
@@ -193,16 +187,9 @@ def test_rows_of_a_ragged_batch_disturb_each_other(world: World) -> None:
         if start:
             world.write(table, text[:start])
     outputs = world.engine.forward(
-        [
-            _row(table, start, text[start:], n)
-            for table, start, text, n in zip(tables, cached, texts, num_outputs, strict=True)
-        ]
+        [_row(table, start, text[start:], n) for table, start, text, n in zip(tables, cached, texts, num_outputs, strict=True)]
     )
-    wanted = [
-        text[: len(text) - back]
-        for text, n in zip(texts, num_outputs, strict=True)
-        for back in reversed(range(n))
-    ]
+    wanted = [text[: len(text) - back] for text, n in zip(texts, num_outputs, strict=True) for back in reversed(range(n))]
     world.check(outputs, wanted)
 
 

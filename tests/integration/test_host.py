@@ -83,9 +83,7 @@ def test_ray_starts_no_daemon_that_one_actor_does_not_need(target: Target) -> No
 def test_a_worker_that_cannot_be_built_says_why_and_is_tried_again() -> None:
     target = Target(factory="chaos_factory:refuse")
     try:
-        reason = (
-            "The draft actor ended: ValueError: the draft model is not there. It is started again in 2 s."
-        )
+        reason = "The draft actor ended: ValueError: the draft model is not there. It is started again in 2 s."
         wait_for(lambda: any(reason in line for line in target.log), START_S, lambda: "".join(target.log))
         assert target.process.poll() is None
     finally:
@@ -96,8 +94,6 @@ def test_a_required_cluster_that_is_not_there_is_refused_with_one_sentence() -> 
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(
-            HostUnavailableError, match=f"The Ray cluster at {address} cannot be used: .*refused"
-        ):
+        with pytest.raises(HostUnavailableError, match=f"The Ray cluster at {address} cannot be used: .*refused"):
             DraftSupervisor(HostSettings(ray_address=address, require=True), "1:2:3")
     assert not [thread for thread in threading.enumerate() if thread.name == "vllm-double-supervisor"]

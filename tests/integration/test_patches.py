@@ -96,14 +96,9 @@ def test_newer_version_with_equal_functions_does_not_start_with_one_warning(
 
 def test_mismatch_is_not_refused_in_one_sentence_that_names_it() -> None:
     with pytest.raises(patches.UnsupportedVllm) as refused:
-        patches.require(
-            "0.33.0", "cpu", [changed("update-states"), changed("propose"), BY_NAME["observe-draft"]]
-        )
+        patches.require("0.33.0", "cpu", [changed("update-states"), changed("propose"), BY_NAME["observe-draft"]])
     message = str(refused.value)
-    assert (
-        "GPUModelRunner._update_states of vllm.v1.worker.gpu_model_runner takes (self, scheduler_output)"
-        in message
-    )
+    assert "GPUModelRunner._update_states of vllm.v1.worker.gpu_model_runner takes (self, scheduler_output)" in message
     assert "also changed: GPUModelRunner.propose_draft_token_ids" in message
     assert "observe_draft" not in message
     assert message.endswith(".")
@@ -117,9 +112,7 @@ def test_missing_function_is_not_refused(target: str) -> None:
 
 
 def test_older_version_is_not_refused() -> None:
-    with pytest.raises(
-        patches.UnsupportedVllm, match=r"needs vLLM 0\.31 or newer, and 0\.30\.4 is installed"
-    ):
+    with pytest.raises(patches.UnsupportedVllm, match=r"needs vLLM 0\.31 or newer, and 0\.30\.4 is installed"):
         patches.require("0.30.4", "cpu", [])
 
 
@@ -172,9 +165,7 @@ def test_mends_stack_up_or_do_not_come_off(cpu_kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("registered_first", [True, False])
-def test_mend_is_lost_when_kernels_are_registered_before_or_after_it(
-    cpu_kernels: Any, registered_first: bool
-) -> None:
+def test_mend_is_lost_when_kernels_are_registered_before_or_after_it(cpu_kernels: Any, registered_first: bool) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 

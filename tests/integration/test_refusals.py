@@ -22,7 +22,12 @@ def create(speculative: dict[str, object], **arguments: object) -> object:
     raw = {"method": "double", "model": str(DRAFT), "num_speculative_tokens": 8} | speculative
     raw = {key: value for key, value in raw.items() if value is not ...}
     engine_args = EngineArgs(
-        model=str(TARGET), dtype="float32", max_model_len=256, enforce_eager=True, speculative_config=raw, **arguments
+        model=str(TARGET),
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        speculative_config=raw,
+        **arguments,
     )
     return engine_args.create_engine_config()
 
@@ -114,7 +119,11 @@ def test_other_methods_get_vllms_own_configuration() -> None:
 def test_the_server_says_one_sentence_and_exits(bad: dict[str, object]) -> None:
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(TARGET), "--speculative-config"]
     run = subprocess.run(
-        [*command, json.dumps({"method": "double"} | bad)], capture_output=True, text=True, timeout=240, check=False
+        [*command, json.dumps({"method": "double"} | bad)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert run.returncode != 0
     said = [line for line in run.stderr.splitlines() if line.startswith("vllm-double: ")]

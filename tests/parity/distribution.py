@@ -160,9 +160,7 @@ class _Rows:
         return result
 
 
-def sample_joint(
-    model: TokenModel, cases: Sequence[Case], samples: int, seed: int, batch: int = 4096
-) -> list[np.ndarray]:
+def sample_joint(model: TokenModel, cases: Sequence[Case], samples: int, seed: int, batch: int = 4096) -> list[np.ndarray]:
     """Counts of the first JOINT tokens, one array [VOCAB] * JOINT of total `samples` for every case.
 
     The cases are interleaved, so that neighbouring rows of a batch have different parameters and chains.

@@ -207,9 +207,7 @@ FAULTS: tuple[tuple[Callable[[], AbstractContextManager[None]], Case], ...] = (
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("fault", "case"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_the_comparison_overlooks_a_fault(
-    fault: Callable[[], AbstractContextManager[None]], case: Case, seed: int
-) -> None:
+def test_the_comparison_overlooks_a_fault(fault: Callable[[], AbstractContextManager[None]], case: Case, seed: int) -> None:
     model = TokenModel.random(seed)
     with fault():
         (count,) = sample_joint(model, (case,), SAMPLES, seed)

@@ -19,9 +19,7 @@ NO_PROBS = np.empty(0, np.float32)
 
 
 def make(num_pages: int = 200, page_size: int = 4, **limits: float) -> tuple[FakeEngine, Frontier]:
-    engine = FakeEngine(
-        hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120
-    )
+    engine = FakeEngine(hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120)
     return engine, Frontier(engine, FrontierLimits(**{"num_speculative_tokens": 6, **limits}))  # type: ignore[arg-type]
 
 
@@ -110,7 +108,7 @@ def test_a_given_chain_is_read_in_one_forward() -> None:
         node.log_prob = 0.0
         request.put_back(node)
     iteration = frontier.select()
-    assert [run.tokens for run in iteration.runs][0] == chain
+    assert iteration.runs[0].tokens == chain
     assert engine.num_forwards == forwards
 
 

@@ -67,9 +67,7 @@ class Requests(RuleBasedStateMachine):
     @initialize(max_match=BOUNDS)
     def build(self, max_match: int) -> None:
         # Small, so that texts of a testable length wait, too.
-        self.patches = [
-            mock.patch.object(context, name, 10) for name in ("_AT_ONCE", "_SLICE", "_MIN_CAPACITY")
-        ]
+        self.patches = [mock.patch.object(context, name, 10) for name in ("_AT_ONCE", "_SLICE", "_MIN_CAPACITY")]
         self.patches[2] = mock.patch.object(context, "_MIN_CAPACITY", 2)
         for patch in self.patches:
             patch.start()

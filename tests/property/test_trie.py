@@ -10,7 +10,6 @@ from vllm_double.calibration import NUM_BUCKETS
 from vllm_double.hashing import mix, seed
 from vllm_double.trie import Edge, SpeculationTrie
 
-
 # A fine line: what the source says is what the target does, up to the width of a bucket.
 CURVE = [(bucket + 0.5) / NUM_BUCKETS for bucket in range(NUM_BUCKETS + 1)]
 
@@ -96,7 +95,12 @@ def test_best_path_is_worth_as_much_as_the_best_of_all_paths_between_rivals(rng:
         t.check_integrity()
 
 
-def _grow(rng: random.Random, path: tuple[int, ...], world: dict[tuple[int, ...], list[tuple[int, float]]], left: int) -> None:
+def _grow(
+    rng: random.Random,
+    path: tuple[int, ...],
+    world: dict[tuple[int, ...], list[tuple[int, float]]],
+    left: int,
+) -> None:
     if left == 0 or (path and rng.random() < 0.4):
         return
     probs = sorted((rng.uniform(0.05, 0.9) for _ in range(rng.randint(1, 3))), reverse=True)

@@ -107,18 +107,14 @@ def test_an_overlap_with_the_users_binding_is_said() -> None:
     ],
     ids=str,
 )
-def test_an_impossible_split_is_refused_with_one_sentence(
-    arguments: dict[str, object], complaint: str
-) -> None:
+def test_an_impossible_split_is_refused_with_one_sentence(arguments: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as caught:
         split_cores(range(4), **arguments)  # type: ignore[arg-type]
     assert str(caught.value).endswith(".")
 
 
 @given(st.sets(st.integers(0, 63), min_size=3), st.integers(1, 2), st.booleans())
-def test_target_and_draft_are_disjoint_and_inside_what_is_allowed(
-    allowed: set[int], num_ranks: int, smt: bool
-) -> None:
+def test_target_and_draft_are_disjoint_and_inside_what_is_allowed(allowed: set[int], num_ranks: int, smt: bool) -> None:
     topology = {cpu: Place(core=cpu % 32 if smt else cpu, node=cpu % 2) for cpu in range(64)}
     try:
         split = split_cores(allowed, num_ranks=num_ranks, topology=topology)

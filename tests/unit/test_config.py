@@ -10,7 +10,7 @@ def test_defaults_are_what_no_setting_gives() -> None:
 @pytest.mark.parametrize(
     ("raw", "sentence"),
     [
-        ({"draft_core": "1"}, 'no setting \'draft_core\'; the nearest one is "draft_cores"'),
+        ({"draft_core": "1"}, "no setting 'draft_core'; the nearest one is \"draft_cores\""),
         ({"nodes_per_iteration": 0}, "nodes_per_iteration"),
         ({"draft_device": "gpu"}, "draft_device"),
         ({"ray_address": "localhost"}, 'not of the form "host:port"'),

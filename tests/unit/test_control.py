@@ -25,8 +25,7 @@ def test_chain_lengths_give_the_most_tokens_per_second_of_all_lengths(seed: int)
     fixed, per_token = 1.0, rng.choice([0.01, 0.1, 0.4])
     chosen = tuple(chain_lengths(reaches, fixed, per_token))
     best = max(
-        rate(reaches, lengths, fixed, per_token)
-        for lengths in itertools.product(*(range(len(row) + 1) for row in reaches))
+        rate(reaches, lengths, fixed, per_token) for lengths in itertools.product(*(range(len(row) + 1) for row in reaches))
     )
     assert rate(reaches, chosen, fixed, per_token) == pytest.approx(best)
 

@@ -17,29 +17,21 @@ PAGE_SIZE = 4
 
 
 def _engine() -> FakeEngine:
-    return FakeEngine(
-        hashed_logits(VOCAB_SIZE), vocab_size=VOCAB_SIZE, num_pages=12, page_size=PAGE_SIZE, max_length=24
-    )
+    return FakeEngine(hashed_logits(VOCAB_SIZE), vocab_size=VOCAB_SIZE, num_pages=12, page_size=PAGE_SIZE, max_length=24)
 
 
-def _row(
-    pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, t: float = 0.0
-) -> Row:
+def _row(pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, t: float = 0.0) -> Row:
     return Row(pages=pages, start=start, tokens=tokens, num_outputs=num_outputs, temperature=t)
 
 
-def _expected(
-    text: Sequence[int], num_children: int, temperature: float = 1.0
-) -> tuple[list[int], list[float]]:
+def _expected(text: Sequence[int], num_children: int, temperature: float = 1.0) -> tuple[list[int], list[float]]:
     logits = hashed_logits(VOCAB_SIZE)(text) / temperature
     probs = np.exp(logits) / np.exp(logits).sum()
     best = sorted(range(VOCAB_SIZE), key=lambda token: (-probs[token], token))[:num_children]
     return best, [float(probs[token]) for token in best]
 
 
-def _check(
-    outputs: tuple[np.ndarray, np.ndarray], texts: Sequence[Sequence[int]], temperature: float = 1.0
-) -> None:
+def _check(outputs: tuple[np.ndarray, np.ndarray], texts: Sequence[Sequence[int]], temperature: float = 1.0) -> None:
     tokens, probs = outputs
     assert tokens.dtype == np.int32
     assert probs.dtype == np.float32
@@ -155,9 +147,7 @@ def test_fork_took_too_few_slots() -> None:
         engine.forward([_row([2], 3, [4])], 2)
 
 
-@pytest.mark.parametrize(
-    "triples", [[(0, 1, 1), (2, 1, 1)], [(0, 1, 1), (1, 2, 1)], [(0, 12, 1)], [(0, 1, 5)]]
-)
+@pytest.mark.parametrize("triples", [[(0, 1, 1), (2, 1, 1)], [(0, 1, 1), (1, 2, 1)], [(0, 12, 1)], [(0, 1, 5)]])
 def test_impossible_copy_is_made(triples: list[tuple[int, int, int]]) -> None:
     engine = _engine()
     engine.forward([_row([page], 0, [1, 2, 3, 4], 0) for page in (0, 1, 2)], 2)

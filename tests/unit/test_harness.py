@@ -117,9 +117,7 @@ def test_a_row_with_other_columns_is_refused_and_the_file_stays(tmp_path: Path) 
 
 def test_provenance_holds_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--target", "/home/someone/target", "--batch", "1"])
-    assert (
-        rows.provenance("benchmarks.run")["command"] == "python -m benchmarks.run --target target --batch 1"
-    )
+    assert rows.provenance("benchmarks.run")["command"] == "python -m benchmarks.run --target target --batch 1"
     assert portable({"model": "/home/someone/draft", "num_speculative_tokens": 3}) == {
         "model": "draft",
         "num_speculative_tokens": 3,

@@ -23,7 +23,11 @@ def page(key: str, engines: int = 1) -> dict[tuple[str, str], float]:
 
 def test_counts_arrive_on_the_page() -> None:
     counters, key = Counters(), secrets.token_hex(8)
-    chain = [PathToken(5, 0.9, "draft", 0.9), PathToken(6, 0.5, "context", 0.45), PathToken(7, 0.5, "context", 0.2)]
+    chain = [
+        PathToken(5, 0.9, "draft", 0.9),
+        PathToken(6, 0.5, "context", 0.45),
+        PathToken(7, 0.5, "context", 0.2),
+    ]
     counters.committed(3, 2, [5, 6], chain)
     counters.committed(1, 0, [], [])
     counters.harvested(True)

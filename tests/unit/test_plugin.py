@@ -26,7 +26,11 @@ class FakeEngineArgs:
 
 @pytest.fixture
 def engine_args(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngineArgs]:
-    kind = type("EngineArgs", (FakeEngineArgs,), {"create_speculative_config": FakeEngineArgs.create_speculative_config})
+    kind = type(
+        "EngineArgs",
+        (FakeEngineArgs,),
+        {"create_speculative_config": FakeEngineArgs.create_speculative_config},
+    )
     module = types.ModuleType("vllm.engine.arg_utils")
     module.EngineArgs = kind  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", module)

@@ -31,7 +31,9 @@ class Ticks:
 class World:
     """A greedy target over hashed logits; the draft sees the same logits with noise, so that it is often right."""
 
-    def __init__(self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0) -> None:
+    def __init__(
+        self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0
+    ) -> None:
         self.target_end, self.worker_end = in_process_pair(capacity=1 << 20)
         target, other = hashed_logits(VOCAB, seed=1, spread=6.0), hashed_logits(VOCAB, seed=2)
         self.target = target
@@ -254,7 +256,13 @@ def test_a_full_log_means_no_drafts_and_a_later_admission() -> None:
     for _ in range(6):
         world.step()
     world.worker = DraftWorker(
-        FakeEngine(hashed_logits(VOCAB, seed=1, spread=6.0), vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400),
+        FakeEngine(
+            hashed_logits(VOCAB, seed=1, spread=6.0),
+            vocab_size=VOCAB,
+            num_pages=600,
+            page_size=4,
+            max_length=400,
+        ),
         world.worker_end,
         FrontierLimits(8),
         Ticks(),

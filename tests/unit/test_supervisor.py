@@ -140,9 +140,7 @@ def test_a_required_host_that_connects_is_taken(stop_at_end: list[DraftSuperviso
     assert supervisor.state == "up"
 
 
-def test_only_messages_and_warnings_reach_the_log(
-    stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_messages_and_warnings_reach_the_log(stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vllm_double.draft.supervisor")
     lines = ["INFO chatter", "no level at all", "WARNING 11-21 a worry", said("a message"), said(state="up")]
     world = World((lines, 100.0, 4))
@@ -205,9 +203,7 @@ def test_a_given_cluster_keeps_its_own_ray_settings() -> None:
 
 
 def test_settings_survive_the_way_to_the_host() -> None:
-    settings = HostSettings(
-        worker={"engine": {"model": "m"}}, draft_cores=(1, 2), ray_address="a:1", require=True
-    )
+    settings = HostSettings(worker={"engine": {"model": "m"}}, draft_cores=(1, 2), ray_address="a:1", require=True)
     assert HostSettings.from_json(settings.to_json()) == settings
 
 
@@ -218,18 +214,13 @@ def test_back_off_never_exceeds_its_limit() -> None:
 
 
 def test_supervising_imports_neither_ray_nor_torch() -> None:
-    code = (
-        "import sys, vllm_double.draft.supervisor; "
-        "print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
-    )
+    code = "import sys, vllm_double.draft.supervisor; print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_a_stale_folder_goes_and_a_living_owners_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stale_folder_goes_and_a_living_owners_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(processes, "_LONGEST", 4096)
     stale = processes.RuntimeFolder()

@@ -191,9 +191,7 @@ def test_commit_with_probabilities_that_are_not_finite_is_refused():
         decode_command(kind, payload)
 
 
-@pytest.mark.parametrize(
-    ("count", "prob"), [(MAX_CHILDREN + 1, 0.5), (2**32 - 1, 0.5), (1, np.nan), (1, np.inf), (8, -0.1)]
-)
+@pytest.mark.parametrize(("count", "prob"), [(MAX_CHILDREN + 1, 0.5), (2**32 - 1, 0.5), (1, np.nan), (1, np.inf), (8, -0.1)])
 def test_bad_nodes_cost_only_their_own_record(count, prob):
     good = nodes(2)
     records = [encode(Nodes(good)), encode(Nodes(nodes(1, count, prob))), encode(Nodes(good))]

@@ -282,9 +282,7 @@ def test_a_damaged_report_is_counted_and_skipped(target, attach):
     assert (target.stats.corrupt, target.stats.drained) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    "address", ["", "1", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "99999999999999999999:1:2"]
-)
+@pytest.mark.parametrize("address", ["", "1", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "99999999999999999999:1:2"])
 def test_an_address_that_is_none_is_refused(address):
     with pytest.raises(AttachError):
         SharedWorkerEnd.attach(address)
@@ -454,9 +452,7 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
         deadline = time.monotonic() + 60
         while seen < 3000 and time.monotonic() < deadline:
             for message in target.drain(1 << 14):
-                assert (
-                    message.records["prefix_hash"] == message.records["handle"] * np.uint64(2654435761)
-                ).all()
+                assert (message.records["prefix_hash"] == message.records["handle"] * np.uint64(2654435761)).all()
                 seen += len(message.records)
         worker.kill()
         worker.communicate()

@@ -50,9 +50,7 @@ class DraftActor:
     answered.
     """
 
-    def __init__(
-        self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str
-    ) -> None:
+    def __init__(self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str) -> None:
         self._settings = HostSettings.from_json(settings_json)
         self._address = address
         self._target = ProcessWatch(target_pid)
@@ -114,9 +112,7 @@ class Cluster:
         daemons = [ProcessWatch(pid) for pid in _children()] if settings.ray_address is None else []
         return cls(settings, context.address_info["node_id"], daemons)
 
-    def run_actor(
-        self, address: str, target_pid: int, runtime_dir: str, on_state: Callable[[str, int], None]
-    ) -> str:
+    def run_actor(self, address: str, target_pid: int, runtime_dir: str, on_state: Callable[[str, int], None]) -> str:
         """Starts one actor and stays with it to its end; returns why it ended. Raises ClusterLostError."""
         log_path = f"/proc/{os.getpid()}/fd/1"
         actor_class: Any = DraftActor
@@ -196,13 +192,9 @@ def _join(address: str) -> Any:
     try:
         # Ray itself tries for long and then aborts the process.
         socket.create_connection((host, int(port)), timeout=5).close()
-        return ray.init(
-            address=address, log_to_driver=False, logging_level=logging.WARNING, namespace=_NAMESPACE
-        )
+        return ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, namespace=_NAMESPACE)
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise UnreachableError(
-            f"The Ray cluster at {address} cannot be used: {_first_sentence(error)}."
-        ) from error
+        raise UnreachableError(f"The Ray cluster at {address} cannot be used: {_first_sentence(error)}.") from error
 
 
 def _leave_out_unused_daemons() -> None:
@@ -215,9 +207,7 @@ def _leave_out_unused_daemons() -> None:
 
     plain: type[Any] = parameter.RayParams
     wanted = {"include_log_monitor": False, "no_monitor": True}
-    if not wanted.keys() <= inspect.signature(plain).parameters.keys() or not hasattr(
-        services, "start_api_server"
-    ):
+    if not wanted.keys() <= inspect.signature(plain).parameters.keys() or not hasattr(services, "start_api_server"):
         return
 
     class LeanParams(plain):

@@ -54,9 +54,7 @@ def parse_cores(text: str) -> tuple[int, ...]:
         try:
             low, high = int(first), int(last if dash else first)
         except ValueError:
-            raise ValueError(
-                f"{text!r} is not a core list such as '0-3,6': {part.strip()!r} is no number."
-            ) from None
+            raise ValueError(f"{text!r} is not a core list such as '0-3,6': {part.strip()!r} is no number.") from None
         if low > high:
             raise ValueError(f"The core range {part.strip()!r} in {text!r} runs backwards.")
         chosen = set(range(low, high + 1))
@@ -146,9 +144,7 @@ def _fixed_target(target: str, cores: tuple[int, ...], num_ranks: int) -> tuple[
         return (cores,) * num_ranks
     ranks = tuple(parse_cores(part) for part in target.split("|"))
     if len(ranks) != num_ranks:
-        raise ValueError(
-            f"VLLM_CPU_OMP_THREADS_BIND={target!r} names {len(ranks)} rank(s), the target has {num_ranks}."
-        )
+        raise ValueError(f"VLLM_CPU_OMP_THREADS_BIND={target!r} names {len(ranks)} rank(s), the target has {num_ranks}.")
     for rank in ranks:
         _require(rank, cores, "target")
     return ranks
@@ -157,8 +153,7 @@ def _fixed_target(target: str, cores: tuple[int, ...], num_ranks: int) -> tuple[
 def _require(wanted: Sequence[int], cores: tuple[int, ...], role: str) -> None:
     if missing := sorted(set(wanted) - set(cores)):
         raise ValueError(
-            f"The {role} asks for core {format_cores(missing)}, "
-            f"but this process may only use cores {format_cores(cores)}."
+            f"The {role} asks for core {format_cores(missing)}, but this process may only use cores {format_cores(cores)}."
         )
 
 
@@ -178,9 +173,7 @@ def _last_physical_cores(
     busy = {places[cpu].core for cpu in taken}
     free = [cpu for cpu in candidates if places[cpu].core not in busy] or candidates
     if num_draft > len(free):
-        raise ValueError(
-            f"The draft asks for {num_draft} cores, but the target leaves it only {format_cores(free)}."
-        )
+        raise ValueError(f"The draft asks for {num_draft} cores, but the target leaves it only {format_cores(free)}.")
     return tuple(free[len(free) - num_draft :])
 
 

@@ -59,9 +59,7 @@ class DraftEngine(Protocol):
         """Tokens in the true vocabulary (without padding of the embedding)."""
         ...
 
-    def forward(
-        self, rows: Sequence[Row], num_children: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Write the rows' keys and values, and return the best next tokens after each wanted query token.
 
         Returns tokens int32 [N, num_children] and probabilities float32 [N, num_children], where N is the sum
@@ -80,9 +78,7 @@ class DraftEngine(Protocol):
         ...
 
 
-def count_outputs(
-    rows: Sequence[Row], *, page_size: int, num_pages: int, max_length: int, vocab_size: int
-) -> int:
+def count_outputs(rows: Sequence[Row], *, page_size: int, num_pages: int, max_length: int, vocab_size: int) -> int:
     """Check the rows of one forward and return N, the sum of their num_outputs.
 
     Raises ValueError that names the first malformed row.
@@ -95,9 +91,7 @@ def count_outputs(
         if num_tokens == 0:
             raise ValueError(f"row {index} has no query tokens")
         if row.start < 0 or end > max_length:
-            raise ValueError(
-                f"row {index} has positions {row.start}..{end - 1}, the model takes 0..{max_length - 1}"
-            )
+            raise ValueError(f"row {index} has positions {row.start}..{end - 1}, the model takes 0..{max_length - 1}")
         if min(row.tokens) < 0 or max(row.tokens) >= vocab_size:
             raise ValueError(f"row {index} has a token outside 0..{vocab_size - 1}")
         if not 0 <= row.num_outputs <= num_tokens:

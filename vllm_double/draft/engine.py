@@ -42,9 +42,7 @@ class VllmDraftEngine:
         self._batch = _Batch(loaded.device, loaded.page_size, -(-self.max_length // loaded.page_size))
 
     @torch.inference_mode()
-    def forward(
-        self, rows: Sequence[Row], num_children: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. Ties go to the lower token id."""
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
@@ -73,9 +71,7 @@ class VllmDraftEngine:
             if num_outputs < common.num_actual_tokens:
                 hidden = hidden[self._batch.output_indices(rows)]
             logits = self._model.compute_logits(hidden)
-        tokens, probs = top_branches(
-            logits[:, : self.vocab_size], num_children, self._batch.temperatures(rows)
-        )
+        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._batch.temperatures(rows))
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 
     @torch.inference_mode()
@@ -104,9 +100,7 @@ class _Batch:
         query_start = np.zeros(num_rows + 1, dtype=np.int32)
         np.cumsum(lengths, out=query_start[1:])
         num_tokens = int(query_start[-1])
-        token_ids = np.fromiter(
-            (token for row in rows for token in row.tokens), dtype=np.int64, count=num_tokens
-        )
+        token_ids = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=num_tokens)
         if num_rows > len(self._block_table):
             self._block_table = np.zeros((2 * num_rows, self._block_table.shape[1]), dtype=np.int32)
         table = self._block_table

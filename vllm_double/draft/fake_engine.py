@@ -65,9 +65,7 @@ class FakeEngine:
         self._tokens = np.full((num_pages, page_size), _POISON, dtype=np.int32)
         self._prefixes = np.zeros((num_pages, page_size), dtype=np.uint64)
 
-    def forward(
-        self, rows: Sequence[Row], num_children: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. Ties go to the lower token id."""
         num_outputs = count_outputs(
             rows,
@@ -150,9 +148,7 @@ class FakeEngine:
             for position in range(row.start):
                 page, slot = row.pages[position // self.page_size], position % self.page_size
                 writer = writers.get((page, slot))
-                assert writer is None, (
-                    f"row {index} reads page {page}, slot {slot}, which row {writer} writes"
-                )
+                assert writer is None, f"row {index} reads page {page}, slot {slot}, which row {writer} writes"
 
     def _best(
         self, context: Sequence[int], temperature: float, num_children: int

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.draft.base import DraftEngine, Row
-from vllm_double.draft.pages import OutOfPages, PagePool
+from vllm_double.draft.pages import OutOfPagesError, PagePool
 from vllm_double.draft.tree import Branch, DraftRequest, Node
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Release
 
@@ -59,9 +59,7 @@ class Iteration:
 
     @property
     def rows(self) -> list[Row]:
-        return [
-            Row(run.branch.table, run.start, run.tokens, len(run.nodes), run.request.temperature) for run in self.runs
-        ]
+        return [Row(run.branch.table, run.start, run.tokens, len(run.nodes), run.request.temperature) for run in self.runs]
 
 
 class Frontier:
@@ -147,7 +145,7 @@ class Frontier:
             node = request.take_candidate()
             try:
                 budget -= self._add(iteration, tips, request, node, put_back)
-            except OutOfPages:
+            except OutOfPagesError:
                 put_back.append((request, node))
                 self._starved = True
                 break
@@ -185,7 +183,7 @@ class Frontier:
             reads_root = request.root is not None and end == len(request.text)
             try:
                 branch = request.extend(None, end - start, iteration.copies)
-            except OutOfPages:
+            except OutOfPagesError:
                 self._starved = True
                 break
             budget -= end - start
@@ -207,7 +205,7 @@ class Frontier:
         self, iteration: Iteration, tips: dict[int, _Run], request: DraftRequest, node: Node,
         put_back: list[tuple[DraftRequest, Node]],
     ) -> int:  # fmt: skip
-        """Give ``node`` a place in the forward; returns how many. Raises OutOfPages."""
+        """Give ``node`` a place in the forward; returns how many. Raises OutOfPagesError."""
         parent = node.parent
         assert parent is not None, "the root is read with the committed text"
         run = tips.pop(id(parent), None)
@@ -215,7 +213,7 @@ class Frontier:
             # A path that is already given (a chain with retrieved tokens) is read in one forward.
             try:
                 request.extend(parent, 1, iteration.copies)
-            except OutOfPages:
+            except OutOfPagesError:
                 tips[id(parent)] = run
                 raise
             run.tokens.append(node.token)

@@ -288,9 +288,7 @@ def main() -> int:
             address = str(request["address"])
             guard_pid = os.getpid()
             _fork("double-deputy", lambda: stand_by(guard_pid, runtime_dir), death_signal=0)
-            driver = _fork(
-                "double-driver", lambda: drive(settings, address, target_pid, runtime_dir), signal.SIGKILL
-            )
+            driver = _fork("double-driver", lambda: drive(settings, address, target_pid, runtime_dir), signal.SIGKILL)
             code = guard.wait(driver)
             if code is None and settings.ray_address is not None:
                 _end_gently(driver)

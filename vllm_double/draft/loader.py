@@ -67,9 +67,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}: a draft engine drives one device"
-            )
+            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: a draft engine drives one device")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
@@ -201,9 +199,7 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
     backends = {layer.get_attn_backend() for layer in layers.values()}
     cache_config = vllm_config.cache_config
     if config.page_size is None:
-        cache_config.block_size = next(
-            (size for size in _PAGE_SIZES if _all_take(backends, size)), cache_config.block_size
-        )
+        cache_config.block_size = next((size for size in _PAGE_SIZES if _all_take(backends, size)), cache_config.block_size)
     page_size: int = cache_config.block_size
     if not _all_take(backends, page_size):
         names = {backend.get_name(): backend.get_supported_kernel_block_sizes() for backend in backends}
@@ -214,9 +210,7 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
         raise ValueError("the draft model has layers without a paged key/value cache: it cannot be rewound")
     groups = get_kv_cache_groups(vllm_config, specs)
     if len(groups) != 1:
-        raise ValueError(
-            f"the draft model's layers need {len(groups)} different block tables, one is supported"
-        )
+        raise ValueError(f"the draft model's layers need {len(groups)} different block tables, one is supported")
     layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     resolve_kv_cache_layout(vllm_config, [layouts], specs.values())
     kv_cache_config = get_kv_cache_config_from_groups(vllm_config, groups, config.kv_cache_bytes)
@@ -235,9 +229,7 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
         page_size=page_size,
         num_pages=kv_cache_config.num_blocks,
         caches={name: caches[name] for name in specs},
-        builders=tuple(
-            (group.get_metadata_builder(0), tuple(group.layer_names)) for group in attention_groups[0]
-        ),
+        builders=tuple((group.get_metadata_builder(0), tuple(group.layer_names)) for group in attention_groups[0]),
         slot_dim=_slot_dim(device, caches, page_size),
     )
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["OutOfPages", "PagePool"]
+__all__ = ["OutOfPagesError", "PagePool"]
 
 
-class OutOfPages(Exception):
+class OutOfPagesError(Exception):
     """No free page is left; the caller drafts less or lets an idle request go."""
 
 
@@ -27,13 +27,14 @@ class PagePool:
     def num_pages(self) -> int:
         return len(self._counts)
 
-    def take(self) -> int:
-        """A page of the caller's own. Raises OutOfPages."""
-        if not self._free:
-            raise OutOfPages
-        page = self._free.pop()
-        self._counts[page] = 1
-        return page
+    def take(self, count: int) -> list[int]:
+        """Pages of the caller's own. Raises OutOfPagesError, and takes none then."""
+        if count > len(self._free):
+            raise OutOfPagesError
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._counts[page] = 1
+        return pages
 
     def share(self, pages: Iterable[int]) -> None:
         """Count one more holder of each page."""

@@ -21,9 +21,9 @@ def register_cpu_norms(vllm_config: VllmConfig) -> None:
         return
     if _PROVIDER not in ir.ops.rms_norm.impls:
         ir.ops.rms_norm.register_impl(_PROVIDER, supports_args=_takes_rms_norm)(_rms_norm)
-        ir.ops.fused_add_rms_norm.register_impl(
-            _PROVIDER, supports_args=_takes_fused_add_rms_norm, inplace=True
-        )(_fused_add_rms_norm)
+        ir.ops.fused_add_rms_norm.register_impl(_PROVIDER, supports_args=_takes_fused_add_rms_norm, inplace=True)(
+            _fused_add_rms_norm
+        )
     priority = vllm_config.kernel_config.ir_op_priority
     for name in ("rms_norm", "fused_add_rms_norm"):
         setattr(priority, name, [_PROVIDER, *getattr(priority, name)])
@@ -35,15 +35,11 @@ def shorten_dispatch(vllm_config: VllmConfig) -> None:
         layer.use_direct_call = True
 
 
-def _takes_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
-) -> bool:
+def _takes_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
     return variance_size is None and weight is not None and weight.dtype == x.dtype and x.is_contiguous()
 
 
-def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
-) -> torch.Tensor:
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> torch.Tensor:
     output = torch.empty_like(x)
     torch.ops._C.rms_norm(output, x, weight, epsilon)
     return output

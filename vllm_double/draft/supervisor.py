@@ -270,9 +270,7 @@ class HostProcess:
                     on_line(line.decode(errors="replace"))
                 if code is not None:
                     return code
-                if any(
-                    events & ~select.POLLIN for number, events in poll.poll(1000) if number == self._output
-                ):
+                if any(events & ~select.POLLIN for number, events in poll.poll(1000) if number == self._output):
                     poll.unregister(self._output)
         finally:
             if ended is not None:

@@ -33,7 +33,17 @@ class Branch:
 class Node:
     """A token at ``position``; ``prefix_hash`` names the text up to and including it."""
 
-    __slots__ = ("alive", "alternatives", "branch", "children", "log_prob", "parent", "position", "prefix_hash", "token")
+    __slots__ = (
+        "alive",
+        "alternatives",
+        "branch",
+        "children",
+        "log_prob",
+        "parent",
+        "position",
+        "prefix_hash",
+        "token",
+    )
 
     def __init__(self, token: int, position: int, prefix_hash: int, parent: "Node | None", log_prob: float) -> None:
         self.token = token
@@ -235,7 +245,7 @@ class DraftRequest:
     def extend(self, anchor: Node | None, num_tokens: int, copies: list[tuple[int, int, int]]) -> Branch:
         """A branch on which ``num_tokens`` are going to be written behind ``anchor`` (behind the cached text where None).
 
-        Appends (source page, destination page, used slots) to ``copies``. Raises OutOfPages, and changes nothing then.
+        Appends (source page, destination page, used slots) to ``copies``. Raises OutOfPagesError, and changes nothing then.
         """
         branch = self.trunk if anchor is None else anchor.branch
         length = self.num_cached if anchor is None else anchor.position + 1
@@ -245,13 +255,7 @@ class DraftRequest:
         full, used = divmod(length, size)
         copy_tail = used > 0 and (not own or self._pool.is_shared(branch.table[full]))
         num_new = -(-(length + num_tokens) // size) - full - (1 if used and not copy_tail else 0)
-        new: list[int] = []
-        try:
-            for _ in range(num_new):
-                new.append(self._pool.take())
-        except Exception:
-            self._pool.release(new)
-            raise
+        new = self._pool.take(num_new)
         if copy_tail:
             tail = branch.table[full]
             # Where the tail was itself copied a moment ago, in the same iteration, its original still says the same.

@@ -27,7 +27,8 @@ class DraftWorker:
         self._clock = clock
         self._last_report = float("-inf")
         self._counters = dict.fromkeys(
-            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"), 0.0
+            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"),
+            0.0,
         )
 
     def run(self, should_stop: Callable[[], bool]) -> None:

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
@@ -32,7 +33,10 @@ _REFUSED = {
     "draft_sample_method": ("greedy", "sampled drafts"),
     "parallel_drafting": (False, "parallel_drafting (the draft already runs beside the target)"),
     "use_heterogeneous_vocab": (False, "a draft with another vocabulary"),
-    "num_speculative_tokens_per_batch_size": (None, "a fixed table of chain lengths (they follow measured cost)"),
+    "num_speculative_tokens_per_batch_size": (
+        None,
+        "a fixed table of chain lengths (they follow measured cost)",
+    ),
 }
 
 
@@ -117,7 +121,7 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     if not isinstance(model, str) or not model:
         raise ConfigError(f'"model" is {model!r}, and must be the path or the name of a draft model.')
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if looks_like_path and not os.path.isdir(os.path.expanduser(model)):
+    if looks_like_path and not Path(model).expanduser().is_dir():
         raise ConfigError(f'The draft model "{model}" does not exist.')
     if draft.get("draft_tensor_parallel_size", 1) != 1:
         raise ConfigError('"draft_tensor_parallel_size" above 1 is not supported: the draft runs on one device.')

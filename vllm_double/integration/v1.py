@@ -63,7 +63,12 @@ class DoubleProposer:
             proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
         lengths = batch.num_tokens_no_spec
         rows = [
-            Row(request_id, batch.token_ids_cpu[index, : lengths[index]], len(sampled[index]), verified.get(request_id, ()))
+            Row(
+                request_id,
+                batch.token_ids_cpu[index, : lengths[index]],
+                len(sampled[index]),
+                verified.get(request_id, ()),
+            )
             for index, request_id in enumerate(batch.req_ids)
         ]
         return proposer.propose(rows)
@@ -117,7 +122,8 @@ def _wrap_runner() -> None:
         if not isinstance(getattr(self, "drafter", None), DoubleProposer):
             return bool(fits(self, common_attn_metadata))
         # One row near max_model_len would take the drafts of all: each row's chain is clipped by itself.
-        return common_attn_metadata is not None
+        fits_rows: bool = common_attn_metadata is not None
+        return fits_rows
 
     @functools.wraps(update)
     def update_states(self: Any, scheduler_output: Any) -> Any:

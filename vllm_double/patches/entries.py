@@ -54,9 +54,7 @@ MENDS: tuple[Entry, ...] = (
             ),
         ),
         platform="cpu",
-        patch=KernelMend(
-            "_rejection_random_sample_kernel_impl", "rejection_random_sample_kernel", reject_padding
-        ),
+        patch=KernelMend("_rejection_random_sample_kernel_impl", "rejection_random_sample_kernel", reject_padding),
     ),
     Entry(
         name="cpu-recover-padding",

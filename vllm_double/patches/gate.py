@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 MEND_SWITCH = "VLLM_DOUBLE_MEND_CPU_SAMPLER"
 
 
-def require(
-    vllm_version: str | None = None, platform: str | None = None, entries: Iterable[Entry] = ENTRIES
-) -> None:
+def require(vllm_version: str | None = None, platform: str | None = None, entries: Iterable[Entry] = ENTRIES) -> None:
     """Raises UnsupportedVllm unless method "double" can work with the installed vLLM.
 
     A version newer than those that are tested, but whose hooks all look as expected, passes with one warning

@@ -34,9 +34,7 @@ def _part(function: Function) -> Function:
 def _slot(edges: Ints, table: Ints, state: int, token: int) -> int:
     """The table slot of a transition, or the empty one where it belongs."""
     mask = table.size - 1
-    mixed = np.uint64(state) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(token) * np.uint64(
-        0xD6E8FEB86659FD93
-    )
+    mixed = np.uint64(state) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(token) * np.uint64(0xD6E8FEB86659FD93)
     slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
     while True:
         edge = table[slot] - 1
@@ -58,9 +56,7 @@ def _find(states: Ints, edges: Ints, table: Ints, state: int, token: int) -> int
 
 
 @_part
-def _connect(
-    header: Header, states: Ints, edges: Ints, table: Ints, state: int, token: int, target: int
-) -> None:
+def _connect(header: Header, states: Ints, edges: Ints, table: Ints, state: int, token: int, target: int) -> None:
     """Add a transition, or give the one that is there another target, whose TOKEN is set already."""
     first = states[state, FIRST]
     if first == NONE or states[first, TOKEN] == token:
@@ -257,8 +253,6 @@ def steps() -> Steps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     return Steps(
         _compiled(_extend, f"void({_HEAD}, int32[::1], int64, int64, int64)"),
-        _compiled(
-            _lookup, f"UniTuple(int64, 2)({_HEAD}, int32[::1], int64, boolean, int64, int32[:, ::1], int64)"
-        ),
+        _compiled(_lookup, f"UniTuple(int64, 2)({_HEAD}, int32[::1], int64, boolean, int64, int32[:, ::1], int64)"),
         _compiled(_rehash, "void(int32[:, ::1], int64, int32[::1])"),
     )

@@ -110,9 +110,7 @@ class SuffixAutomaton:
 
     def extend(self, text: Ints, start: int, stop: int) -> None:
         """Append text[start:stop]; there must be room. No token may be negative."""
-        self._steps.extend(
-            self._header, self._states, self._edges, self._table, text, start, stop, self.max_match
-        )
+        self._steps.extend(self._header, self._states, self._edges, self._table, text, start, stop, self.max_match)
 
     def match(self, feed: Ints, num_feed: int, from_end: bool, max_tokens: int) -> tuple[int, int]:
         """Match feed[:num_feed], if from_end behind the text: (tokens found, match length). See `found`."""

@@ -7,9 +7,7 @@ from vllm_double.retrieval.base import Continuation
 __all__ = ["scan"]
 
 
-def scan(
-    text: Sequence[int], indexed: int, tail: Sequence[int], max_tokens: int, max_match: int
-) -> Continuation | None:
+def scan(text: Sequence[int], indexed: int, tail: Sequence[int], max_tokens: int, max_match: int) -> Continuation | None:
     """`ContextRetriever.lookup` for a text whose first ``indexed`` tokens are indexed. O(n) a length."""
     searched = list(text[:indexed])
     context = [*text, *tail]
@@ -32,16 +30,12 @@ def scan(
     return Continuation(tokens, match_length, counts, totals) if tokens else None
 
 
-def _longest_followed_suffix(
-    searched: list[int], context: list[int], max_match: int
-) -> tuple[int, list[int]]:
+def _longest_followed_suffix(searched: list[int], context: list[int], max_match: int) -> tuple[int, list[int]]:
     """The longest suffix of context that occurs in searched with a token behind it: its length, at most
     max_match, and the tokens behind its occurrences in text order."""
     for length in range(min(max_match, len(context)), 0, -1):
         suffix = context[-length:]
-        followers = [
-            searched[end] for end in range(length, len(searched)) if searched[end - length : end] == suffix
-        ]
+        followers = [searched[end] for end in range(length, len(searched)) if searched[end - length : end] == suffix]
         if followers:
             return length, followers
     return 0, []
