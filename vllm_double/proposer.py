@@ -20,11 +20,11 @@ from vllm_double.trie import DRAFT, Edge, PathToken, SpeculationTrie
 
 __all__ = ["Proposer", "RequestParams", "Row"]
 
-_INDEX_TOKENS_PER_ROUND = 4096
+_INDEX_TOKENS_PER_ROUND = 2048
 _ADMIT_TOKENS_PER_COMMAND = 8192
 _ADMIT_TOKENS_PER_ROUND = 65536
 _DRAIN_BYTES_PER_ROUND = 1 << 20
-_CHILDREN_READ = 4  # of a drafted node: a less probable one is never the best way on
+_CHILDREN_READ = 3  # of a drafted node: a less probable one is never the best way on
 _MIN_REACH = 0.01  # a retrieved path is taken no further than this
 
 
@@ -154,15 +154,22 @@ class Proposer:
                 continue
             records = report.records
             best = slice(0, _CHILDREN_READ)
-            for handle, prefix_hash, position, tokens, probs in zip(
-                records["handle"].tolist(), records["prefix_hash"].tolist(), records["position"].tolist(),
-                records["tokens"][:, best].tolist(), records["probs"][:, best].tolist(), strict=True,
-            ):  # fmt: skip
+            for handle, prefix_hash, position, count, tokens, probs in zip(
+                records["handle"].tolist(),
+                records["prefix_hash"].tolist(),
+                records["position"].tolist(),
+                records["count"].tolist(),
+                records["tokens"][:, best].tolist(),
+                records["probs"][:, best].tolist(),
+                strict=True,
+            ):
                 request = self._by_handle.get(handle)
                 if request is None or position < request.length:
                     self.counters.late_nodes += 1
-                else:
+                elif count >= _CHILDREN_READ:
                     request.trie.insert(prefix_hash, position, tokens, probs)
+                elif count > 0:
+                    request.trie.insert(prefix_hash, position, tokens[:count], probs[:count])
 
     def _commit(self, request: _Request, row: Row) -> None:
         """Walk the trie by what the target said; every listed child on the way is an example for the calibration."""
@@ -204,22 +211,31 @@ class Proposer:
             if found is not None:
                 trie.graft(trie.root_hash, trie.position, self._edges_of(found, retriever.name, request))
         path = trie.best_path(limit)
-        if 0 < len(path) < limit:
-            tail = [step.token for step in path]
-            end_hash = trie.root_hash
-            for token in tail:
-                end_hash = mix(end_hash, token)
-            for retriever in self._retrievers:
-                found = retriever.lookup(request.key, tail, limit - len(tail))
-                if found is not None:
-                    edges = self._edges_of(found, retriever.name, request)
-                    trie.graft(end_hash, trie.position + len(tail), edges)
-                    path = trie.best_path(limit)
+        if 0 < len(path) < limit and self._retrievers:
+            self._extend_by_retrieval(request, path, limit)
         stops = request.params.stop_token_ids
         for place, step in enumerate(path):
             if step.token in stops:
                 return path[: place + 1]
         return path
+
+    def _extend_by_retrieval(self, request: _Request, path: list[PathToken], limit: int) -> None:
+        """Behind the end of a path, where the trie knows nothing, what is retrieved is the best way on."""
+        tail = [step.token for step in path]
+        end_hash = request.trie.root_hash
+        for token in tail:
+            end_hash = mix(end_hash, token)
+        for retriever in self._retrievers:
+            found = retriever.lookup(request.key, tail, limit - len(tail))
+            if found is None:
+                continue
+            edges = self._edges_of(found, retriever.name, request)
+            request.trie.graft(end_hash, request.trie.position + len(tail), edges)
+            reach = path[-1].reach
+            for edge in edges:
+                reach *= edge.prob
+                path.append(PathToken(edge.token, edge.prob, edge.source, reach))
+            return
 
     def _edges_of(self, found: Continuation, source: str, request: _Request) -> list[Edge]:
         """Give retrieved tokens a chance: the share of occurrences that went on so, trusted more the longer the match."""

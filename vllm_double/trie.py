@@ -85,17 +85,19 @@ class SpeculationTrie:
         ways: list[tuple[float, int, str]] = []
         drafted = self._drafted.get(prefix_hash)
         if drafted is not None:
+            curve = self._curve
             tokens, probs = drafted
-            floor = 0.0
-            for token, raw in zip(tokens, probs, strict=True):
-                prob = self._curve[int(raw * NUM_BUCKETS)]
+            prob = curve[int(probs[0] * NUM_BUCKETS)]
+            ways.append((prob, tokens[0], DRAFT))
+            floor = prob * _RIVAL_SHARE
+            for place in range(1, min(len(tokens), _RIVALS)):
+                prob = curve[int(probs[place] * NUM_BUCKETS)]
                 if prob < floor:
                     break
-                floor = max(floor, prob * _RIVAL_SHARE)
-                ways.append((prob, token, DRAFT))
+                ways.append((prob, tokens[place], DRAFT))
         grafted = self._grafted.get(prefix_hash)
         if grafted is None:
-            return ways[:_RIVALS]
+            return ways
         for edge in grafted.values():
             # Where two sources agree on a token, the better chance counts.
             rival = next((way for way in ways if way[1] == edge.token), None)

@@ -97,7 +97,7 @@ class DoubleProposer:
 def _is_output_rank() -> bool:
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    return get_tensor_model_parallel_rank() == 0
+    return bool(get_tensor_model_parallel_rank() == 0)
 
 
 def _wrap_runner() -> None:

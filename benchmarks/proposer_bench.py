@@ -1,0 +1,123 @@
+"""What a round costs on the target's side, without vLLM: a draft worker in another process's place, real logs, real retrieval.
+
+    python -m benchmarks.proposer_bench
+
+Rows: p50, p99 and maximum of one `propose` in microseconds, at batch 1 and 32, with texts that partly repeat; and the longest
+round while a 16k-token prompt is being admitted and indexed.
+"""
+
+import argparse
+import gc
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import rows
+from benchmarks.stats import quantile
+from vllm_double.draft.fake_engine import FakeEngine
+from vllm_double.draft.frontier import FrontierLimits
+from vllm_double.draft.worker import DraftWorker
+from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.retrieval import ContextRetriever
+from vllm_double.retrieval.automaton import warm_up
+from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
+
+__all__ = ["main"]
+
+VOCAB = 3072
+PARAMS = RequestParams(0.0, 32768, frozenset({0}))
+
+
+class TableModel:
+    """Next tokens follow a fixed random table with a likely successor, so that texts repeat and drafts are mostly right."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.logits = rng.normal(size=(512, VOCAB)) * 1.5
+        self.logits[np.arange(512), rng.integers(1, VOCAB, 512)] += 6.0
+
+    def __call__(self, context: list[int]) -> np.ndarray:
+        return self.logits[(context[-1] * 31 + context[-2]) % 512]
+
+
+class FastEngine(FakeEngine):
+    """The fake engine without its checks of pages: only the last two tokens matter to the table."""
+
+    def __init__(self, model: TableModel) -> None:
+        super().__init__(model, vocab_size=VOCAB, num_pages=200_000, page_size=32, max_length=40_000)
+        order = np.argsort(-model.logits, axis=1)[:, :8]
+        probs = np.exp(model.logits)
+        probs /= probs.sum(axis=1, keepdims=True)
+        self.best, self.probs = order.astype(np.int32), np.take_along_axis(probs, order, 1).astype(np.float32)
+
+    def forward(self, batch, num_children):  # type: ignore[no-untyped-def]
+        states = []
+        for row in batch:
+            for place in range(len(row.tokens) - row.num_outputs, len(row.tokens)):
+                before = row.tokens[place - 1] if place > 0 else self._tokens[row.pages[0], 0]
+                states.append((row.tokens[place] * 31 + int(before)) % 512)
+        return self.best[states, :num_children], self.probs[states, :num_children]
+
+    def copy_slots(self, triples):  # type: ignore[no-untyped-def]
+        return
+
+
+def measure(batch: int, rounds: int, turns: int, long_prompt: int = 0) -> list[float]:
+    """Seconds of each round; the worker makes ``turns`` iterations between two, as it would while the target verifies."""
+    rng = random.Random(1)
+    model = TableModel()
+    end = SharedTargetEnd.create()
+    worker = DraftWorker(FastEngine(model), SharedWorkerEnd.attach(end.address), FrontierLimits(16))
+    proposer = Proposer(16, end, [ContextRetriever()], time.perf_counter)
+    texts = {f"r{index}": [rng.randrange(1, 40) for _ in range(200)] for index in range(batch)}
+    for name, text in texts.items():
+        proposer.admit(name, np.array(text, np.int32), PARAMS)
+    chains: dict[str, list[int]] = {name: [] for name in texts}
+    seconds = []
+    for number in range(rounds):
+        for _ in range(turns):
+            worker.turn()
+        table = []
+        for name, text in texts.items():
+            sampled = []
+            for token in [*chains[name], None]:
+                best = int(np.argmax(model([*text[-2:], *sampled])))
+                sampled.append(best if rng.random() < 0.85 else rng.randrange(1, VOCAB))
+                if sampled[-1] != token:
+                    break
+            verified = chains[name]
+            text.extend(sampled)
+            table.append(Row(name, np.array(text, np.int32), len(sampled), verified))
+        started = time.perf_counter()
+        if long_prompt and number % 20 == 10:
+            proposer.finish("long")
+            proposer.admit("long", np.array([rng.randrange(1, 3000) for _ in range(long_prompt)], np.int32), PARAMS)
+            started = time.perf_counter()  # making the prompt up is not ours
+        found = proposer.propose(table)
+        seconds.append(time.perf_counter() - started)
+        chains = dict(zip(texts, found, strict=True))
+        if number == 50:
+            gc.collect()
+    end.close()
+    return seconds[50:]
+
+
+def main() -> None:
+    """Appends one row per case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--output", type=Path, default=rows.RESULTS / "proposer.csv")
+    options = parser.parse_args()
+    warm_up()
+    for batch, turns, long_prompt in ((1, 16, 0), (4, 12, 0), (32, 6, 0), (1, 16, 16384)):
+        seconds = measure(batch, options.rounds, turns, long_prompt)
+        row: dict[str, rows.Value] = {"batch": batch, "long_prompt": long_prompt, "worker_turns": turns}
+        row |= {f"p{int(100 * q)}_us": 1e6 * quantile(seconds, q) for q in (0.5, 0.8, 0.99)} | {"max_us": 1e6 * max(seconds)}
+        print(row, flush=True)
+        rows.append(options.output, row | {"rounds": len(seconds)} | rows.provenance("benchmarks.proposer_bench"))
+
+
+if __name__ == "__main__":
+    main()
