@@ -18,7 +18,7 @@ from benchmarks import rows, workload
 from benchmarks.arms import Choices, variants
 from benchmarks.harness import Fleet
 from benchmarks.machine import cores, parse_cores
-from benchmarks.server import ServerConfig
+from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import quantile
 
 __all__ = ["fit", "layers_for", "main"]
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cores", type=parse_cores, default=cores())
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "cost.csv")
     options = parser.parse_args(argv)
+    exit_on_sigterm()
     choices = Choices(workload.DRAFT, tuple(options.cores))
     requests = workload.requests(workload.load_prompts(options.prompts, options.num_prompts), options.max_tokens, 0.0)
     steps: dict[str | None, list[float]] = {}

@@ -32,7 +32,7 @@ from benchmarks.client import Completion, Request
 from benchmarks.harness import Fleet, Series
 from benchmarks.machine import cores, machine, parse_cores, versions
 from benchmarks.metrics import counters, speculation
-from benchmarks.server import ServerConfig
+from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import is_looping, share
 
 __all__ = ["main"]
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, default=workload.PROMPTS)
     parser.add_argument("--cores", type=parse_cores, default=cores())
     options = parser.parse_args(argv)
+    exit_on_sigterm()
     console = Console()
     every = tuple(options.cores)
     choices = Choices(options.draft, every, (options.k,), (options.k,), (options.k,))

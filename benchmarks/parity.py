@@ -23,7 +23,7 @@ from benchmarks.harness import Fleet
 from benchmarks.machine import cores, parse_cores
 from benchmarks.metrics import counters, speculation
 from benchmarks.run import portable
-from benchmarks.server import ServerConfig
+from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import first_difference, is_looping, share
 
 __all__ = ["divergences", "main", "workload_of"]
@@ -88,6 +88,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all batch sizes; 1 if a float32 text differs."""
+    exit_on_sigterm()
     options = arguments(argv)
     every = tuple(options.cores)
     choices = Choices(options.draft, every, (options.k,), (options.k,), (options.k,))

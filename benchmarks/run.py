@@ -22,7 +22,7 @@ from benchmarks.arms import ARMS, Arm, Choices, default_arms, variants
 from benchmarks.client import Request
 from benchmarks.harness import Fleet, Series, interleave
 from benchmarks.machine import cores, parse_cores
-from benchmarks.server import ServerConfig
+from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import is_looping, quantile, share
 
 __all__ = ["Cell", "describe", "main", "portable"]
@@ -70,6 +70,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all layer counts one after the other."""
+    exit_on_sigterm()
     options = arguments(argv)
     choices = Choices(
         options.draft,

@@ -16,13 +16,13 @@ import urllib.request
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import psutil
 
 from benchmarks.machine import has_cuda, preload
 
-__all__ = ["MARK", "Server", "ServerConfig", "ServerError"]
+__all__ = ["MARK", "Server", "ServerConfig", "ServerError", "exit_on_sigterm"]
 
 MARK = "DOUBLE_BENCH_ID"  # in the environment of whatever a server starts, however detached
 PR_SET_PDEATHSIG = 1
@@ -80,6 +80,15 @@ class ServerConfig:
             if self.threads is not None:
                 added["VLLM_CPU_OMP_THREADS_BIND"] = self.threads
         return added | self.environment
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM end this process as an exception does: its servers and temporary folders go too."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def free_port() -> int:

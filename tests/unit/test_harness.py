@@ -279,3 +279,18 @@ def test_a_server_that_ends_at_start_is_reported_with_its_last_words(tmp_path: P
     config = Broken(tmp_path, tuple(os.sched_getaffinity(0)))
     with Server("broken", config, tmp_path) as server, pytest.raises(ServerError, match="no such model"):
         server.wait_healthy(60)
+
+
+def test_sigterm_ends_a_benchmark_like_an_exception() -> None:
+    script = (
+        "import os, signal\n"
+        "from benchmarks.server import exit_on_sigterm\n"
+        "exit_on_sigterm()\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+        "finally:\n"
+        "    print('servers ended', flush=True)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stdout) == (143, "servers ended\n")

@@ -1,0 +1,109 @@
+"""Whether texts that differ from plain vLLM's differ by rounding alone.
+
+    python -m benchmarks.parity --dtype bfloat16 --divergences divergences.jsonl ...
+    python -m benchmarks.numerics --divergences divergences.jsonl --dtype bfloat16
+
+A forward of one token and a forward of 1 + k tokens round differently. On the same, given texts (teacher forcing) both kinds of
+forward give logits at the same places; the 99.9th percentile of their absolute difference is the noise. At every first
+difference of two texts the target's two best logits have to lie within it. The exit status is 1 otherwise.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from benchmarks import rows, workload
+
+__all__ = ["LogitReader", "main"]
+
+Logits = npt.NDArray[np.float32]
+
+
+class LogitReader:
+    """The target on vLLM's own kernels, outside an engine: logits at given places of given texts."""
+
+    def __init__(self, target: Path, dtype: str, max_model_len: int) -> None:
+        from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+
+        self._engine = VllmDraftEngine(EngineConfig(str(target), dtype=dtype, max_model_len=max_model_len))
+        self._captured: list[Any] = []
+        model, captured = self._engine._model, self._captured
+        original = model.compute_logits
+
+        def compute_logits(*args: Any) -> Any:
+            logits = original(*args)
+            captured.append(logits.float().numpy().copy())
+            return logits
+
+        model.compute_logits = compute_logits
+
+    def read(self, text: Sequence[int], first: int, chunk: int) -> Logits:
+        """Logits float32 [len(text) - first, vocab] behind tokens first.. of ``text``, read ``chunk`` tokens a forward."""
+        from vllm_double.draft.base import Row
+
+        pages = range(1, 2 + len(text) // self._engine.page_size)
+        self._engine.forward([Row(pages, 0, text[:first], 0, 0.0)], 1)
+        self._captured.clear()
+        for start in range(first, len(text), chunk):
+            tokens = text[start : start + chunk]
+            self._engine.forward([Row(pages, start, tokens, len(tokens), 0.0)], 1)
+        return np.concatenate(self._captured)
+
+
+def noise(reader: LogitReader, texts: Sequence[tuple[list[int], int]], chunk: int) -> npt.NDArray[np.float32]:
+    """Absolute differences of all logits at all places between forwards of one and of ``chunk`` tokens."""
+    parts = [np.abs(reader.read(text, first, 1) - reader.read(text, first, chunk)).ravel() for text, first in texts]
+    return np.concatenate(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Appends one row; 0 if rounding explains every difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--divergences", type=Path, required=True, help="what benchmarks.parity wrote")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--num-texts", type=int, default=16, help="texts from which the noise is measured")
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--target", type=Path, default=workload.TARGET)
+    parser.add_argument("--prompts", type=Path, default=workload.PROMPTS)
+    parser.add_argument("--output", type=Path, default=rows.RESULTS / "numerics.csv")
+    options = parser.parse_args(argv)
+    tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
+    reader = LogitReader(options.target, options.dtype, options.max_model_len)
+    texts = []
+    for prompt in workload.load_prompts(options.prompts, options.num_texts):
+        text = tokenizer.encode(prompt.text, add_special_tokens=False).ids[: options.max_model_len - 1]
+        texts.append((text, len(text) // 4))
+    bound = float(np.quantile(noise(reader, texts, 1 + options.k), 0.999))
+    gaps = []
+    for line in options.divergences.read_text().splitlines():
+        entry = json.loads(line)
+        prompt = entry["prompt"]
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+        text = [*ids, *entry["common"]]
+        best = np.sort(reader.read(text, len(text) - 1, 1)[-1])[-2:]
+        gaps.append(float(best[1] - best[0]))
+    ok = all(gap <= bound for gap in gaps)
+    row: dict[str, rows.Value] = {
+        "dtype": options.dtype,
+        "k": options.k,
+        "texts": len(texts),
+        "noise_p999": bound,
+        "divergences": len(gaps),
+        "largest_gap": max(gaps, default=0.0),
+        "ok": ok,
+    }
+    print(row, flush=True)
+    rows.append(options.output, row | rows.provenance("benchmarks.numerics"))
+    return int(not ok)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
