@@ -30,8 +30,10 @@ class DoubleConfig(BaseModel):
         "target gets the others",
     )  # fmt: skip
     draft_dtype: str = Field(
-        "auto", pattern=r"^(auto|float32|float16|bfloat16)$", description='"auto": the dtype that the target runs in'
-    )  # fmt: skip
+        "auto",
+        pattern=r"^(auto|float32|float16|bfloat16)$",
+        description='"auto": the draft\'s own, or float32 on a CPU that is slow in it',
+    )
     draft_kv_cache_gib: float = Field(
         0.25,
         gt=0,

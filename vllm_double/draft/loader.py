@@ -38,6 +38,7 @@ class EngineConfig:
     model, revision, quantization, load_format, trust_remote_code, max_model_len, seed, enforce_eager: as in
         vLLM; None is the model's own.
     dtype: as in vLLM; 'auto' is the model's own, but float32 on a CPU without instructions for 16-bit types.
+    longest_text: of the target; a draft model that could read more is not given room for it.
     device: 'cpu' or 'cuda:N'; vLLM must be built for it.
     num_threads: threads of the operators on a CPU. OMP_NUM_THREADS and the affinity of the process are its
         starter's.
@@ -50,9 +51,11 @@ class EngineConfig:
 
     model: str
     revision: str | None = None
+    code_revision: str | None = None
     quantization: str | None = None
     dtype: str = "auto"
     max_model_len: int | None = None
+    longest_text: int | None = None
     device: str = "cpu"
     num_threads: int = 1
     page_size: int | None = None
@@ -133,6 +136,7 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
     args: dict[str, Any] = {
         "model": config.model,
         "revision": config.revision,
+        "code_revision": config.code_revision,
         "quantization": config.quantization,
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
@@ -153,6 +157,9 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
     if config.page_size is not None:
         args["block_size"] = config.page_size
     vllm_config = EngineArgs(**args).create_engine_config()
+    if config.longest_text is not None and vllm_config.model_config.max_model_len > config.longest_text:
+        args["max_model_len"] = config.longest_text
+        vllm_config = EngineArgs(**args).create_engine_config()
     if config.dtype == "auto" and config.device == "cpu" and _is_slow_on_cpu(vllm_config):
         vllm_config = EngineArgs(**{**args, "dtype": "float32"}).create_engine_config()
     return vllm_config

@@ -128,6 +128,8 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     for key in ("kv_cache_dtype", "attention_backend", "moe_backend", "draft_load_config"):
         if draft.pop(key, None) not in (None, "auto"):
             raise ConfigError(f'"{key}" cannot be set for the draft of method "double".')
+    if not draft.pop("enforce_eager", True):
+        raise ConfigError('"enforce_eager": false is not supported for the draft of method "double", which runs eagerly.')
     check_same_tokenizer(target, model, draft.get("revision"))
     length = draft.get("max_model_len")
     if length is not None and (not isinstance(length, int) or not 1 <= length <= target.max_model_len):
