@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", default="double", choices=[name for name in ARMS if name != "plain"])
     parser.add_argument("--layers", type=int, default=66, help="decoder layers of the inflated target")
     parser.add_argument("--num-prompts", type=int, default=24)
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--k", type=int, default=16, help="num_speculative_tokens")
     parser.add_argument("--target", type=Path, default=workload.TARGET)

@@ -47,6 +47,9 @@ _RAY_QUIET = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray would hide the GPUs from an actor that asks for none.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's workers are nice by 15. vLLM's engine core spins (sched_yield) on the draft's core while the target computes,
+    # and a nice draft would hardly run beside it.
+    "RAY_worker_niceness": "0",
     # vLLM fills the memory on purpose; Ray would kill the actor for it.
     "RAY_memory_monitor_refresh_ms": "0",
     # Polling and statistics: without these, idle daemons take twice the CPU time.
