@@ -64,7 +64,7 @@ def ask(llm: Any) -> Texts:
         return [list(one.token_ids) for output in outputs for one in output.outputs]
 
     some = prompts(16)
-    long = "\n".join(some)[:1400]
+    long = "\n".join(some)[:800]
     until_full = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
     return {
         "one by one": [text for prompt in some[:3] for text in run([prompt], SamplingParams(temperature=0, max_tokens=64))],
@@ -106,8 +106,8 @@ def test_texts_differ_from_plain_vllm(plain: Texts) -> None:
         return found
 
     assert with_engine(double(), use) == plain
-    assert counts["tokens"] / counts["forwards"] > 1.5
-    assert counts["hits_total"] / counts["harvests_total"] > 0.4
+    assert counts["tokens"] / counts["forwards"] > 1.2
+    assert counts["hits_total"] / counts["harvests_total"] > 0.3
 
 
 def test_texts_with_retrieval_alone_differ_from_plain_vllm(plain: Texts) -> None:
