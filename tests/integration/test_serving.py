@@ -78,7 +78,12 @@ def ask(llm: Any) -> Texts:
         "to the model's length": run([long, some[0], some[1]], until_full),
         "prefix cached": run([long, long + "\n"], SamplingParams(temperature=0, max_tokens=24)),
         "penalties": run(some[:4], SamplingParams(temperature=0, max_tokens=40, repetition_penalty=1.2)),
-        "stop string": run(some[:4], SamplingParams(temperature=0, max_tokens=40, stop=["return"])),
+        # vLLM looks for stop strings in text, step by step: tokens that came in the same step stay on the list.
+        "stop string": [
+            [ord(character) for character in one.text]
+            for output in llm.generate(some[:4], SamplingParams(temperature=0, max_tokens=40, stop=["return"]), use_tqdm=False)
+            for one in output.outputs
+        ],
         "logprobs": run(some[:2], SamplingParams(temperature=0, max_tokens=24, logprobs=2)),
         "seeded": [
             text for seed in (1, 2) for text in run([some[0]], SamplingParams(temperature=0.8, max_tokens=32, seed=seed))
