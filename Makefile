@@ -26,7 +26,8 @@ install-older:
 test: install install-older
 	$(OLDER_VENV)/bin/python -m pytest $(SAMPLER_TESTS) $(ARGS)
 	$(OLDER_VENV)/bin/python -m pytest tests/integration $(SAMPLER_TESTS:%=--ignore=%) $(ARGS)
-	$(RUN) -m pytest $(SAMPLER_TESTS) tests/parity $(ARGS)
+	$(RUN) -m pytest $(SAMPLER_TESTS) $(ARGS)
+	$(RUN) -m pytest tests/parity $(ARGS)
 	$(RUN) -m pytest tests/integration tests/chaos $(SAMPLER_TESTS:%=--ignore=%) $(ARGS)
 	$(RUN) -m pytest tests/unit tests/property kernels/tests $(ARGS)
 
