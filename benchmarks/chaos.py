@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=["sigstop", "kills", "exits"])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--roles", nargs="+", choices=("server", *ROLES), default=("server", *ROLES), help="ends of exits")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -66,18 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = workload.load_prompts(options.prompts, options.num_prompts)
         requests = workload.requests(prompts, options.max_tokens, 0.0)
         if options.scenario == "exits":
-            found = exits(base, variants("double", choices)[-1].speculative, requests[:2], Path(folder))
+            found = [
+                tell(options, row)
+                for row in exits(base, variants("double", choices)[-1].speculative, requests[:2], Path(folder), options.roles)
+            ]
         else:
             plain, double = variants("plain", choices)[-1], variants("double", choices)[-1]
             with Fleet([plain, double], base, Path(folder)) as fleet:
                 expected = fleet.ask(plain, requests, options.batch).completions
                 run = Load(fleet.server(double), requests, expected, options.batch)
                 scenario = sigstop if options.scenario == "sigstop" else lambda load: kills(load, options.kills)
-                found = [asyncio.run(run.during(scenario))]
-    for row in found:
-        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        rows.append(options.output.with_stem(f"chaos_{options.scenario}"), row | rows.provenance("benchmarks.chaos"))
+                found = [tell(options, asyncio.run(run.during(scenario)))]
     return int(not all(row["ok"] for row in found))
+
+
+def tell(options: argparse.Namespace, row: dict[str, rows.Value]) -> dict[str, rows.Value]:
+    """Print and file a row."""
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    rows.append(options.output.with_stem(f"chaos_{options.scenario}"), row | rows.provenance("benchmarks.chaos"))
+    return row
 
 
 @dataclass
@@ -199,11 +207,11 @@ def kills(load: Load, count: int) -> dict[str, rows.Value]:
 
 
 def exits(
-    base: ServerConfig, speculative: dict[str, object] | None, requests: Sequence[Request], logs: Path
-) -> list[dict[str, rows.Value]]:
+    base: ServerConfig, speculative: dict[str, object] | None, requests: Sequence[Request], logs: Path, roles: Sequence[str]
+) -> Iterator[dict[str, rows.Value]]:
     """Ends a server in every way, each under load, and waits until nothing of it is left."""
-    found: list[dict[str, rows.Value]] = []
-    for role, number in [("api", signal.SIGTERM), *((role, signal.SIGKILL) for role in ROLES)]:
+    ends = [("server", signal.SIGTERM), *((role, signal.SIGKILL) for role in ROLES)]
+    for role, number in [end for end in ends if end[0] in roles]:
         before = leftovers()
         server = Server(f"exit-{role}-{number.name}", ServerConfig(**{**vars(base), "speculative": speculative}), logs)
         try:
@@ -211,35 +219,31 @@ def exits(
             wait_for_drafts(server)
             asyncio.run(_ask(server, requests))
             killed = pid_of(server, role)
-            servers_end = role in ("api", "engine", "worker")
             os.kill(killed, number)
-            spent = wait_gone(server, killed, servers_end)
-            serves = None if servers_end else answers(server)
-            server.stop()
-            left = sorted(leftovers() - before)
+            serves = None
+            if role in ("actor", "raylet"):
+                serves = answers(server)
+                server.stop()
+            spent, left = wait_clean(server, before)
             row: dict[str, rows.Value] = {
-                "scenario": "exits", "killed": role, "signal": number.name, "gone_after_s": spent,
-                "left_in_dev_shm_and_tmp": " ".join(left), "serves_on": serves,
-                "ok": spent is not None and not left and serves is not False,
+                "scenario": "exits", "killed": role, "signal": number.name, "clean_after_s": spent,
+                "left": " ".join(left), "serves_on": serves, "ok": not left and serves is not False,
             }  # fmt: skip
-            found.append(row)
+            yield row
         finally:
             server.stop()
-    return found
 
 
-def wait_gone(server: Server, killed: int, whole_server: bool) -> float | None:
-    """Seconds until the server's processes are gone (or only the killed one); None if 15 s were not enough."""
+def wait_clean(server: Server, before: set[str]) -> tuple[float, list[str]]:
+    """Seconds until nothing of the server is left, and what is left after 15 s: processes, segments, folders, sockets."""
     start = time.monotonic()
-    while time.monotonic() - start < EXIT_S:
+    while True:
         server.reap()
-        alive = server.processes()
-        if not alive if whole_server else all(process.pid != killed for process in alive):
-            return time.monotonic() - start
+        left = sorted(f"{process.pid}:{process.name()}" for process in server.processes()) + sorted(leftovers() - before)
+        spent = time.monotonic() - start
+        if not left or spent > EXIT_S:
+            return spent, left
         time.sleep(0.05)
-    for process in server.processes():
-        print(f"still there: {process}", flush=True)
-    return None
 
 
 def answers(server: Server) -> bool:
@@ -259,11 +263,11 @@ async def _ask(server: Server, requests: Sequence[Request]) -> None:
 
 
 def pid_of(server: Server, role: str) -> int:
-    """The process of a role: api, engine, worker (vLLM's), actor (the draft worker), raylet."""
+    """The process of a role: server and api (what was started), engine, worker (vLLM's), actor (the draft's), raylet."""
     signs = {
         "engine": "VLLM::EngineCore", "worker": "VLLM::Worker", "actor": "ray::DraftActor", "raylet": "raylet/raylet"
     }  # fmt: skip
-    if role == "api":
+    if role in ("server", "api"):
         return server.pid
     found = []
     for process in server.processes():

@@ -6,8 +6,8 @@ Three processes, because the one that cleans up must not be the one that Ray can
   driver, or a SIGTERM; then it kills every process of its session and removes the runtime folder;
 - the driver, its forked child, runs Ray and keeps the draft actor alive. Ray's daemons die with it, it with
   the guard;
-- the deputy, another child, does the guard's last work if the guard is killed. So does the supervisor in the
-  target, but target and guard may be killed together.
+- the deputy does the guard's last work if the guard is killed. So does the supervisor in the target, but vLLM's API server
+  kills all its descendants at once when it is told to stop: the deputy is nobody's child.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from vllm_double.draft.processes import kill_session, remove_runtime
+from vllm_double.draft.processes import kill_session, remove_openmp_marks, remove_runtime, wait_for_end
 
 __all__ = [
     "EXIT_CONFIG",
@@ -50,6 +50,7 @@ EXIT_LOST = 4
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _GRACE_S = 1.5
+_LINGER_S = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class HostSettings:
     ray_address: str | None = None
     """``host:port`` of a cluster that spans this machine; None starts an embedded Ray."""
     ray_num_cpus: float = 1.0
+    engine_pids: tuple[int, ...] = ()
+    """The engine's processes, after whose end nothing of them should be left either."""
     start_timeout_s: float = 120.0
     """An actor that has not answered after so many seconds is given up."""
     require: bool = False
@@ -82,8 +85,9 @@ class HostSettings:
     @classmethod
     def from_json(cls, text: str) -> HostSettings:
         values = json.loads(text)
-        if values["draft_cores"] is not None:
-            values["draft_cores"] = tuple(values["draft_cores"])
+        for name in ("draft_cores", "engine_pids"):
+            if values[name] is not None:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 
@@ -226,16 +230,15 @@ def drive(settings: HostSettings, address: str, target_pid: int, runtime_dir: st
         cluster.close()
 
 
-def stand_by(guard_pid: int, runtime_dir: str) -> int:
-    """The deputy: waits for the guard's death and cleans up."""
-    guard = _pidfd(guard_pid)
-    poll = select.poll()
-    if guard is not None:
-        poll.register(guard, select.POLLIN)
-    while os.getppid() == guard_pid:
-        poll.poll(500 if guard is None else 5000)
-    kill_session(guard_pid, spare=(os.getpid(),))
+def stand_by(guard_pid: int, runtime_dir: str, engine_pids: Collection[int]) -> int:
+    """The deputy: waits for the guard's death and cleans up, also after the engine if that ends soon."""
+    wait_for_end(guard_pid, None)
+    kill_session(guard_pid)
     remove_runtime(runtime_dir)
+    deadline = time.monotonic() + _LINGER_S
+    for pid in engine_pids:
+        wait_for_end(pid, max(0.0, deadline - time.monotonic()))
+    remove_openmp_marks(engine_pids)
     return 0
 
 
@@ -250,15 +253,38 @@ def _fork(name: str, run: Callable[[], int], death_signal: int) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
     try:
         _prctl(_PR_SET_PDEATHSIG, death_signal)
+        orphan = os.getppid() != guard_pid
+    except BaseException:
+        os._exit(1)
+    return _become(name, (lambda: 1) if orphan else run)
+
+
+def _detach(name: str, run: Callable[[], int]) -> None:
+    """Runs ``run`` in a process with a session of its own that is no descendant of this one."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+    except BaseException:
+        os._exit(1)
+    _become(name, run)
+
+
+def _become(name: str, run: Callable[[], int]) -> NoReturn:
+    """What a forked child does instead of the guard's work."""
+    code = 1
+    try:
         _name_process(name)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if not death_signal or os.getppid() == guard_pid:
-            code = run()
+        code = run()
     except SystemExit:
         code = 0
     except BaseException as error:  # The boundary of the process: nothing may unwind into the guard's code.
@@ -268,9 +294,7 @@ def _fork(name: str, run: Callable[[], int], death_signal: int) -> int:
 
 
 def main() -> int:
-    """Reads {"settings", "address", "target_pid", "runtime_dir"} from stdin; returns the driver's exit
-    code.
-    """
+    """Reads {"settings", "address", "target_pid", "runtime_dir"} from stdin; returns the driver's exit code."""
     request = json.load(sys.stdin)
     settings = HostSettings.from_json(request["settings"])
     target_pid, runtime_dir = int(request["target_pid"]), str(request["runtime_dir"])
@@ -278,16 +302,17 @@ def main() -> int:
         raise SystemExit("The host must lead a session of its own; it is started by DraftSupervisor.")
     _name_process("double-guard")
     guard = _Guard(target_pid, runtime_dir)
+    _bind(settings.draft_cores)
+    guard_pid = os.getpid()
+    # Before orphans begin to come to the guard.
+    _detach("double-deputy", lambda: stand_by(guard_pid, runtime_dir, settings.engine_pids))
     # SIGTERM and not SIGKILL: the guard is the one that has to clean up when the target is killed.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     code: int | None = 0
     try:
         if not guard.target_gone():
-            _bind(settings.draft_cores)
             address = str(request["address"])
-            guard_pid = os.getpid()
-            _fork("double-deputy", lambda: stand_by(guard_pid, runtime_dir), death_signal=0)
             driver = _fork("double-driver", lambda: drive(settings, address, target_pid, runtime_dir), signal.SIGKILL)
             code = guard.wait(driver)
             if code is None and settings.ray_address is not None:

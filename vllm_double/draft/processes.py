@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
 __all__ = [
     "RuntimeFolder",
+    "is_gone",
     "kill_session",
     "note_process",
+    "parent",
+    "remove_openmp_marks",
     "remove_runtime",
     "remove_stale",
     "session_members",
+    "wait_for_end",
 ]
 
 _PREFIX = "vllm-double-ray-"
@@ -30,16 +35,55 @@ _LONGEST = 38  # Ray's sockets below it must fit into the 107 characters of a so
 _NOTE = "process-"
 
 
+_DEAD = (b"Z", b"X")  # states of the dead that nobody has waited for
+_POLL_S = 0.5  # where the kernel gives no descriptor of a process
+
+
+def _stat(pid: int) -> tuple[bytes, int, int]:
+    """(state, parent, session) of a process; as of a dead one where there is none."""
+    try:
+        state, above, _, session = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:4]
+    except (OSError, ValueError):
+        return b"X", 0, 0
+    return state, int(above), int(session)
+
+
+def parent(pid: int) -> int:
+    """The parent's process id; 0 where there is none, or no such process."""
+    return _stat(pid)[1]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended, waited for or not."""
+    return _stat(pid)[0] in _DEAD
+
+
+def wait_for_end(pid: int, timeout_s: float | None) -> bool:
+    """Wait until a process has ended, or until the time is up (None: never); whether it has ended."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    try:
+        ended: list[int] = [os.pidfd_open(pid)]
+    except OSError:
+        ended = []  # no such process, or a kernel or a sandbox that refuses
+    try:
+        while not is_gone(pid):
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            select.select(ended, [], [], left if ended else min(_POLL_S, left or _POLL_S))
+        return True
+    finally:
+        for descriptor in ended:
+            os.close(descriptor)
+
+
 def session_members(session: int) -> list[int]:
     """Process ids of a session, without the dead that nobody has waited for."""
     members = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            try:
-                state, _, _, sid = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:4]
-            except (OSError, ValueError):
-                continue
-            if int(sid) == session and state not in (b"Z", b"X"):
+            state, _, sid = _stat(int(folder.name))
+            if sid == session and state not in _DEAD:
                 members.append(int(folder.name))
     return members
 
@@ -65,12 +109,16 @@ def note_process(folder: str) -> None:
         pass  # A cluster of another user: not ours to clean up.
 
 
-def remove_runtime(folder: str) -> None:
-    """Removes the folder, and the /dev/shm entries that Intel's OpenMP leaves behind in a killed process."""
-    for note in Path(folder).glob(f"{_NOTE}*"):
-        pid = note.name.removeprefix(_NOTE)
-        if not Path("/proc", pid).exists():
+def remove_openmp_marks(pids: Iterable[int]) -> None:
+    """Removes the /dev/shm entries that Intel's OpenMP leaves behind in killed processes; spares the living."""
+    for pid in pids:
+        if is_gone(pid):
             Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink(missing_ok=True)
+
+
+def remove_runtime(folder: str) -> None:
+    """Removes the folder, and the OpenMP marks of the processes that are noted there."""
+    remove_openmp_marks(int(note.name.removeprefix(_NOTE)) for note in Path(folder).glob(f"{_NOTE}*"))
     rmtree(folder, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm_double.config import DoubleConfig
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.supervisor import DraftSupervisor
+from vllm_double.lifeline import hold
 from vllm_double.metrics import MetricsServer, snapshot
 from vllm_double.proposer import Proposer
 from vllm_double.retrieval import ContextRetriever, Retriever
@@ -34,9 +35,10 @@ class Launch:
         self._end: SharedTargetEnd | None = None
         self._supervisor: DraftSupervisor | None = None
         self._beat = (0, 0.0)
+        processes = hold(config.launcher)
         if config.draft:
             self._end = SharedTargetEnd.create()
-            self._supervisor = DraftSupervisor(_host_settings(vllm_config), self._end.address)
+            self._supervisor = DraftSupervisor(_host_settings(vllm_config, processes), self._end.address)
         warm_up()  # compiled code is loaded now, not in the first request
         retrievers: list[Retriever] = [ContextRetriever()] if double.context_retrieval else []
         self.proposer = Proposer(
@@ -67,7 +69,7 @@ class Launch:
         return now - self._beat[1] < _STALE_HEARTBEAT_S
 
 
-def _host_settings(vllm_config: VllmConfig) -> HostSettings:
+def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSettings:
     """The draft worker's settings from the user's keys and what the target runs with."""
     config = vllm_config.speculative_config
     double: DoubleConfig = config.double
@@ -113,6 +115,7 @@ def _host_settings(vllm_config: VllmConfig) -> HostSettings:
         visible_devices=visible,
         ray_address=double.ray_address,
         ray_num_cpus=double.ray_num_cpus,
+        engine_pids=tuple(engine_pids),
     )
 
 

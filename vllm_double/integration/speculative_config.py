@@ -52,6 +52,8 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
     """CoreSplit of target and draft on CPU; None where nothing is to be bound."""
     metrics_key: str = ""
     """Names the socket on which the proposer tells its numbers."""
+    launcher: int = 0
+    """The process that launches the engine; when it is gone, the engine ends."""
 
     def __post_init__(self) -> None:
         self.method = "custom_class"
@@ -99,6 +101,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         draft=draft,
         cores=cores,
         metrics_key=secrets.token_hex(8),
+        launcher=os.getpid(),
     )
 
 
