@@ -90,7 +90,7 @@ def test_a_host_that_keeps_dying_is_started_ever_later(stop_at_end: list[DraftSu
     stop_at_end.append(supervisor := world.supervise())
     world.wait_until_running()
     assert world.pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert (supervisor.starts, supervisor.restarts, supervisor.last_exit) == (9, 8, 9)
+    assert (supervisor.starts, supervisor.restarts, supervisor.last_exit) == (9, 0, 9)
 
 
 def test_a_healthy_run_makes_the_next_start_quick_again(stop_at_end: list[DraftSupervisor]) -> None:
@@ -209,8 +209,23 @@ def test_settings_survive_the_way_to_the_host() -> None:
 
 def test_back_off_never_exceeds_its_limit() -> None:
     back_off = BackOff(first_s=1, most_s=5, healthy_s=10)
-    assert [back_off.after(0) for _ in range(5)] == [1, 2, 4, 5, 5]
-    assert back_off.after(10) == 1
+    assert [back_off.after(0, came_up=False) for _ in range(5)] == [1, 2, 4, 5, 5]
+    assert back_off.after(10, came_up=False) == 1
+
+
+def test_what_came_up_is_back_soon_however_often_it_dies() -> None:
+    back_off = BackOff(first_s=1, most_s=60, most_after_up_s=5, healthy_s=60)
+    assert [back_off.after(20, came_up=True) for _ in range(6)] == [1, 2, 4, 5, 5, 5]
+    assert [back_off.after(20, came_up=False) for _ in range(3)] == [10, 20, 40]
+
+
+def test_restarts_are_workers_that_came_up_again(stop_at_end: list[DraftSupervisor]) -> None:
+    lines = [said(state="up", actor_pid=pid) for pid in (1, 1, 2)]
+    lines.insert(1, said(state="unresponsive", actor_pid=1))
+    world = World((lines, 30.0, 9))
+    stop_at_end.append(supervisor := world.supervise())
+    world.wait_until_running()
+    assert (supervisor.workers_up, supervisor.restarts, world.pauses) == (3, 2, [1])
 
 
 def test_supervising_imports_neither_ray_nor_torch() -> None:

@@ -93,18 +93,22 @@ class HostSettings:
 
 @dataclass(slots=True)
 class BackOff:
-    """Waiting times before restarts: ``first_s`` doubling to ``most_s``, from the start again after a
-    healthy run.
+    """Waiting times before restarts: ``first_s`` doubling to ``most_s``, from the start again after a healthy run.
+
+    What did come up is wanted back soon, whoever killed it: then the wait is at most ``most_after_up_s``.
     """
 
     first_s: float = 1.0
     most_s: float = 60.0
+    most_after_up_s: float = 5.0
     healthy_s: float = 60.0
     _next_s: float = 0.0
 
-    def after(self, lasted_s: float) -> float:
+    def after(self, lasted_s: float, came_up: bool) -> float:
         """Seconds to wait before the next start, after a run of ``lasted_s`` seconds."""
         wait_s = self.first_s if lasted_s >= self.healthy_s or not self._next_s else self._next_s
+        if came_up:
+            wait_s = min(wait_s, self.most_after_up_s)
         self._next_s = min(2 * wait_s, self.most_s)
         return wait_s
 
@@ -217,12 +221,19 @@ def drive(settings: HostSettings, address: str, target_pid: int, runtime_dir: st
     try:
         while True:
             started = time.monotonic()
+            seen: set[str] = set()
+
+            def report(state: str, pid: int, seen: set[str] = seen) -> None:
+                seen.add(state)
+                level = "INFO" if state == "up" else "DEBUG"
+                say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
+
             try:
-                reason = cluster.run_actor(address, target_pid, runtime_dir, _report_state)
+                reason = cluster.run_actor(address, target_pid, runtime_dir, report)
             except actor.ClusterLostError as error:
                 say("WARNING", str(error))
                 return EXIT_LOST
-            wait_s = back_off.after(time.monotonic() - started)
+            wait_s = back_off.after(time.monotonic() - started, "up" in seen)
             text = f"The draft actor ended: {reason}. It is started again in {wait_s:.0f} s."
             say("WARNING", text, state="down")
             time.sleep(wait_s)
@@ -240,11 +251,6 @@ def stand_by(guard_pid: int, runtime_dir: str, engine_pids: Collection[int]) -> 
         wait_for_end(pid, max(0.0, deadline - time.monotonic()))
     remove_openmp_marks(engine_pids)
     return 0
-
-
-def _report_state(state: str, pid: int) -> None:
-    level = "INFO" if state == "up" else "DEBUG"
-    say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
 
 
 def _fork(name: str, run: Callable[[], int], death_signal: int) -> int:

@@ -110,9 +110,11 @@ class DraftSupervisor:
         pause: Callable[[float], bool] | None = None,
     ) -> None:
         self.starts = 0
+        self.workers_up = 0  # draft workers that came up so far, of all hosts
         self.last_exit: int | None = None
         self.state: State = "starting"
         self.actor_pid: int | None = None
+        self._last_up: int | None = None
         self._settings = settings
         self._address = address
         self._spawn = spawn or HostProcess
@@ -135,7 +137,8 @@ class DraftSupervisor:
 
     @property
     def restarts(self) -> int:
-        return max(0, self.starts - 1)
+        """How often a draft worker came up again."""
+        return max(0, self.workers_up - 1)
 
     def stop(self) -> None:
         """Ends the host and all its processes; returns when they are gone. Safe to call twice, and in a
@@ -167,7 +170,7 @@ class DraftSupervisor:
             where += f"; target on cores {self._settings.target_cores}"
         logger.info("Starting the draft worker's host: %s.", where)
         while not self._stopping.is_set():
-            started = self._clock()
+            started, earlier = self._clock(), self.workers_up
             self.last_exit = self._run_once()
             if self._stopping.is_set():
                 return
@@ -175,7 +178,7 @@ class DraftSupervisor:
             if self.last_exit in (EXIT_CONFIG, EXIT_UNREACHABLE) and not self._refusal:
                 self._refusal = f"The draft's host gave up with exit code {self.last_exit}."
             self._settled.set()
-            wait_s = back_off.after(self._clock() - started)
+            wait_s = back_off.after(self._clock() - started, self.workers_up > earlier)
             logger.warning(
                 "The draft's host ended with code %s; no drafts until it is started again in %.0f s.",
                 self.last_exit,
@@ -210,6 +213,9 @@ class DraftSupervisor:
             logger.log(getattr(logging, values["level"]), "(draft) %s", values["text"])
         if (pid := values.get("actor_pid")) is not None:
             self.actor_pid = pid
+            if values.get("state") == "up" and pid != self._last_up:
+                self._last_up = pid
+                self.workers_up += 1
         if (state := values.get("state")) is not None and not self._stopping.is_set():
             self.state = {"up": "up", "down": "down"}.get(state, "starting")  # type: ignore[assignment]
         if reason := values.get("reason"):
