@@ -40,12 +40,15 @@ class Choices:
     ngram_k: tuple[int, ...] = (2, 4, 6)
     draft_k: tuple[int, ...] = (2, 3, 4)
     double_k: tuple[int, ...] = (16,)
+    threads: tuple[str, ...] = ()  # thread splits of the baselines; () tries all
 
     @property
     def splits(self) -> tuple[str | None, ...]:
         """Thread splits of a baseline: all cores, and all but the last (left to the API server)."""
         if has_cuda():
             return (None,)
+        if self.threads:
+            return self.threads
         every = ",".join(map(str, self.cores))
         return (every, ",".join(map(str, self.cores[:-1]))) if len(self.cores) > 1 else (every,)
 

@@ -154,7 +154,7 @@ class Load:
             found = counters(self.server.metrics())
             if found.get(WORKER_UP) and found.get(RESTARTS, 0.0) >= restarts:
                 return time.monotonic() - start
-            time.sleep(0.1)
+            time.sleep(0.5)
         raise AssertionError(f"no draft worker within {deadline_s:.0f} s:\n{self.server.tail()}")
 
 

@@ -1,7 +1,7 @@
 """What the target's side counts; the metrics page shows it. Plain numbers, added to on the hot path."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllm_double.trie import PathToken
@@ -32,6 +32,7 @@ class Counters:
     offered: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     proposed_tokens: int = 0
+    expected_tokens: float = 0.0  # of the proposed ones, those that should be accepted if the calibration is right
     propose_seconds: float = 0.0
     propose_max_seconds: float = 0.0
     propose_buckets: list[int] = field(default_factory=lambda: [0] * (len(PROPOSE_BUCKETS_S) + 1))
@@ -57,10 +58,12 @@ class Counters:
         self.harvests += 1
         self.hits += hit
 
-    def proposed(self, seconds: float, chains: Sequence[Sequence[int]]) -> None:
+    def proposed(self, seconds: float, chains: Iterable[Sequence[PathToken]]) -> None:
         """One round took ``seconds`` and gave ``chains``."""
         self.rounds += 1
-        self.proposed_tokens += sum(map(len, chains))
+        for chain in chains:
+            self.proposed_tokens += len(chain)
+            self.expected_tokens += sum([step.reach for step in chain])
         self.propose_seconds += seconds
         self.propose_max_seconds = max(self.propose_max_seconds, seconds)
         self.propose_buckets[bisect_left(PROPOSE_BUCKETS_S, seconds)] += 1

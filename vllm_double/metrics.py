@@ -19,7 +19,7 @@ from vllm_double.counters import PROPOSE_BUCKETS_S, Counters
 
 __all__ = ["MetricsServer", "expose", "families", "snapshot"]
 
-_TIMEOUT_S = 0.25
+_TIMEOUT_S = 1.0
 _COUNTERS = {
     "rounds": ("vllm:double_target_forwards", "Target forwards that drafts were proposed after."),
     "rows": (
@@ -32,6 +32,10 @@ _COUNTERS = {
     ),
     "committed_tokens": ("vllm:double_committed_tokens", "Tokens that those forwards gave."),
     "proposed_tokens": ("vllm:double_proposed_tokens", "Draft tokens in proposed chains."),
+    "expected_tokens": (
+        "vllm:double_expected_tokens",
+        "Draft tokens that should be accepted if the calibration is right.",
+    ),
     "harvests": ("vllm:double_harvests", "Times that a request asked for drafts."),
     "hits": ("vllm:double_hits", "Times that something was ready behind the last committed token."),
     "late_nodes": ("vllm:double_late_nodes", "Draft records that came after their place was committed."),
@@ -49,13 +53,17 @@ _COUNTERS = {
 _WORKER_GAUGES = frozenset({"requests"})
 
 
-def snapshot(counters: Counters, *, worker_up: bool, worker_restarts: int, enabled: bool) -> dict[str, Any]:
-    """A JSON-able picture of the counters and the worker's state."""
+def snapshot(
+    counters: Counters, step_cost: tuple[float, float], *, worker_up: bool, worker_restarts: int, enabled: bool
+) -> dict[str, Any]:
+    """A JSON-able picture of the counters and the worker's state. step_cost: StepCost.estimate, in seconds."""
     picture = {name: getattr(counters, name) for name in _COUNTERS if hasattr(counters, name)}
     return picture | {
         "worker_restarts": worker_restarts,
         "worker_up": int(worker_up),
         "enabled": int(enabled),
+        "step_seconds": step_cost[0],
+        "step_token_seconds": step_cost[1],
         "offered": dict(counters.offered),
         "accepted": dict(counters.accepted),
         "propose_seconds": counters.propose_seconds,
@@ -85,6 +93,8 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
         ("worker_up", "1 while a draft worker answers."),
         ("enabled", "0 while drafting is switched off."),
         ("propose_max_seconds", "Longest round so far."),
+        ("step_seconds", "A target forward as learnt: the part that does not depend on how many tokens it verifies."),
+        ("step_token_seconds", "A target forward as learnt: what another token to verify adds."),
     ):
         gauge = GaugeMetricFamily(f"vllm:double_{key}", help_text, labels=["engine"])
         for engine, picture in pictures:

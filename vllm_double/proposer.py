@@ -140,7 +140,7 @@ class Proposer:
             self._tell(request, rows[index].tokens)
         for retriever in self._retrievers:
             retriever.work(_INDEX_TOKENS_PER_ROUND)
-        self.counters.proposed(self._clock() - started, chains)
+        self.counters.proposed(self._clock() - started, [request.chain for _, request in live])
         return chains
 
     def _drain(self) -> None:

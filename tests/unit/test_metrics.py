@@ -32,10 +32,11 @@ def test_counts_arrive_on_the_page() -> None:
     counters.committed(1, 0, [], [])
     counters.harvested(True)
     counters.harvested(False)
-    counters.proposed(0.00015, [[1, 2], []])
+    chain = [PathToken(1, 0.5, "draft", 0.5), PathToken(2, 0.5, "draft", 0.25)]
+    counters.proposed(0.00015, [chain, []])
     counters.proposed(7.0, [[]])
     counters.worker = {"iterations": 4.0, "requests": 2.0}
-    server = MetricsServer(key, 0, lambda: snapshot(counters, worker_up=True, worker_restarts=3, enabled=True))
+    server = MetricsServer(key, 0, lambda: snapshot(counters, (0.02, 0.001), worker_up=True, worker_restarts=3, enabled=True))
     found = page(key)
     server.close()
     assert found["vllm:double_committed_tokens_total", ""] == 4
@@ -44,6 +45,8 @@ def test_counts_arrive_on_the_page() -> None:
     assert found["vllm:double_hits_total", ""] == 1 and found["vllm:double_harvests_total", ""] == 2
     assert found["vllm:double_offered_tokens_total", "context"] == 1  # the third was cut by the scheduler
     assert found["vllm:double_accepted_tokens_total", "draft"] == 1
+    assert found["vllm:double_proposed_tokens_total", ""] == 2 and found["vllm:double_expected_tokens_total", ""] == 0.75
+    assert found["vllm:double_step_seconds", ""] == 0.02 and found["vllm:double_step_token_seconds", ""] == 0.001
     assert found["vllm:double_worker_restarts_total", ""] == 3 and found["vllm:double_worker_up", ""] == 1
     assert found["vllm:double_worker_iterations_total", ""] == 4 and found["vllm:double_worker_requests", ""] == 2
     assert found["vllm:double_propose_seconds_bucket", "0.0001"] == 0
@@ -53,7 +56,9 @@ def test_counts_arrive_on_the_page() -> None:
 
 def test_an_engine_that_does_not_answer_is_left_out_and_the_page_stands() -> None:
     key = secrets.token_hex(8)
-    server = MetricsServer(key, 1, lambda: snapshot(Counters(), worker_up=False, worker_restarts=0, enabled=False))
+    server = MetricsServer(
+        key, 1, lambda: snapshot(Counters(), (0.02, 0.001), worker_up=False, worker_restarts=0, enabled=False)
+    )
     found = page(key, engines=3)
     server.close()
     assert found["vllm:double_enabled", ""] == 0
@@ -62,7 +67,7 @@ def test_an_engine_that_does_not_answer_is_left_out_and_the_page_stands() -> Non
 
 def test_two_scrapes_at_once_are_both_answered() -> None:
     key = secrets.token_hex(8)
-    server = MetricsServer(key, 0, lambda: snapshot(Counters(), worker_up=True, worker_restarts=0, enabled=True))
+    server = MetricsServer(key, 0, lambda: snapshot(Counters(), (0.02, 0.001), worker_up=True, worker_restarts=0, enabled=True))
     pages: list[dict[tuple[str, str], float]] = []
     threads = [threading.Thread(target=lambda: pages.append(page(key))) for _ in range(4)]
     for thread in threads:

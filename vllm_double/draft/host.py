@@ -100,7 +100,7 @@ class BackOff:
 
     first_s: float = 1.0
     most_s: float = 60.0
-    most_after_up_s: float = 5.0
+    most_after_up_s: float = 2.0
     healthy_s: float = 60.0
     _next_s: float = 0.0
 

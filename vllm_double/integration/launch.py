@@ -54,6 +54,7 @@ class Launch:
         supervisor = self._supervisor
         return snapshot(
             self.proposer.counters,
+            self.proposer.step_cost.estimate(),
             worker_up=self._worker_answers(),
             worker_restarts=supervisor.restarts if supervisor is not None else 0,
             enabled=self.proposer.enabled,
