@@ -50,7 +50,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ngram-k", nargs="+", type=int, default=[2, 4, 6])
     parser.add_argument("--draft-k", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--double-k", nargs="+", type=int, default=[16])
-    parser.add_argument("--threads", nargs="+", default=[], metavar="CORES", help="of the baselines, as 0,1; all splits if not given")
+    parser.add_argument("--threads", nargs="+", default=[], metavar="CORES", help="of the baselines; all splits if not given")
     parser.add_argument("--target", type=Path, default=workload.TARGET)
     parser.add_argument("--draft", type=Path, default=workload.DRAFT)
     parser.add_argument("--prompts", type=Path, default=workload.PROMPTS)

@@ -46,7 +46,7 @@ class DoubleConfig(BaseModel):
     )  # fmt: skip
     nodes_per_iteration: int = Field(8, ge=1, le=1024, description="tokens that one draft forward takes at most")
     children_per_node: int = Field(
-        8, ge=1, le=8, description="alternatives that are kept per drafted token; 1 is a single path"
+        32, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
     )
     prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
     draft_seeded_requests: bool = Field(

@@ -18,9 +18,11 @@ NO_TOKENS = np.empty(0, np.int32)
 NO_PROBS = np.empty(0, np.float32)
 
 
-def make(num_pages: int = 200, page_size: int = 4, **limits: float) -> tuple[FakeEngine, Frontier]:
+def make(num_pages: int = 200, page_size: int = 4, children_per_node: int = 8, **limits: float) -> tuple[FakeEngine, Frontier]:
     engine = FakeEngine(hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120)
-    return engine, Frontier(engine, FrontierLimits(**{"num_speculative_tokens": 6, **limits}))  # type: ignore[arg-type]
+    return engine, Frontier(
+        engine, FrontierLimits(**{"num_speculative_tokens": 6, "children_per_node": children_per_node, **limits})
+    )  # type: ignore[arg-type]
 
 
 def admit(frontier: Frontier, handle: int, text: list[int], max_length: int = 100) -> None:
@@ -32,7 +34,7 @@ def turn(engine: FakeEngine, frontier: Frontier) -> np.ndarray:
     if not iteration.runs:
         return np.zeros(0)
     engine.copy_slots(iteration.copies)
-    tokens, probs = engine.forward(iteration.rows, 8)
+    tokens, probs = engine.forward(iteration.rows, frontier._limits.children_per_node)
     records = frontier.expand(iteration, tokens, probs)
     frontier.check_integrity()
     return records
@@ -82,7 +84,7 @@ def test_the_most_probable_path_is_worked_on_first() -> None:
         assert left
         assert all(math.exp(log_prob) <= reaches[-1] + 1e-9 for log_prob in left)
         engine.copy_slots(iteration.copies)
-        tokens, probs = engine.forward(iteration.rows, 8)
+        tokens, probs = engine.forward(iteration.rows, frontier._limits.children_per_node)
         frontier.expand(iteration, tokens, probs)
 
 
@@ -171,7 +173,7 @@ def test_a_commit_that_does_not_fit_the_text_ends_the_drafting_for_it(keep: int)
     rng=st.randoms(use_true_random=False),
     page_size=st.sampled_from([1, 2, 4, 7]),
     nodes=st.integers(1, 12),
-    children=st.integers(1, 8),
+    children=st.integers(1, VOCAB),
     num_pages=st.sampled_from([14, 40, 400]),
 )
 def test_any_interleaving_keeps_pages_and_trees_sound(

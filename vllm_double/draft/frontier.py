@@ -26,16 +26,17 @@ class FrontierLimits:
 
     num_speculative_tokens: no work deeper than this behind any outcome of the verification.
     nodes_per_iteration: nodes that one forward takes at most (every waiting request gets one in any case).
-    children_per_node: alternatives that a computed node lists, at most MAX_CHILDREN. 1 is PEARL's single path.
+    children_per_node: alternatives of a computed node that may be drafted behind. 1 is PEARL's single path. The target is told
+        the first MAX_CHILDREN of them.
     prefill_tokens: committed tokens that one forward catches up on at most.
-    min_path_prob: a path less probable than this is not worked on.
+    min_path_prob: a path less probable than this is not worked on: on a CPU the draft takes memory bandwidth from the target.
     """
 
     num_speculative_tokens: int
     nodes_per_iteration: int = 8
-    children_per_node: int = MAX_CHILDREN
+    children_per_node: int = 32
     prefill_tokens: int = 256
-    min_path_prob: float = 1e-3
+    min_path_prob: float = 1e-2
 
 
 @dataclass(slots=True)
@@ -66,8 +67,8 @@ class Frontier:
     """All admitted requests, their trees and the pages of one draft engine."""
 
     def __init__(self, engine: DraftEngine, limits: FrontierLimits) -> None:
-        if not 1 <= limits.children_per_node <= MAX_CHILDREN:
-            raise ValueError(f"children_per_node is {limits.children_per_node}, not within 1..{MAX_CHILDREN}")
+        if limits.children_per_node < 1:
+            raise ValueError(f"children_per_node is {limits.children_per_node}, not at least 1")
         self._limits = limits
         self._max_length = engine.max_length
         self._vocab_size = engine.vocab_size
@@ -234,11 +235,9 @@ class Frontier:
     ) -> npt.NDArray[np.void]:
         """Grow the trees by the forward's answer, int32 and float32 [outputs, children]; returns NODE_DTYPE records."""
         nodes = [(run.request, node) for run in iteration.runs for node in run.nodes]
-        num_children = min(self._limits.children_per_node, tokens.shape[1]) if nodes else 0
         records = np.zeros(len(nodes), dtype=NODE_DTYPE)
         if not nodes:
             return records
-        tokens, probs = tokens[:, :num_children], probs[:, :num_children]
         log_probs = np.log(np.maximum(probs, 1e-9)).tolist()
         token_lists = tokens.tolist()
         for index, (request, node) in enumerate(nodes):
@@ -246,9 +245,10 @@ class Frontier:
         records["handle"] = [request.handle for request, _ in nodes]
         records["prefix_hash"] = [node.prefix_hash for _, node in nodes]
         records["position"] = [node.position + 1 for _, node in nodes]
-        records["count"] = num_children
-        records["tokens"][:, :num_children] = tokens
-        records["probs"][:, :num_children] = probs
+        told = min(tokens.shape[1], MAX_CHILDREN)
+        records["count"] = told
+        records["tokens"][:, :told] = tokens[:, :told]
+        records["probs"][:, :told] = probs[:, :told]
         return records
 
     # ---- pages ------------------------------------------------------------------------------------------------

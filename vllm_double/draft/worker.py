@@ -7,7 +7,7 @@ from typing import Any
 from vllm_double.draft.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.transport.base import WorkerEnd
-from vllm_double.transport.messages import MAX_CHILDREN, WorkerStats
+from vllm_double.transport.messages import WorkerStats
 
 __all__ = ["DraftWorker", "build"]
 
@@ -22,6 +22,7 @@ class DraftWorker:
         self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter
     ) -> None:  # fmt: skip
         self.frontier = Frontier(engine, limits)
+        self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._engine = engine
         self._end = end
         self._clock = clock
@@ -48,7 +49,7 @@ class DraftWorker:
             if iteration.copies:
                 self._engine.copy_slots(iteration.copies)
             rows = iteration.rows
-            tokens, probs = self._engine.forward(rows, MAX_CHILDREN)
+            tokens, probs = self._engine.forward(rows, self._num_children)
             self._count(started, sum(len(row.tokens) for row in rows), len(rows))
             records = self.frontier.expand(iteration, tokens, probs)
             if len(records) and not self._end.publish(records):
