@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from vllm_double.draft.processes import is_gone, parent, wait_for_end
+from vllm_double.draft.processes import is_gone, parent
+from vllm_double.watch import wait_for_end
 
 __all__ = ["engine_processes", "hold"]
 
@@ -42,7 +43,7 @@ def hold(launcher: int) -> list[int]:
 
 
 def _watch(launcher: int, engine: int) -> None:
-    wait_for_end(launcher, None)
+    wait_for_end(launcher)
     if is_gone(engine):
         return
     _logger.warning("The process that launched this engine (%d) is gone: the engine (%d) ends.", launcher, engine)

@@ -12,6 +12,7 @@ import pytest
 
 from vllm_double import lifeline
 from vllm_double.draft import processes
+from vllm_double.watch import wait_for_end
 
 LAUNCHER = """
     import os, subprocess, sys, time
@@ -55,12 +56,12 @@ def test_parent_and_end_of_processes() -> None:
     assert processes.parent(os.getpid()) == os.getppid()
     assert processes.parent(2**22 + 1) == 0
     assert processes.is_gone(2**22 + 1)
-    assert not processes.wait_for_end(os.getpid(), 0.01)
+    assert not wait_for_end(os.getpid(), 0.01)
     child = subprocess.Popen([sys.executable, "-c", ""])
-    assert processes.wait_for_end(child.pid, 20), "ended, though nobody has waited for it"
+    assert wait_for_end(child.pid, 20), "ended, though nobody has waited for it"
     assert processes.is_gone(child.pid)
     child.wait()
-    assert processes.wait_for_end(child.pid, None)
+    assert wait_for_end(child.pid)
 
 
 def test_nothing_is_watched_in_the_launcher_itself() -> None:

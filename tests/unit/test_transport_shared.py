@@ -1,4 +1,3 @@
-import errno
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from vllm_double.transport import (
     AttachError,
     Commit,
     Nodes,
-    ProcessWatch,
     Release,
     SharedTargetEnd,
     SharedWorkerEnd,
@@ -488,39 +486,6 @@ def test_the_address_of_a_dead_target_is_refused(start):
     address = process.communicate()[0].strip()
     with pytest.raises(AttachError, match="not there"):
         SharedWorkerEnd.attach(address)
-
-
-@pytest.fixture(params=["pidfd", "stat"])
-def watch_kind(request, monkeypatch):
-    if request.param == "stat":
-
-        def refused(pid, flags=0):
-            raise OSError(errno.ENOSYS, "no pidfds in this sandbox")
-
-        monkeypatch.setattr(os, "pidfd_open", refused)
-    return request.param
-
-
-def test_a_watched_process_is_alive_until_it_ends(watch_kind, start):
-    process = start("sys.stdin.read()")
-    watch = ProcessWatch(process.pid)
-    assert (watch._poll is None) == (watch_kind == "stat")
-    assert watch.alive()
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not watch.alive(), "a zombie counts as dead"
-    process.communicate()
-    assert not watch.alive()
-    watch.close()
-    watch.close()
-    assert not watch.alive()
-
-
-def test_a_process_that_is_not_there_cannot_be_watched(watch_kind, start):
-    process = start("")
-    process.communicate()
-    with pytest.raises(OSError, match=r"No such (process|file)"):
-        ProcessWatch(process.pid)
 
 
 def test_waiting_returns_at_once_when_a_command_is_there(target, attach):

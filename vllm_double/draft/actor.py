@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.processes import note_process
-from vllm_double.transport.watch import ProcessWatch
+from vllm_double.watch import ProcessWatch
 
 __all__ = ["Cluster", "ClusterLostError", "DraftActor", "UnreachableError"]
 

@@ -21,11 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from vllm_double.draft.processes import kill_session, remove_openmp_marks, remove_runtime, wait_for_end
+from vllm_double.draft.processes import kill_session, remove_openmp_marks, remove_runtime
+from vllm_double.watch import wait_for_end
 
 __all__ = [
     "EXIT_CONFIG",
@@ -85,9 +87,9 @@ class HostSettings:
     @classmethod
     def from_json(cls, text: str) -> HostSettings:
         values = json.loads(text)
-        for name in ("draft_cores", "engine_pids"):
-            if values[name] is not None:
-                values[name] = tuple(values[name])
+        values["engine_pids"] = tuple(values["engine_pids"])
+        if values["draft_cores"] is not None:
+            values["draft_cores"] = tuple(values["draft_cores"])
         return cls(**values)
 
 
@@ -221,19 +223,13 @@ def drive(settings: HostSettings, address: str, target_pid: int, runtime_dir: st
     try:
         while True:
             started = time.monotonic()
-            seen: set[str] = set()
-
-            def report(state: str, pid: int, seen: set[str] = seen) -> None:
-                seen.add(state)
-                level = "INFO" if state == "up" else "DEBUG"
-                say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
-
+            states: set[str] = set()
             try:
-                reason = cluster.run_actor(address, target_pid, runtime_dir, report)
+                reason = cluster.run_actor(address, target_pid, runtime_dir, partial(_report_state, states))
             except actor.ClusterLostError as error:
                 say("WARNING", str(error))
                 return EXIT_LOST
-            wait_s = back_off.after(time.monotonic() - started, "up" in seen)
+            wait_s = back_off.after(time.monotonic() - started, "up" in states)
             text = f"The draft actor ended: {reason}. It is started again in {wait_s:.0f} s."
             say("WARNING", text, state="down")
             time.sleep(wait_s)
@@ -243,7 +239,7 @@ def drive(settings: HostSettings, address: str, target_pid: int, runtime_dir: st
 
 def stand_by(guard_pid: int, runtime_dir: str, engine_pids: Collection[int]) -> int:
     """The deputy: waits for the guard's death and cleans up, also after the engine if that ends soon."""
-    wait_for_end(guard_pid, None)
+    wait_for_end(guard_pid)
     kill_session(guard_pid)
     remove_runtime(runtime_dir)
     deadline = time.monotonic() + _LINGER_S
@@ -253,14 +249,20 @@ def stand_by(guard_pid: int, runtime_dir: str, engine_pids: Collection[int]) -> 
     return 0
 
 
-def _fork(name: str, run: Callable[[], int], death_signal: int) -> int:
-    """Runs ``run`` in a child that gets ``death_signal`` when this process dies; returns the child's pid."""
+def _report_state(states: set[str], state: str, pid: int) -> None:
+    states.add(state)
+    level = "INFO" if state == "up" else "DEBUG"
+    say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
+
+
+def _fork(name: str, run: Callable[[], int]) -> int:
+    """Runs ``run`` in a child that is killed when this process dies; returns the child's pid."""
     guard_pid = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     try:
-        _prctl(_PR_SET_PDEATHSIG, death_signal)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         orphan = os.getppid() != guard_pid
     except BaseException:
         os._exit(1)
@@ -319,7 +321,7 @@ def main() -> int:
     try:
         if not guard.target_gone():
             address = str(request["address"])
-            driver = _fork("double-driver", lambda: drive(settings, address, target_pid, runtime_dir), signal.SIGKILL)
+            driver = _fork("double-driver", lambda: drive(settings, address, target_pid, runtime_dir))
             code = guard.wait(driver)
             if code is None and settings.ray_address is not None:
                 _end_gently(driver)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
 import tempfile
 import time
@@ -27,16 +26,12 @@ __all__ = [
     "remove_runtime",
     "remove_stale",
     "session_members",
-    "wait_for_end",
 ]
 
 _PREFIX = "vllm-double-ray-"
 _LONGEST = 38  # Ray's sockets below it must fit into the 107 characters of a socket's path.
 _NOTE = "process-"
-
-
 _DEAD = (b"Z", b"X")  # states of the dead that nobody has waited for
-_POLL_S = 0.5  # where the kernel gives no descriptor of a process
 
 
 def _stat(pid: int) -> tuple[bytes, int, int]:
@@ -56,25 +51,6 @@ def parent(pid: int) -> int:
 def is_gone(pid: int) -> bool:
     """Whether the process has ended, waited for or not."""
     return _stat(pid)[0] in _DEAD
-
-
-def wait_for_end(pid: int, timeout_s: float | None) -> bool:
-    """Wait until a process has ended, or until the time is up (None: never); whether it has ended."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    try:
-        ended: list[int] = [os.pidfd_open(pid)]
-    except OSError:
-        ended = []  # no such process, or a kernel or a sandbox that refuses
-    try:
-        while not is_gone(pid):
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return False
-            select.select(ended, [], [], left if ended else min(_POLL_S, left or _POLL_S))
-        return True
-    finally:
-        for descriptor in ended:
-            os.close(descriptor)
 
 
 def session_members(session: int) -> list[int]:

@@ -16,7 +16,6 @@ from vllm_double.transport.messages import (
     WorkerStats,
 )
 from vllm_double.transport.shared import PROTOCOL_VERSION, SharedTargetEnd, SharedWorkerEnd
-from vllm_double.transport.watch import ProcessWatch
 
 __all__ = [
     "MAX_CHILDREN",
@@ -30,7 +29,6 @@ __all__ = [
     "Faults",
     "MessageError",
     "Nodes",
-    "ProcessWatch",
     "Release",
     "Report",
     "SharedTargetEnd",

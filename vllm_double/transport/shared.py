@@ -20,7 +20,7 @@ from typing import Final
 from vllm_double.transport.base import AttachError
 from vllm_double.transport.ends import RecordTargetEnd, RecordWorkerEnd, new_session
 from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer
-from vllm_double.transport.watch import ProcessWatch
+from vllm_double.watch import ProcessWatch
 
 __all__ = ["PROTOCOL_VERSION", "SharedTargetEnd", "SharedWorkerEnd"]
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from typing import Final
 
-__all__ = ["ProcessWatch"]
+__all__ = ["ProcessWatch", "wait_for_end"]
+
+_LOOK_EVERY_S = 0.5  # where there is no pidfd to wait on
 
 
 class ProcessWatch:
@@ -44,8 +47,32 @@ class ProcessWatch:
         # The name, in brackets, may itself hold brackets and blanks; the state follows the last one.
         return stat.rpartition(b")")[2].strip()[:1] not in (b"", b"Z", b"X")
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the process has ended, or until the time is up (None: never); whether it has ended."""
+        if self._poll is not None and not self._closed:
+            return bool(self._poll.poll(None if timeout_s is None else 1000 * timeout_s))
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while self.alive():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_LOOK_EVERY_S, left))
+        return True
+
     def close(self) -> None:
         """Give the descriptor back. May be called twice."""
         if not self._closed:
             self._closed = True
             os.close(self._fd)
+
+
+def wait_for_end(pid: int, timeout_s: float | None = None) -> bool:
+    """ProcessWatch.wait for a process that may be gone already."""
+    try:
+        watch = ProcessWatch(pid)
+    except OSError:
+        return True
+    try:
+        return watch.wait(timeout_s)
+    finally:
+        watch.close()
