@@ -48,6 +48,13 @@ class DoubleConfig(BaseModel):
     children_per_node: int = Field(
         32, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
     )
+    min_path_prob: float = Field(
+        1e-2,
+        gt=0,
+        lt=1,
+        description="continuations less probable than this are not drafted: on a CPU such work takes more from the target than "
+        "it brings; a draft on a device of its own may take 0.001",
+    )
     prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
     draft_seeded_requests: bool = Field(
         False,

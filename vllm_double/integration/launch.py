@@ -106,6 +106,7 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
             "nodes_per_iteration": double.nodes_per_iteration,
             "children_per_node": double.children_per_node,
             "prefill_tokens": double.prefill_tokens,
+            "min_path_prob": double.min_path_prob,
         },
     }
     return HostSettings(

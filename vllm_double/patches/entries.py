@@ -134,6 +134,15 @@ HOOKS: tuple[Entry, ...] = (
         expected=(Signature("vllm_config"),),
     ),
     Entry(
+        name="engine-core-wait",
+        target="vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
+        what="wrapped: the engine core sleeps until its workers' answer is announced",
+        why="it waits by sched_yield in a loop, which takes half of the draft's core",
+        upstream=_lines("vllm/distributed/device_communicators/shm_broadcast.py", 190, 195),
+        expected=(Signature("self, timeout_ms=None"),),
+        platform="cpu",
+    ),
+    Entry(
         name="observe-draft",
         target="vllm.v1.spec_decode.metrics:SpecDecodingStats.observe_draft",
         what="relied upon: counts drafted and accepted tokens, and stops the engine when more are accepted "
