@@ -49,7 +49,7 @@ class DoubleConfig(BaseModel):
         32, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
     )
     min_path_prob: float = Field(
-        1e-2,
+        3e-3,
         gt=0,
         lt=1,
         description="continuations less probable than this are not drafted: on a CPU such work takes more from the target than "

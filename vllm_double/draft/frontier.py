@@ -36,7 +36,7 @@ class FrontierLimits:
     nodes_per_iteration: int = 8
     children_per_node: int = 32
     prefill_tokens: int = 256
-    min_path_prob: float = 1e-2
+    min_path_prob: float = 3e-3
 
 
 @dataclass(slots=True)
