@@ -98,9 +98,11 @@ def default_arms() -> list[str]:
 def variants(name: str, choices: Choices) -> list[Arm]:
     """All variants of an arm to choose the best from: chain lengths times thread splits.
 
-    Double splits the cores itself: its target and its draft share none. ValueError for an unknown arm.
+    Double splits the cores itself, its target and its draft share none; switched off it is plain vLLM, which does not.
+    ValueError for an unknown arm.
     """
     if name not in ARMS:
         raise ValueError(f"no arm {name!r}; there are {', '.join(ARMS)}")
-    splits: Sequence[str | None] = (None,) if name.startswith("double") else choices.splits
+    splits_itself = name.startswith("double") and name != "double-switched-off"
+    splits: Sequence[str | None] = (None,) if splits_itself else choices.splits
     return [Arm(name, speculative, split) for speculative in ARMS[name](choices) for split in splits]

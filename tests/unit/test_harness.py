@@ -156,6 +156,7 @@ def test_every_baseline_gets_each_thread_split_of_the_same_cores() -> None:
     labels = [arm.label for arm in variants("ngram", CHOICES)]
     assert len(labels) == len(set(labels)) == 4
     (double,) = variants("double", CHOICES)
+    assert [arm.threads for arm in variants("double-switched-off", CHOICES)] == ["0,1", "0"]
     assert double.threads is None
     assert double.speculative is not None
     assert double.speculative["method"] == "double"
