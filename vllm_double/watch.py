@@ -67,10 +67,10 @@ class ProcessWatch:
 
 
 def wait_for_end(pid: int, timeout_s: float | None = None) -> bool:
-    """ProcessWatch.wait for a process that may be gone already."""
+    """ProcessWatch.wait for a process that may be gone already. Raises OSError where it cannot be watched, which is no end."""
     try:
         watch = ProcessWatch(pid)
-    except OSError:
+    except (ProcessLookupError, FileNotFoundError):
         return True
     try:
         return watch.wait(timeout_s)

@@ -37,9 +37,8 @@ def node(number):
 
 
 @pytest.fixture
-def start():
-    """Starts Python processes with the transport imported, and ends them all."""
-    processes = []
+def start(processes):
+    """Starts Python processes with the transport imported."""
 
     def start(script, *args):
         source = PRELUDE + textwrap.dedent(script)
@@ -53,10 +52,7 @@ def start():
         processes.append(process)
         return process
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return start
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -24,19 +25,15 @@ def watch_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def start(processes: list[subprocess.Popen[Any]]) -> Callable[[], subprocess.Popen[bytes]]:
     """Starts processes that end when their standard input does."""
-    processes: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
         process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
         processes.append(process)
         return process
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return start
 
 
 def gone(start: Callable[[], subprocess.Popen[bytes]]) -> int:
@@ -82,3 +79,14 @@ def test_the_end_of_a_process_is_waited_for(watch_kind, start):
 
 def test_a_process_that_is_not_there_has_ended(watch_kind, start):
     assert wait_for_end(gone(start))
+
+
+def test_a_process_that_cannot_be_watched_has_not_ended(monkeypatch, start):
+    def refused(*args: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    process = start()
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(OSError, match="too many"):
+        wait_for_end(process.pid)

@@ -140,7 +140,6 @@ HOOKS: tuple[Entry, ...] = (
         why="it waits by sched_yield in a loop, which takes half of the draft's core",
         upstream=_lines("vllm/distributed/device_communicators/shm_broadcast.py", 190, 195),
         expected=(Signature("self, timeout_ms=None"),),
-        platform="cpu",
     ),
     Entry(
         name="observe-draft",
