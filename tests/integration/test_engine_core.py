@@ -1,15 +1,21 @@
-"""How the engine core waits for its workers, on vLLM's own condition and its sockets."""
+"""The engine core and its worker: how one waits for the other, and how often one asks the other."""
 
 import os
 import pickle
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_double.integration import engine_core, speculative_config
+from vllm_double.integration import engine_core, speculative_config, v1
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
 
 
@@ -66,16 +72,102 @@ def test_patching_twice_is_patching_once(patched: None) -> None:
     assert SpinCondition.wait is once
 
 
+def _output(tokens: list[int], drafts: DraftTokenIds | None) -> Any:
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}, sampled_token_ids=[tokens])
+    setattr(output, engine_core.DRAFTS_ATTRIBUTE, drafts)
+    return pickle.loads(pickle.dumps(output))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An engine core that receives drafts; every question to its worker is noted."""
+    questions: list[str] = []
+    monkeypatch.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: output.sampled_token_ids)
+    monkeypatch.setattr(MultiprocExecutor, "take_draft_token_ids", lambda self: questions.append("drafts") or "from the worker")
+    engine_core.receive_drafts()
+    engine_core.receive_drafts()
+    return questions
+
+
+def test_drafts_come_with_the_output(asked: list[str]) -> None:
+    scheduler, executor = object.__new__(Scheduler), object.__new__(MultiprocExecutor)
+    assert scheduler.update_from_output(None, _output([5], DraftTokenIds(["a"], [[1, 2]]))) == [[5]]
+    received = executor.take_draft_token_ids()
+    assert received is not None
+    assert received.draft_token_ids == [[1, 2]]
+    assert asked == []
+
+
+def test_the_worker_is_asked_where_no_drafts_came(asked: list[str]) -> None:
+    scheduler, executor = object.__new__(Scheduler), object.__new__(MultiprocExecutor)
+    scheduler.update_from_output(None, _output([5], DraftTokenIds(["a"], [[1]])))
+    scheduler.update_from_output(None, _output([6], None))  # type: ignore[arg-type]
+    assert executor.take_draft_token_ids() == "from the worker", "drafts of an earlier step are not those of this one"
+    scheduler.update_from_output(None, _output([7], DraftTokenIds(["a"], [[1]])))
+    executor.take_draft_token_ids()
+    assert executor.take_draft_token_ids() == "from the worker", "drafts are handed over once"
+    assert len(asked) == 2
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A runner whose forward leaves logits behind and whose sampling proposes drafts; its drafter is ours."""
+    for name in ("propose_draft_token_ids", "_input_fits_in_drafter", "_update_states"):
+        monkeypatch.setattr(GPUModelRunner, name, getattr(GPUModelRunner, name))  # put back afterwards
+    monkeypatch.setattr(GPUModelRunner.propose_draft_token_ids, "_vllm_double_wrapped", False, raising=False)
+    monkeypatch.setattr(GPUModelRunner, "execute_model", lambda self, scheduled, tensors=None: scheduled.output)
+    sampled = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}, sampled_token_ids=[[5]])
+    monkeypatch.setattr(GPUModelRunner, "sample_tokens", lambda self, grammar: sampled)
+    monkeypatch.setattr(GPUModelRunner, "take_draft_token_ids", lambda self: DraftTokenIds(["a"], [[1, 2]]))
+    v1._wrap_runner()
+    runner = object.__new__(GPUModelRunner)
+    runner.drafter = object.__new__(v1.DoubleProposer)
+    return runner
+
+
+def _scheduled(output: Any = None, grammar: bool = False) -> Any:
+    return SimpleNamespace(output=output, has_structured_output_requests=grammar)
+
+
+def test_a_step_is_computed_and_sampled_in_one_answer(runner: Any) -> None:
+    output = runner.execute_model(_scheduled())
+    assert output.sampled_token_ids == [[5]]
+    assert getattr(output, engine_core.DRAFTS_ATTRIBUTE).draft_token_ids == [[1, 2]]
+
+
+def test_with_a_grammar_sampling_waits_for_its_bitmask(runner: Any) -> None:
+    assert runner.execute_model(_scheduled(grammar=True)) is None
+    assert getattr(runner.sample_tokens("bitmask"), engine_core.DRAFTS_ATTRIBUTE) is not None
+
+
+def test_an_empty_step_is_answered_as_before(runner: Any) -> None:
+    empty = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+    assert runner.execute_model(_scheduled(empty)) is empty
+    assert not hasattr(empty, engine_core.DRAFTS_ATTRIBUTE)
+
+
+def test_another_drafter_is_left_alone(runner: Any) -> None:
+    runner.drafter = object()
+    assert runner.execute_model(_scheduled()) is None
+    assert not hasattr(runner.sample_tokens(None), engine_core.DRAFTS_ATTRIBUTE)
+
+
 @pytest.mark.parametrize(
-    ("cores", "launcher", "expected"), [("some", os.getppid(), 1), (None, os.getppid(), 0), ("some", os.getpid(), 0)]
+    ("cores", "launcher", "expected"),
+    [
+        ("some", os.getppid(), ["drafts", "wait"]),
+        (None, os.getppid(), ["drafts"]),
+        ("some", os.getpid(), []),
+    ],
 )
-def test_only_an_engine_core_beside_a_draft_on_the_cpu_is_changed(
-    monkeypatch: pytest.MonkeyPatch, cores: str | None, launcher: int, expected: int
+def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, cores: str | None, launcher: int, expected: list[str]
 ) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(speculative_config, "wait_asleep", lambda: calls.append(1))
+    calls: list[str] = []
+    monkeypatch.setattr(speculative_config, "wait_asleep", lambda: calls.append("wait"))
+    monkeypatch.setattr(speculative_config, "receive_drafts", lambda: calls.append("drafts"))
     config = object.__new__(DoubleSpeculativeConfig)
     config.__dict__.update(cores=cores, launcher=launcher)
     received = pickle.loads(pickle.dumps(config))
     assert received.launcher == launcher
-    assert len(calls) == expected
+    assert calls == expected

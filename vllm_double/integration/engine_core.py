@@ -1,7 +1,11 @@
-"""The engine core leaves the draft's core to the draft while the target computes.
+"""What method double changes in the engine core's process.
+
+Without asynchronous scheduling the engine core asks its workers three times a step: compute, sample, hand over the drafts. The
+worker computes and samples at the first (see ``v1``), and its answer carries the drafts; ``receive_drafts`` takes them from it.
 
 vLLM's engine core waits for its workers by ``sched_yield`` in a loop, for a second after the last message: a kernel that gives
 equal shares hands it half of a core that the draft needs, and the engine core has no core of its own on a small CPU host.
+``wait_asleep`` leaves that core to the draft.
 """
 
 import functools
@@ -9,9 +13,12 @@ import time
 from typing import Any
 
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-__all__ = ["wait_asleep"]
+__all__ = ["DRAFTS_ATTRIBUTE", "receive_drafts", "wait_asleep"]
 
+DRAFTS_ATTRIBUTE = "double_draft_token_ids"  # of a ModelRunnerOutput: what the worker's take_draft_token_ids would return
 _MARK = "_vllm_double_wrapped"
 _LOOK_EVERY_MS = 1  # a notification can be lost: then the message is seen so much later
 
@@ -35,3 +42,27 @@ def wait_asleep() -> None:
 
     setattr(wait, _MARK, True)
     SpinCondition.wait = wait
+
+
+def receive_drafts() -> None:
+    """Have this process take drafts from the workers' answers, and ask for them only where they did not come so. Once."""
+    update, take = Scheduler.update_from_output, MultiprocExecutor.take_draft_token_ids
+    if getattr(update, _MARK, False):
+        return
+    received: Any = None
+
+    @functools.wraps(update)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        nonlocal received
+        received = getattr(model_runner_output, DRAFTS_ATTRIBUTE, None)
+        return update(self, scheduler_output, model_runner_output)
+
+    @functools.wraps(take)
+    def take_draft_token_ids(self: Any) -> Any:
+        nonlocal received
+        drafts, received = received, None
+        return take(self) if drafts is None else drafts
+
+    setattr(update_from_output, _MARK, True)
+    Scheduler.update_from_output = update_from_output
+    MultiprocExecutor.take_draft_token_ids = take_draft_token_ids

@@ -17,7 +17,7 @@ from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
-from vllm_double.integration.engine_core import wait_asleep
+from vllm_double.integration.engine_core import receive_drafts, wait_asleep
 from vllm_double.integration.tokenizers import check_same_tokenizer
 
 __all__ = ["DoubleSpeculativeConfig", "build"]
@@ -63,8 +63,10 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.cores is not None and os.getppid() == self.launcher:
-            wait_asleep()  # this is the engine core, on a host where it shares the draft's cores
+        if os.getppid() == self.launcher:  # this is the engine core
+            receive_drafts()
+            if self.cores is not None:
+                wait_asleep()  # on a host where it shares the draft's cores
 
 
 def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:

@@ -1,7 +1,8 @@
 """The adapter to vLLM's V1 model runner: rows in, chains out.
 
-V1 calls a custom proposer without request ids and without the scheduler's output, so three methods of the runner are wrapped;
-each does what it did before unless the runner's drafter is ours.
+V1 calls a custom proposer without request ids and without the scheduler's output, so three methods of the runner are wrapped.
+Two more save round trips to the engine core: a step is computed and sampled at once, and its output carries the drafts. Each
+method does what it did before unless the runner's drafter is ours.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
 from vllm_double.integration.launch import Launch
 from vllm_double.proposer import Proposer, RequestParams, Row
 
@@ -101,12 +103,14 @@ def _is_output_rank() -> bool:
 
 
 def _wrap_runner() -> None:
-    """Wrap the three methods of the runner's class, once per process."""
+    """Wrap the methods of the runner's class, once per process."""
     if getattr(GPUModelRunner.propose_draft_token_ids, _MARK, False):
         return
     propose = GPUModelRunner.propose_draft_token_ids
     fits = GPUModelRunner._input_fits_in_drafter
     update = GPUModelRunner._update_states
+    execute = GPUModelRunner.execute_model
+    sample = GPUModelRunner.sample_tokens
 
     @functools.wraps(propose)
     def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +137,23 @@ def _wrap_runner() -> None:
             drafter.follow_step(self, scheduler_output)
         return result
 
+    @functools.wraps(execute)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        output = execute(self, scheduler_output, *args, **kwargs)
+        if output is not None or scheduler_output.has_structured_output_requests:
+            return output  # nothing to sample, or the engine core still makes the grammar's bitmask
+        return self.sample_tokens(None) if isinstance(getattr(self, "drafter", None), DoubleProposer) else None
+
+    @functools.wraps(sample)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = sample(self, *args, **kwargs)
+        if output.req_ids and isinstance(getattr(self, "drafter", None), DoubleProposer):
+            setattr(output, DRAFTS_ATTRIBUTE, self.take_draft_token_ids())
+        return output
+
     setattr(propose_draft_token_ids, _MARK, True)
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
     GPUModelRunner._input_fits_in_drafter = input_fits_in_drafter
     GPUModelRunner._update_states = update_states
+    GPUModelRunner.execute_model = execute_model
+    GPUModelRunner.sample_tokens = sample_tokens
