@@ -4,38 +4,41 @@ Each listed child of a node on the committed path is a labelled example, at no c
 not. A table of decaying counts by source, probability bucket and temperature turns a source's own figure into a chance.
 """
 
+from typing import TypeAlias
+
 __all__ = ["NUM_BUCKETS", "Calibration"]
 
 NUM_BUCKETS = 20
 _DECAY_AT = 4000.0  # trials in a bucket beyond which old ones count half
 _PRIOR_TRIALS = 20.0
 
+_Table: TypeAlias = tuple[list[float], list[float], list[float]]  # curve, hits, trials
+
 
 class Calibration:
     """Observed acceptance by source, by bucket of the source's own probability, and by greedy or sampled."""
 
     def __init__(self) -> None:
-        self._curves: dict[tuple[str, bool], list[float]] = {}
-        self._hits: dict[tuple[str, bool], list[float]] = {}
-        self._trials: dict[tuple[str, bool], list[float]] = {}
+        self._tables: dict[tuple[str, bool], _Table] = {}
 
     def curve(self, source: str, sampled: bool) -> list[float]:
         """The live table of one source, float [NUM_BUCKETS + 1]: entry int(raw * NUM_BUCKETS) is the chance, in (0, 1).
 
         sampled: whether the request has a temperature. Before anything is observed a source is taken at its word.
         """
-        key = source, sampled
-        if key not in self._curves:
+        return self._table(source, sampled)[0]
+
+    def _table(self, source: str, sampled: bool) -> _Table:
+        table = self._tables.get((source, sampled))
+        if table is None:
             middles = [(bucket + 0.5) / NUM_BUCKETS for bucket in range(NUM_BUCKETS)]
-            self._curves[key] = [*middles, middles[-1]]
-            self._trials[key] = [_PRIOR_TRIALS] * NUM_BUCKETS
-            self._hits[key] = [_PRIOR_TRIALS * middle for middle in middles]
-        return self._curves[key]
+            hits = [_PRIOR_TRIALS * middle for middle in middles]
+            table = self._tables[source, sampled] = [*middles, middles[-1]], hits, [_PRIOR_TRIALS] * NUM_BUCKETS
+        return table
 
     def observe(self, source: str, raw: float, sampled: bool, agreed: bool) -> None:
         """Count one example: the target did (``agreed``) or did not continue with the token."""
-        curve = self.curve(source, sampled)
-        trials, hits = self._trials[source, sampled], self._hits[source, sampled]
+        curve, hits, trials = self._table(source, sampled)
         bucket = min(int(raw * NUM_BUCKETS), NUM_BUCKETS - 1)
         trials[bucket] += 1.0
         hits[bucket] += agreed
@@ -53,9 +56,9 @@ class Calibration:
                 sampled,
                 bucket / NUM_BUCKETS,
                 curve[bucket],
-                self._trials[source, sampled][bucket] - _PRIOR_TRIALS,
+                trials[bucket] - _PRIOR_TRIALS,
             )
-            for (source, sampled), curve in sorted(self._curves.items())
+            for (source, sampled), (curve, _, trials) in sorted(self._tables.items())
             for bucket in range(NUM_BUCKETS)
-            if self._trials[source, sampled][bucket] > _PRIOR_TRIALS
+            if trials[bucket] > _PRIOR_TRIALS
         ]

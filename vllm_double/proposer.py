@@ -229,7 +229,7 @@ class Proposer:
             found = retriever.lookup(request.key, tail, limit - len(tail))
             if found is None:
                 continue
-            edges = self._edges_of(found, retriever.name, request)
+            edges = self._edges_of(found, retriever.name, request, path[-1].reach)
             request.trie.graft(end_hash, request.trie.position + len(tail), edges)
             reach = path[-1].reach
             for edge in edges:
@@ -237,10 +237,12 @@ class Proposer:
                 path.append(PathToken(edge.token, edge.prob, edge.source, reach))
             return
 
-    def _edges_of(self, found: Continuation, source: str, request: _Request) -> list[Edge]:
-        """Give retrieved tokens a chance: the share of occurrences that went on so, trusted more the longer the match."""
+    def _edges_of(self, found: Continuation, source: str, request: _Request, reach: float = 1.0) -> list[Edge]:
+        """Give retrieved tokens a chance: the share of occurrences that went on so, trusted more the longer the match.
+
+        ``reach``: of what they come behind.
+        """
         edges: list[Edge] = []
-        reach = 1.0
         curve = self.calibration.curve(source, request.params.temperature > 0)
         for place, token in enumerate(found.tokens):
             trust = 1.0 - 0.5 ** ((found.match_length + place) / 2)
