@@ -15,8 +15,11 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_double.draft.affinity import CoreSplit
 from vllm_double.integration import engine_core, speculative_config, v1
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
+
+SPLIT = CoreSplit(target=((0,), (1,)), draft=(2,), shared=False, bind="0|1")
 
 
 @pytest.fixture
@@ -84,8 +87,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     questions: list[str] = []
     monkeypatch.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: output.sampled_token_ids)
     monkeypatch.setattr(MultiprocExecutor, "take_draft_token_ids", lambda self: questions.append("drafts") or "from the worker")
-    engine_core.receive_drafts()
-    engine_core.receive_drafts()
+    engine_core.receive_drafts(())
+    engine_core.receive_drafts(())
     return questions
 
 
@@ -107,6 +110,22 @@ def test_the_worker_is_asked_where_no_drafts_came(asked: list[str]) -> None:
     executor.take_draft_token_ids()
     assert executor.take_draft_token_ids() == "from the worker", "drafts are handed over once"
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("target", "expected"), [({0, 1}, [{2, 3}]), ({0, 1, 2, 3}, []), (set(), [])])
+def test_with_the_first_answer_the_engine_core_leaves_the_targets_cores(
+    monkeypatch: pytest.MonkeyPatch, target: set[int], expected: list[set[int]]
+) -> None:
+    bound: list[set[int]] = []
+    monkeypatch.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: None)
+    monkeypatch.setattr(MultiprocExecutor, "take_draft_token_ids", MultiprocExecutor.take_draft_token_ids)  # put back
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(engine_core, "bind_all_threads", bound.append)
+    engine_core.receive_drafts(target)
+    assert bound == [], "workers that start inherit where this process may run"
+    for _ in range(2):
+        object.__new__(Scheduler).update_from_output(None, _output([5], None))  # type: ignore[arg-type]
+    assert bound == expected
 
 
 @pytest.fixture
@@ -155,17 +174,17 @@ def test_another_drafter_is_left_alone(runner: Any) -> None:
 @pytest.mark.parametrize(
     ("cores", "launcher", "expected"),
     [
-        ("some", os.getppid(), ["drafts", "wait"]),
-        (None, os.getppid(), ["drafts"]),
-        ("some", os.getpid(), []),
+        (SPLIT, os.getppid(), [{0, 1}, "wait"]),
+        (None, os.getppid(), [set()]),
+        (SPLIT, os.getpid(), []),
     ],
 )
 def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, cores: str | None, launcher: int, expected: list[str]
+    monkeypatch: pytest.MonkeyPatch, cores: CoreSplit | None, launcher: int, expected: list[Any]
 ) -> None:
-    calls: list[str] = []
+    calls: list[Any] = []
     monkeypatch.setattr(speculative_config, "wait_asleep", lambda: calls.append("wait"))
-    monkeypatch.setattr(speculative_config, "receive_drafts", lambda: calls.append("drafts"))
+    monkeypatch.setattr(speculative_config, "receive_drafts", lambda cores: calls.append(set(cores)))
     config = object.__new__(DoubleSpeculativeConfig)
     config.__dict__.update(cores=cores, launcher=launcher)
     received = pickle.loads(pickle.dumps(config))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_double.draft.affinity import Place, format_cores, parse_cores, read_topology, split_cores
+from vllm_double.draft.affinity import Place, bind_all_threads, format_cores, parse_cores, read_topology, split_cores
 
 FOUR_CORES_SMT = {cpu: Place(core=cpu % 4, node=0) for cpu in range(8)}  # 0 and 4 are one core, 1 and 5, ...
 TWO_NODES = {cpu: Place(core=cpu, node=cpu // 4) for cpu in range(8)}
@@ -135,3 +137,28 @@ def test_the_topology_is_read_from_sysfs(tmp_path: Path) -> None:
         (tmp_path / f"cpu{cpu}/node{node}").mkdir()
     (tmp_path / "cpu4").mkdir()  # offline
     assert read_topology(tmp_path) == {0: Place(0, 0), 1: Place(1, 1), 2: Place(0, 0), 3: Place(1, 1)}
+
+
+def test_all_threads_of_a_process_are_bound() -> None:
+    before = os.sched_getaffinity(0)
+    seen: list[set[int]] = []
+    may_look, may_end = threading.Event(), threading.Event()
+
+    def other() -> None:
+        may_look.wait()
+        seen.append(os.sched_getaffinity(0))
+        may_end.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        bind_all_threads([min(before)])
+        may_look.set()
+        may_end.set()
+        thread.join()
+        assert seen == [{min(before)}]
+    finally:
+        may_look.set()
+        may_end.set()
+        bind_all_threads(before)
+    assert os.sched_getaffinity(0) == before

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vllm_double.draft.affinity import bind_all_threads
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.processes import note_process
 from vllm_double.watch import ProcessWatch
@@ -57,7 +57,8 @@ class DraftActor:
         self._state = "building"
         note_process(runtime_dir)
         _join_log(log_path)
-        _bind_all_threads(self._settings.draft_cores)
+        if self._settings.draft_cores is not None:
+            bind_all_threads(self._settings.draft_cores)  # those that Ray has started, too
         # A cluster's workers have its raylet's environment, not our host's.
         if self._settings.visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self._settings.visible_devices
@@ -229,15 +230,6 @@ def _join_log(path: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def _bind_all_threads(cores: tuple[int, ...] | None) -> None:
-    """Binds the threads that Ray has started, too; later ones inherit."""
-    if cores is None:
-        return
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread.name), cores)
 
 
 def _children() -> list[int]:

@@ -3,17 +3,19 @@
 On a CPU-only machine both models compete for cores, and two OpenMP pools on one core ruin each other's step
 time, so the split is disjoint. It must be decided in the server's first process, before vLLM spawns its
 workers: vLLM reads ``VLLM_CPU_OMP_THREADS_BIND`` there, binds each worker's OpenMP threads, and whatever a
-worker starts inherits its binding. All functions but :func:`read_topology` are pure.
+worker starts inherits its binding. All functions but :func:`read_topology` and :func:`bind_all_threads` are pure.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["CoreSplit", "Place", "format_cores", "parse_cores", "read_topology", "split_cores"]
+__all__ = ["CoreSplit", "Place", "bind_all_threads", "format_cores", "parse_cores", "read_topology", "split_cores"]
 
 _SYSFS = Path("/sys/devices/system/cpu")
 
@@ -137,6 +139,13 @@ def read_topology(root: Path = _SYSFS) -> dict[int, Place]:
         nodes = [int(node.name[4:]) for node in folder.glob("node[0-9]*")]
         places[int(folder.name[3:])] = Place(core=min(siblings), node=nodes[0] if nodes else 0)
     return places
+
+
+def bind_all_threads(cores: Iterable[int]) -> None:
+    """Have every thread of this process run on ``cores`` alone; threads and processes that it starts later inherit that."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def _fixed_target(target: str, cores: tuple[int, ...], num_ranks: int) -> tuple[tuple[int, ...], ...]:

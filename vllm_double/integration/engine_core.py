@@ -5,16 +5,21 @@ worker computes and samples at the first (see ``v1``), and its answer carries th
 
 vLLM's engine core waits for its workers by ``sched_yield`` in a loop, for a second after the last message: a kernel that gives
 equal shares hands it half of a core that the draft needs, and the engine core has no core of its own on a small CPU host.
-``wait_asleep`` leaves that core to the draft.
+``wait_asleep`` leaves that core to the draft. And the kernel moves the engine core to the target's core, where every millisecond
+of it is one that the target stands still: ``receive_drafts`` keeps it away from there.
 """
 
 import functools
+import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+from vllm_double.draft.affinity import bind_all_threads
 
 __all__ = ["DRAFTS_ATTRIBUTE", "receive_drafts", "wait_asleep"]
 
@@ -44,16 +49,25 @@ def wait_asleep() -> None:
     SpinCondition.wait = wait
 
 
-def receive_drafts() -> None:
-    """Have this process take drafts from the workers' answers, and ask for them only where they did not come so. Once."""
+def receive_drafts(target_cores: Iterable[int]) -> None:
+    """Have this process take drafts from the workers' answers, and ask for them only where they did not come so. Once.
+
+    target_cores: which its threads leave with the first answer, if others are left. Not before: workers that start inherit
+    where this process may run, and OpenMP binds them to nothing else.
+    """
     update, take = Scheduler.update_from_output, MultiprocExecutor.take_draft_token_ids
     if getattr(update, _MARK, False):
         return
     received: Any = None
+    leave = set(target_cores)
 
     @functools.wraps(update)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        nonlocal received
+        nonlocal received, leave
+        if leave:
+            others, leave = os.sched_getaffinity(0) - leave, set()
+            if others:
+                bind_all_threads(others)
         received = getattr(model_runner_output, DRAFTS_ATTRIBUTE, None)
         return update(self, scheduler_output, model_runner_output)
 

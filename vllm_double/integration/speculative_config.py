@@ -64,9 +64,10 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if os.getppid() == self.launcher:  # this is the engine core
-            receive_drafts()
-            if self.cores is not None:
-                wait_asleep()  # on a host where it shares the draft's cores
+            on_cpu = self.cores is not None
+            receive_drafts({core for rank in self.cores.target for core in rank} if on_cpu else ())
+            if on_cpu:
+                wait_asleep()
 
 
 def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
