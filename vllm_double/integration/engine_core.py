@@ -5,8 +5,8 @@ worker computes and samples at the first (see ``v1``), and its answer carries th
 
 vLLM's engine core waits for its workers by ``sched_yield`` in a loop, for a second after the last message: a kernel that gives
 equal shares hands it half of a core that the draft needs, and the engine core has no core of its own on a small CPU host.
-``wait_asleep`` leaves that core to the draft. And the kernel moves the engine core to the target's core, where every millisecond
-of it is one that the target stands still: ``receive_drafts`` keeps it away from there.
+``wait_asleep`` leaves that core to the draft. And the kernel moves the engine core to the target's core, where every
+millisecond of it is one that the target stands still: ``receive_drafts`` keeps it away from there.
 """
 
 import functools
