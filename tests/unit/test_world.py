@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_double.world import Outcome, Script, SimulatedClock, Tables, Times, simulate
+from tests.world import Outcome, Script, SimulatedClock, Tables, Times, simulate
 
 
 def run(script: Script, cost_ratio: float, *, num_tokens: int = 600, **settings: float) -> Outcome:

@@ -56,7 +56,7 @@ class SimulatedClock:
 class Script:
     """What the models say, as a function of the last token.
 
-    acceptance: how often the target's token is the draft's most probable one, in (0, 1].
+    acceptance: mean of the draft's confidence in its first token, and how often that is the target's, in (0, 1].
     tail: where it is not, the chance that it is none of the draft's first r either is ``r ** -tail``.
     spread: sum of the parameters of the beta distribution of the draft's confidence; small: sure here, clueless there.
     copied, copy_length: share of the text that repeats something seen, in runs of so many tokens (mean); retrieval knows
