@@ -1,0 +1,55 @@
+"""The drafting loop beside an idle target; what it drafts is tested with the proposer."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.frontier import FrontierLimits
+from vllm_double.draft.worker import DraftWorker
+from vllm_double.transport.inprocess import in_process_pair
+from vllm_double.transport.messages import Admit
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.at: dict[float, Callable[[], None]] = {}
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for due in [due for due in self.at if due <= self.now]:
+            self.at.pop(due)()
+
+
+def _admit(handle: int) -> Admit:
+    tokens = np.arange(4, dtype=np.int32)
+    return Admit(
+        handle=handle, base=4, tokens=tokens, temperature=0.0, max_length=40, stop_token_ids=(), tenant=""
+    )  # fmt: skip
+
+
+def test_an_idle_worker_sleeps_and_a_command_wakes_it() -> None:
+    clock = _Clock()
+    target, end = in_process_pair(sleep=clock.sleep)
+    engine = FakeEngine(hashed_logits(24), vocab_size=24, num_pages=60, page_size=4, max_length=60)
+    worker = DraftWorker(engine, end, FrontierLimits(4, children_per_node=1), clock)
+    waits: list[tuple[int, float]] = []
+
+    def wait(seconds: float, wait: Callable[[float], None] = end.wait) -> None:
+        began = clock()
+        wait(seconds)
+        waits.append((len(worker.frontier), clock() - began))
+
+    end.wait = wait  # type: ignore[method-assign]
+    clock.at[0.07] = lambda: target.send(_admit(1))
+    worker.run(lambda: clock() > 0.1)
+    idle = [seconds for requests, seconds in waits if requests == 0]
+    busy = [seconds for requests, seconds in waits if requests]
+    assert idle[0] == pytest.approx(0.05), "a worker without requests wakes up for nothing"
+    assert sum(idle) == pytest.approx(0.07, abs=0.002), "the command did not end the wait"
+    assert busy and max(busy) <= 0.0011, "a worker with requests must look every millisecond"
