@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 if every text of the double server is that of the plain one, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", default="double", choices=[name for name in ARMS if name != "plain"])
-    parser.add_argument("--layers", type=int, default=44, help="decoder layers of the inflated target")
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers of the inflated target")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
