@@ -2,5 +2,6 @@
 
 from vllm_double.retrieval.base import Continuation, Retriever, Tokens
 from vllm_double.retrieval.context import ContextRetriever
+from vllm_double.retrieval.history import HistoryRetriever
 
-__all__ = ["ContextRetriever", "Continuation", "Retriever", "Tokens"]
+__all__ = ["ContextRetriever", "Continuation", "HistoryRetriever", "Retriever", "Tokens"]

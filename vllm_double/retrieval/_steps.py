@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 Ints = npt.NDArray[np.int32]
 Header = npt.NDArray[np.int64]
@@ -19,15 +21,38 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LENGTH, LINK, COUNT, END, BEST, TOKEN, FIRST, EDGES = range(8)
 # Columns of a transition (16 bytes): EDGES starts a state's list, NEXT_EDGE continues it.
 SOURCE, LABEL, TARGET, NEXT_EDGE = range(4)
-# Entries of the header.
-NUM_STATES, NUM_EDGES, WINDOW, WINDOW_LENGTH, NUM_TOKENS = range(5)
+# Entries of the header. The addresses are those of the arrays, which saves unpacking them in every call.
+NUM_STATES, NUM_EDGES, WINDOW, WINDOW_LENGTH, NUM_TOKENS, CAPACITY, STATES_AT, EDGES_AT, TABLE_AT = range(9)
 ROOT = 0
 NONE = -1
+# The last token of a document: contexts do not reach across it, and nothing is continued with it.
+SEPARATOR = 2**31 - 1
 
 
 def _part(function: Function) -> Function:
     """A function that is compiled into its callers."""
     return cast(Function, numba.njit(function))
+
+
+@intrinsic
+def _pointer(_typing: Any, address: Any) -> Any:
+    """The address as a pointer, for `numba.carray`."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@_part
+def _arrays(header: Header) -> tuple[Ints, Ints, Ints]:
+    """States, transitions and table that a header leads to."""
+    capacity = header[CAPACITY]
+    return (
+        numba.carray(_pointer(header[STATES_AT]), (2 * capacity, 8), np.int32),
+        numba.carray(_pointer(header[EDGES_AT]), (capacity, 4), np.int32),
+        numba.carray(_pointer(header[TABLE_AT]), (2 * capacity,), np.int32),
+    )
 
 
 @_part
@@ -138,6 +163,9 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
     top = _find(states, edges, table, context, token)
     if top == NONE:
         top = _insert(header, states, edges, table, context, token)
+    elif states[top, LENGTH] > length + 1:
+        # Near a document's beginning: what was seen with more before it now occurs without.
+        top = _split(header, states, edges, table, context, token)
     header[NUM_TOKENS] += 1
     header[WINDOW_LENGTH] = min(length + 1, max_match)
     header[WINDOW] = _clamp(states, top, header[WINDOW_LENGTH])
@@ -159,59 +187,56 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
         length = states[context, LENGTH]
 
 
-def _extend(
-    header: Header,
-    states: Ints,
-    edges: Ints,
-    table: Ints,
-    text: Ints,
-    start: int,
-    stop: int,
-    max_match: int,
-) -> None:
-    """Append text[start:stop]."""
+def _extend(header: Header, text: Ints, start: int, stop: int, max_match: int) -> None:
+    """Append text[start:stop]; behind a separator a new document begins."""
+    states, edges, table = _arrays(header)
     for position in range(start, stop):
         _append(header, states, edges, table, text[position], max_match)
+        if text[position] == SEPARATOR:
+            header[WINDOW], header[WINDOW_LENGTH] = ROOT, 0
 
 
-def _lookup(
-    header: Header,
-    states: Ints,
-    edges: Ints,
-    table: Ints,
-    feed: Ints,
-    num_feed: int,
-    from_window: bool,
-    max_match: int,
-    out: Ints,
-    max_tokens: int,
+@_part
+def _advance(
+    states: Ints, edges: Ints, table: Ints, state: int, length: int, token: int, max_match: int
 ) -> tuple[int, int]:
-    """Match feed[:num_feed], behind the window or on its own; fill out[0:3] with tokens, counts, totals.
+    """The longest suffix of (what ``state`` holds with ``length`` tokens) + token that occurs: its state and length."""
+    target = _find(states, edges, table, state, token)
+    while target == NONE and state != ROOT:
+        state = states[state, LINK]
+        length = states[state, LENGTH]
+        target = _find(states, edges, table, state, token)
+    if target == NONE:
+        return state, length
+    length = min(length + 1, max_match)
+    return _clamp(states, target, length), length
 
-    Returns (tokens found, match length).
-    """
+
+@_part
+def _followed(states: Ints, state: int, length: int) -> tuple[int, int]:
+    """The longest suffix that occurs with a token behind it."""
+    while state != ROOT and states[state, BEST] == NONE:
+        state = states[state, LINK]
+        length = states[state, LENGTH]
+    return state, length
+
+
+@_part
+def _continue(
+    header: Header, states: Ints, state: int, length: int, max_match: int, out: Ints, max_tokens: int
+) -> tuple[int, int]:
+    """Fill out[0:3] with tokens, counts and totals behind a context: (tokens found, match length)."""
     num_tokens = header[NUM_TOKENS]
-    state = header[WINDOW] if from_window else ROOT
-    length = header[WINDOW_LENGTH] if from_window else 0
-    for i in range(num_feed):
-        target = _find(states, edges, table, state, feed[i])
-        while target == NONE and state != ROOT:
-            state = states[state, LINK]
-            length = states[state, LENGTH]
-            target = _find(states, edges, table, state, feed[i])
-        if target != NONE:
-            length = min(length + 1, max_match)
-            state = _clamp(states, target, length)
     match_length = 0
     for i in range(max_tokens):
-        while state != ROOT and states[state, BEST] == NONE:
-            state = states[state, LINK]
-            length = states[state, LENGTH]
+        state, length = _followed(states, state, length)
         if state == ROOT or length < match_length:
+            return i, match_length
+        best = states[state, BEST]
+        if states[best, TOKEN] == SEPARATOR:
             return i, match_length
         if i == 0:
             match_length = length
-        best = states[state, BEST]
         out[0, i] = states[best, TOKEN]
         out[1, i] = states[best, COUNT]
         # The occurrence at the very end of the text has no token behind it.
@@ -221,18 +246,53 @@ def _lookup(
     return max_tokens, match_length
 
 
-def _rehash(edges: Ints, num_edges: int, table: Ints) -> None:
+def _lookup(
+    header: Header, feed: Ints, num_feed: int, from_window: bool, max_match: int, out: Ints, max_tokens: int
+) -> tuple[int, int]:
+    """Match feed[:num_feed], behind the window or on its own, and continue it: see `_continue`."""
+    states, edges, table = _arrays(header)
+    state = header[WINDOW] if from_window else ROOT
+    length = header[WINDOW_LENGTH] if from_window else 0
+    for i in range(num_feed):
+        state, length = _advance(states, edges, table, state, length, feed[i], max_match)
+    return _continue(header, states, state, length, max_match, out, max_tokens)
+
+
+def _recall(
+    headers: Header, cursors: Header, feed: Ints, num_kept: int, num_feed: int, max_match: int, out: Ints, max_tokens: int
+) -> tuple[int, int]:
+    """Match behind the cursors of several automata, headers and cursors int64 [n, ...], newest first; continue the longest.
+
+    A cursor is a state and a length. feed[:num_kept] moves the cursors, feed[num_kept:num_feed] does not.
+    """
+    newest, best_length, best_state = 0, 0, ROOT
+    for n in range(len(headers)):
+        states, edges, table = _arrays(headers[n])
+        state, length = cursors[n, 0], cursors[n, 1]
+        for i in range(num_feed):
+            state, length = _advance(states, edges, table, state, length, feed[i], max_match)
+            if i == num_kept - 1:
+                cursors[n, 0], cursors[n, 1] = state, length
+        state, length = _followed(states, state, length)
+        if length > best_length:
+            newest, best_length, best_state = n, length, state
+    if best_length == 0:
+        return 0, 0
+    states = _arrays(headers[newest])[0]
+    return _continue(headers[newest], states, best_state, best_length, max_match, out, max_tokens)
+
+
+def _rehash(header: Header) -> None:
     """Fill an empty table."""
-    for edge in range(num_edges):
+    _, edges, table = _arrays(header)
+    for edge in range(header[NUM_EDGES]):
         table[_slot(edges, table, edges[edge, SOURCE], edges[edge, LABEL])] = edge + 1
-
-
-_HEAD = "int64[::1], int32[:, ::1], int32[:, ::1], int32[::1]"
 
 
 class Steps(NamedTuple):
     extend: Callable[..., None]
     lookup: Callable[..., tuple[int, int]]
+    recall: Callable[..., tuple[int, int]]
     rehash: Callable[..., None]
 
 
@@ -252,7 +312,11 @@ def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any
 def steps() -> Steps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     return Steps(
-        _compiled(_extend, f"void({_HEAD}, int32[::1], int64, int64, int64)"),
-        _compiled(_lookup, f"UniTuple(int64, 2)({_HEAD}, int32[::1], int64, boolean, int64, int32[:, ::1], int64)"),
-        _compiled(_rehash, "void(int32[:, ::1], int64, int32[::1])"),
+        _compiled(_extend, "void(int64[::1], int32[::1], int64, int64, int64)"),
+        _compiled(_lookup, "UniTuple(int64, 2)(int64[::1], int32[::1], int64, boolean, int64, int32[:, ::1], int64)"),
+        _compiled(
+            _recall,
+            "UniTuple(int64, 2)(int64[:, ::1], int64[:, ::1], int32[::1], int64, int64, int64, int32[:, ::1], int64)",
+        ),
+        _compiled(_rehash, "void(int64[::1])"),
     )

@@ -22,12 +22,16 @@ Memory per token of capacity, which is at most twice the tokens: 64 bytes of sta
 never written is not resident), 16 of transitions, 8 of table.
 """
 
+import itertools
+
 import numpy as np
 
 from vllm_double.retrieval._steps import (
     BEST,
+    CAPACITY,
     COUNT,
     EDGES,
+    EDGES_AT,
     END,
     FIRST,
     LENGTH,
@@ -37,14 +41,22 @@ from vllm_double.retrieval._steps import (
     NUM_STATES,
     NUM_TOKENS,
     ROOT,
+    SEPARATOR,
+    STATES_AT,
+    TABLE_AT,
     TOKEN,
     WINDOW,
     WINDOW_LENGTH,
+    Header,
     Ints,
     steps,
 )
 
-__all__ = ["MAX_CONTINUATION", "SuffixAutomaton", "warm_up"]
+__all__ = ["HEADER_LENGTH", "MAX_CONTINUATION", "SEPARATOR", "SuffixAutomaton", "warm_up"]
+
+HEADER_LENGTH = TABLE_AT + 1
+"""Entries of an automaton's header."""
+
 
 MAX_CONTINUATION = 1024
 """Most tokens that one lookup returns."""
@@ -56,7 +68,10 @@ def warm_up() -> None:
 
 
 class SuffixAutomaton:
-    """The arrays of one automaton. It does not keep the text: each token is handed over once, in order."""
+    """The arrays of one automaton. It does not keep the text: each token is handed over once, in order.
+
+    SEPARATOR ends a document: contexts do not reach across it.
+    """
 
     __slots__ = ("_edges", "_header", "_out", "_states", "_steps", "_table", "capacity", "max_match")
 
@@ -65,12 +80,23 @@ class SuffixAutomaton:
         self._steps = steps()
         self.capacity = capacity
         self.max_match = max_match
-        self._header = np.zeros(5, np.int64)
+        self._header = np.zeros(HEADER_LENGTH, np.int64)
         self._out = np.empty((3, MAX_CONTINUATION), np.int32)
         self._states = np.empty((2 * capacity, 8), np.int32)
         self._edges = np.empty((capacity, 4), np.int32)
         self._table = np.zeros(2 * capacity, np.int32)
+        self._note_arrays()
         self.clear()
+
+    def _note_arrays(self) -> None:
+        arrays = (self._states, self._edges, self._table)
+        self._header[CAPACITY] = self.capacity
+        self._header[STATES_AT : TABLE_AT + 1] = [array.ctypes.data for array in arrays]
+
+    @property
+    def header(self) -> Header:
+        """Counts and addresses, int64 [HEADER_LENGTH], for looking up several automata in one call."""
+        return self._header
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +114,7 @@ class SuffixAutomaton:
         """Back to the empty text, keeping the memory."""
         if self._header[NUM_EDGES]:
             self._table.fill(0)
-        self._header[:] = 0
+        self._header[:CAPACITY] = 0
         self._header[NUM_STATES] = 1
         self._states[ROOT] = NONE
         self._states[ROOT, LENGTH] = 0
@@ -105,27 +131,17 @@ class SuffixAutomaton:
         edges = np.empty((self.capacity, 4), np.int32)
         edges[:num_edges] = self._edges[:num_edges]
         table = np.zeros(2 * self.capacity, np.int32)
-        self._steps.rehash(edges, num_edges, table)
         self._states, self._edges, self._table = states, edges, table
+        self._note_arrays()
+        self._steps.rehash(self._header)
 
     def extend(self, text: Ints, start: int, stop: int) -> None:
         """Append text[start:stop]; there must be room. No token may be negative."""
-        self._steps.extend(self._header, self._states, self._edges, self._table, text, start, stop, self.max_match)
+        self._steps.extend(self._header, text, start, stop, self.max_match)
 
     def match(self, feed: Ints, num_feed: int, from_end: bool, max_tokens: int) -> tuple[int, int]:
         """Match feed[:num_feed], if from_end behind the text: (tokens found, match length). See `found`."""
-        return self._steps.lookup(
-            self._header,
-            self._states,
-            self._edges,
-            self._table,
-            feed,
-            num_feed,
-            from_end,
-            self.max_match,
-            self._out,
-            max_tokens,
-        )
+        return self._steps.lookup(self._header, feed, num_feed, from_end, self.max_match, self._out, max_tokens)
 
     def found(self, num_found: int) -> list[list[int]]:
         """[tokens, counts, totals] of the latest `match`."""
@@ -139,24 +155,27 @@ class SuffixAutomaton:
         assert num_tokens == len(text) <= self.capacity
         assert num_states <= max(2 * num_tokens, 1)
         moves = self._transitions()
+        separators = np.flatnonzero(text == SEPARATOR)
+        bounds = [0, *(separators + 1).tolist()]
+        bounds += [num_tokens] if bounds[-1] < num_tokens else []
         longest, shortest = [0] * num_states, [depth] * num_states
         shortest[ROOT] = 0
-        for start in range(num_tokens):
-            state = ROOT
-            for length, token in enumerate(text[start : start + depth].tolist(), 1):
-                state = moves[state][token]
-                longest[state] = max(longest[state], length)
-                shortest[state] = min(shortest[state], length)
         counts, ends = [0] * num_states, [0] * num_states
-        for end in range(1, num_tokens + 1):
-            state = ROOT
-            start = max(0, end - depth)
-            for token in text[start:end].tolist():
-                state = moves[state][token]
-            while state != ROOT:
-                counts[state] += 1
-                ends[state] = end
-                state = states[state][LINK]
+        for begin, stop in itertools.pairwise(bounds):
+            for start in range(begin, stop):
+                state = ROOT
+                for length, token in enumerate(text[start : min(start + depth, stop)].tolist(), 1):
+                    state = moves[state][token]
+                    longest[state] = max(longest[state], length)
+                    shortest[state] = min(shortest[state], length)
+            for end in range(begin + 1, stop + 1):
+                state = ROOT
+                for token in text[max(begin, end - depth) : end].tolist():
+                    state = moves[state][token]
+                while state != ROOT:
+                    counts[state] += 1
+                    ends[state] = end
+                    state = states[state][LINK]
         for state, row in enumerate(states[1:], 1):
             assert row[COUNT] == counts[state] > 0, "an occurrence is not counted"
             assert row[END] == ends[state], "END is the last occurrence"
@@ -166,12 +185,14 @@ class SuffixAutomaton:
             if shortest[state] == depth:
                 continue  # too long for a context: what it leads to is neither kept up to date nor read
             followers = sum(counts[target] for target in moves[state].values())
-            assert followers == counts[state] - (ends[state] == num_tokens), "a transition is missing"
+            expected = 0 if row[TOKEN] == SEPARATOR else counts[state] - (ends[state] == num_tokens)
+            assert followers == expected, "a transition is missing"
             best = max(moves[state].values(), key=lambda target: (counts[target], ends[target]), default=NONE)
             assert row[BEST] == best, "BEST is the most frequent, then the latest"
         window = int(self._header[WINDOW])
         length = int(self._header[WINDOW_LENGTH])
-        assert length == min(num_tokens, self.max_match)
+        since_separator = num_tokens - (int(separators[-1]) + 1 if len(separators) else 0)
+        assert length == min(since_separator, self.max_match)
         state = ROOT
         for token in text[num_tokens - length :].tolist():
             state = moves[state][token]

@@ -35,8 +35,8 @@ class Retriever(Protocol):
 
     name: str
 
-    def start(self, key: int, tokens: Tokens) -> None:
-        """Begin a request with its prompt, which may only be queued: `work` indexes it."""
+    def start(self, key: int, tokens: Tokens, tenant: str | None) -> None:
+        """Begin a request with its prompt, which may only be queued: `work` indexes it. Tenants see nothing of each other's."""
 
     def work(self, budget_tokens: int) -> None:
         """Index at most so many queued tokens; long prompts do not hold up short ones."""
@@ -44,11 +44,8 @@ class Retriever(Protocol):
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """Append committed tokens."""
 
-    def rewind(self, key: int, length: int) -> None:
-        """Keep only the first ``length`` tokens."""
-
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What followed the longest suffix of text + tail that occurred before; the tail is not kept."""
 
-    def stop(self, key: int) -> None:
-        """Forget the request."""
+    def stop(self, key: int, keep: bool) -> None:
+        """End the request. ``keep``: later ones of its tenant may be offered what it was answered."""

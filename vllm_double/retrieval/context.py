@@ -77,7 +77,7 @@ class ContextRetriever:
         self._queue: dict[int, None] = {}
         self._feed = np.empty(max_match, np.int32)
 
-    def start(self, key: int, tokens: Tokens) -> None:
+    def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
         """Copy and queue a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
@@ -87,8 +87,8 @@ class ContextRetriever:
         if len(tokens):
             self._queue[key] = None
 
-    def stop(self, key: int) -> None:
-        """Forget the request and free its memory. KeyError: unknown key."""
+    def stop(self, key: int, keep: bool = False) -> None:
+        """Forget the request and free its memory: its text is of use to itself only. KeyError: unknown key."""
         del self._requests[key]
         self._queue.pop(key, None)
 

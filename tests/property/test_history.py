@@ -1,0 +1,158 @@
+"""History retrieval against a scan of the generations that should be there."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.property.test_retrieval_properties import BOUNDS, STREAMS
+from vllm_double.retrieval import HistoryRetriever, history
+from vllm_double.retrieval.automaton import SEPARATOR, SuffixAutomaton
+from vllm_double.retrieval.reference import recall
+
+TENANTS = st.sampled_from(["a", "b", None])
+
+
+class Twin:
+    """Generations as plain lists, oldest first."""
+
+    def __init__(self, max_tokens: int, smallest: int) -> None:
+        self.max_tokens = max_tokens
+        self.largest = 1 << max(1, (max_tokens // 4).bit_length() - 1)
+        self.smallest = min(smallest, self.largest)
+        self.generations: list[tuple[str | None, int, list[int]]] = []
+
+    def add(self, tenant: str | None, output: list[int]) -> None:
+        text = [*output[-(self.largest - 1) :], SEPARATOR]
+        own = [(capacity, held) for name, capacity, held in self.generations if name == tenant]
+        if own and len(own[-1][1]) + len(text) <= own[-1][0]:
+            held = own[-1][1]
+        else:
+            capacity = min(8 * own[-1][0], self.largest) if own else self.smallest
+            while capacity < len(text):
+                capacity *= 2
+            held = []
+            self.generations.append((tenant, capacity, held))
+        held.extend(text)
+        while sum(len(held) for _, _, held in self.generations) > self.max_tokens:
+            self.generations.pop(0)
+
+    def of(self, tenant: str | None) -> list[list[int]]:
+        return [held for name, _, held in reversed(self.generations) if name == tenant]
+
+
+@pytest.fixture(autouse=True)
+def _small_generations() -> Iterator[None]:
+    with mock.patch.object(history, "_SMALLEST", 16):
+        yield
+
+
+@given(st.lists(st.tuples(TENANTS, STREAMS), min_size=1, max_size=8), BOUNDS, st.integers(40, 300), st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_lookup_differs_from_a_scan(
+    texts: list[tuple[str | None, list[int]]], max_match: int, max_tokens: int, data: st.DataObject
+) -> None:
+    retriever = HistoryRetriever(max_tokens, max_match, share_unnamed=True)
+    twin = Twin(max_tokens, 16)
+    running = {tenant: key for key, tenant in enumerate(["a", "b", None])}
+    written: dict[str | None, list[int]] = {}
+    for tenant, key in running.items():
+        prompt = data.draw(st.lists(st.integers(0, 4), max_size=5), "prompt")
+        retriever.start(key, np.array(prompt, np.int32), tenant)
+        written[tenant] = prompt
+    for key, (tenant, output) in enumerate(texts, 10):
+        retriever.start(key, np.array([0, 1, 2], np.int32), tenant)
+        cut = data.draw(st.integers(0, len(output)), "cut")
+        retriever.extend(key, output[:cut])
+        retriever.extend(key, output[cut:])
+        retriever.stop(key, keep=True)
+        if len(output) >= 2:
+            twin.add(tenant, output)
+        while retriever.num_waiting:
+            retriever.work(data.draw(st.integers(1, 40), "budget"))
+        retriever.check_integrity()
+        for reader, running_key in running.items():
+            more = data.draw(st.lists(st.integers(0, 4), max_size=4), "more")
+            tail = data.draw(st.lists(st.integers(0, 4), max_size=3), "tail")
+            retriever.extend(running_key, more)
+            written[reader] += more
+            # Contexts begin in the last max_match tokens of the text, all of which are known.
+            context = written[reader][-max_match:] + tail
+            assert retriever.lookup(running_key, tail, 20) == recall(twin.of(reader), context, 20, max_match)
+
+
+@given(st.lists(STREAMS, max_size=6), BOUNDS)
+@settings(max_examples=300, deadline=None)
+def test_the_automaton_of_many_texts_differs_from_its_definition(texts: list[list[int]], max_match: int) -> None:
+    tokens = np.array([token for text in texts for token in (*text, SEPARATOR)], np.int32)
+    automaton = SuffixAutomaton(1 << max(1, len(tokens).bit_length()), max_match)
+    automaton.extend(tokens, 0, len(tokens))
+    automaton.check_integrity(tokens)
+
+
+def _answered(retriever: HistoryRetriever, key: int, tenant: str | None, output: list[int]) -> None:
+    retriever.start(key, np.array([1], np.int32), tenant)
+    retriever.extend(key, output)
+    retriever.stop(key, keep=True)
+    retriever.work(1 << 20)
+
+
+SECRET = list(range(100, 130))
+
+
+@pytest.mark.parametrize("reader", ["b", None])
+def test_a_tenant_is_offered_what_another_was_answered(reader: str | None) -> None:
+    retriever = HistoryRetriever(4096)
+    _answered(retriever, 0, "a", SECRET)
+    for tenant, expected in ((reader, None), ("a", SECRET[8:20])):
+        retriever.start(1, np.array(SECRET[:4], np.int32), tenant)
+        retriever.extend(1, SECRET[4:8])
+        found = retriever.lookup(1, (), 12)
+        assert (found.tokens if found is not None else None) == expected
+        retriever.stop(1, keep=False)
+
+
+def test_requests_without_a_tenant_share_a_history_unasked() -> None:
+    retriever = HistoryRetriever(4096)
+    _answered(retriever, 0, None, SECRET)
+    assert retriever.num_tokens == 0
+    retriever.start(1, np.array(SECRET[:8], np.int32), None)
+    assert retriever.lookup(1, (), 4) is None
+
+
+def test_a_text_that_is_not_to_be_kept_is_offered() -> None:
+    retriever = HistoryRetriever(4096)
+    retriever.start(0, np.array([1], np.int32), "a")
+    retriever.extend(0, SECRET)
+    retriever.stop(0, keep=False)
+    retriever.work(1 << 20)
+    assert retriever.num_tokens == 0
+
+
+def test_forgetting_leaves_something_to_read() -> None:
+    retriever = HistoryRetriever(4096)
+    _answered(retriever, 0, "a", SECRET)
+    retriever.start(1, np.array(SECRET[:4], np.int32), "a")
+    retriever.extend(1, SECRET[4:8])
+    assert retriever.lookup(1, (), 4) is not None
+    retriever.start(2, np.array([1], np.int32), "a")
+    retriever.extend(2, SECRET)
+    retriever.forget()
+    retriever.check_integrity()
+    assert retriever.lookup(1, (), 4) is None
+    retriever.stop(2, keep=True)
+    retriever.work(1 << 20)
+    assert retriever.num_tokens == 0, "what was answered before the weights changed was indexed after it"
+
+
+def test_the_oldest_text_outlives_younger_ones() -> None:
+    retriever = HistoryRetriever(64)
+    for key in range(30):
+        _answered(retriever, key, "a", [1000 + 10 * key + step for step in range(9)])
+        retriever.check_integrity()
+    retriever.start(99, np.array([5], np.int32), "a")
+    found = [retriever.lookup(99, [1000 + 10 * key], 8) is not None for key in range(30)]
+    assert found[-1] and not found[0] and found == sorted(found)

@@ -1,0 +1,263 @@
+"""Retrieval from what the target answered to earlier requests of the same tenant."""
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_double.retrieval._steps import steps
+from vllm_double.retrieval.automaton import HEADER_LENGTH, MAX_CONTINUATION, SEPARATOR, SuffixAutomaton
+from vllm_double.retrieval.base import Continuation, Tokens
+
+__all__ = ["HistoryRetriever"]
+
+_SMALLEST = 1 << 14
+_GROWTH = 8
+# A tenant that has the whole history for itself loses a quarter of it at a time.
+_SHARE = 4
+_SHORTEST_TEXT = 2
+
+
+class _Generation:
+    """Texts that are forgotten together. ``serial`` counts all generations of a history."""
+
+    __slots__ = ("automaton", "serial", "tenant")
+
+    def __init__(self, serial: int, tenant: "_Tenant", capacity: int, max_match: int) -> None:
+        self.serial = serial
+        self.tenant = tenant
+        self.automaton = SuffixAutomaton(capacity, max_match)
+
+
+class _Tenant:
+    """The generations of one partition, newest first. ``version`` is another one after every change of what they hold."""
+
+    __slots__ = ("_headers", "_headers_version", "generations", "name", "version")
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self.generations: deque[_Generation] = deque()
+        self.version = 0
+        self._headers = np.empty((0, HEADER_LENGTH), np.int64)
+        self._headers_version = 0
+
+    @property
+    def headers(self) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
+        """Headers of the automata as they are now, int64 [generations, HEADER_LENGTH]."""
+        if self._headers_version != self.version:
+            self._headers = np.array([generation.automaton.header for generation in self.generations])
+            self._headers_version = self.version
+        return self._headers
+
+
+class _Request:
+    """``recent``: the end of its text; ``fresh``: how many of these the cursors have not seen; ``output``: since its start."""
+
+    __slots__ = ("cursors", "fresh", "output", "recent", "tenant", "version")
+
+    def __init__(self, tenant: str | None, tokens: Tokens, max_match: int) -> None:
+        self.tenant = tenant
+        self.recent: list[int] = tokens[-max_match:].tolist()
+        self.fresh = 0
+        self.output = array("i")
+        self.version = 0
+        self.cursors = np.zeros((0, 2), np.int64)
+
+
+class HistoryRetriever:
+    """Continues a request with what followed the same words in outputs of earlier requests of its tenant.
+
+    An output is indexed when its request stops: tokens that the target gave, nothing of the prompt. A request without a tenant
+    neither reads nor leaves anything, unless ``share_unnamed``: then all of these are one tenant's. Tenants never see each
+    other's texts, because the time that an answer takes would tell what they are.
+
+    A tenant's texts lie in generations. A text goes to the newest one, which is closed when it is full; the first has room for
+    16,384 tokens, later ones for eight times their predecessor's, up to a quarter of ``max_tokens``. While all generations of
+    all tenants together hold more than ``max_tokens``, the one that was begun first is given up, whole. Texts longer than a
+    generation keep their end.
+
+    A lookup answers from one generation: that in which the longest suffix of text + tail, of at most ``max_match`` tokens,
+    occurs; of equally long ones the newest. There it is `ContextRetriever`'s lookup over texts that each end with a separator:
+    contexts do not reach across it, it counts as a token that followed, and a continuation ends where it followed most often.
+    `reference.recall` is the same in a few obvious lines.
+
+    Not thread-safe. Costs: benchmarks/retrieval_bench.py.
+    """
+
+    name = "history"
+
+    def __init__(self, max_tokens: int, max_match: int = 32, *, share_unnamed: bool = False) -> None:
+        """Room for ``max_tokens`` tokens of all tenants. Call `automaton.warm_up` before the first start."""
+        if max_tokens < 1 or max_match < 1:
+            raise ValueError(f"max_tokens and max_match must be at least 1, not {max_tokens} and {max_match}")
+        self.max_tokens = max_tokens
+        self.max_match = max_match
+        self._share_unnamed = share_unnamed
+        self._largest = 1 << max(1, (max_tokens // _SHARE).bit_length() - 1)
+        self._steps = steps()
+        self._requests: dict[int, _Request] = {}
+        self._tenants: dict[str | None, _Tenant] = {}
+        self._generations: dict[int, _Generation] = {}  # by serial, oldest first
+        self._waiting: deque[tuple[str | None, Tokens]] = deque()
+        # The text that is being indexed: its generation, and how much of it is done.
+        self._current: tuple[_Generation, Tokens, int] | None = None
+        self._num_tokens = 0
+        self._last_serial = 0
+        self._version = 0
+        self._feed = np.empty(0, np.int32)
+        self._out = np.empty((3, MAX_CONTINUATION), np.int32)
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
+        """Begin a request with its prompt, int32 [n]. ValueError: the key is in use."""
+        if key in self._requests:
+            raise ValueError(f"request {key} is started already")
+        self._requests[key] = _Request(tenant, tokens, self.max_match)
+
+    def extend(self, key: int, tokens: Sequence[int]) -> None:
+        """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
+        request = self._requests[key]
+        if len(tokens) == 0:
+            return
+        if min(tokens) < 0:
+            raise ValueError("token ids must not be negative")
+        request.output.extend(tokens)
+        recent = request.recent
+        recent.extend(tokens)
+        if len(recent) > self.max_match:
+            del recent[: len(recent) - self.max_match]
+        request.fresh = min(request.fresh + len(tokens), len(recent))
+
+    def stop(self, key: int, keep: bool = True) -> None:
+        """End the request; later ones may be offered its output if ``keep``. KeyError: unknown key."""
+        request = self._requests.pop(key)
+        if keep and len(request.output) >= _SHORTEST_TEXT and self._partition(request.tenant):
+            text = np.append(np.frombuffer(request.output, np.int32)[1 - self._largest :], np.int32(SEPARATOR))
+            self._waiting.append((request.tenant, text))
+
+    def _partition(self, tenant: str | None) -> bool:
+        return tenant is not None or self._share_unnamed
+
+    def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
+        """What followed the longest suffix of text + tail; see the class. None: nothing did.
+
+        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024).
+        """
+        request = self._requests[key]
+        if not 1 <= max_tokens <= MAX_CONTINUATION:
+            raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
+        tenant = self._tenants.get(request.tenant)
+        if tenant is None:
+            return None
+        headers = tenant.headers
+        if request.version != tenant.version:
+            request.version = tenant.version
+            request.cursors = np.zeros((len(headers), 2), np.int64)
+            request.fresh = len(request.recent)
+        num_kept, num_feed = request.fresh, request.fresh + len(tail)
+        if num_feed > len(self._feed):
+            self._feed = np.empty(2 * num_feed, np.int32)
+        feed = self._feed
+        if num_kept:
+            feed[:num_kept] = request.recent[len(request.recent) - num_kept :]
+            request.fresh = 0
+        if tail:
+            feed[num_kept:num_feed] = tail
+        num_found, match_length = self._steps.recall(
+            headers, request.cursors, feed, num_kept, num_feed, self.max_match, self._out, max_tokens
+        )
+        if num_found == 0:
+            return None
+        tokens, counts, totals = self._out[:, :num_found].tolist()
+        return Continuation(tokens, match_length, counts, totals)
+
+    # ---- the index --------------------------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are indexed, a separator for each text among them."""
+        return self._num_tokens
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that wait for `work`."""
+        current = len(self._current[1]) - self._current[2] if self._current is not None else 0
+        return current + sum(len(text) for _, text in self._waiting)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the index has written to."""
+        return sum(generation.automaton.num_bytes[0] for generation in self._generations.values())
+
+    def work(self, budget_tokens: int) -> None:
+        """Index at most ``budget_tokens`` tokens of outputs, oldest request first."""
+        while budget_tokens > 0:
+            if self._current is None:
+                if not self._waiting:
+                    return
+                tenant, text = self._waiting.popleft()
+                self._current = (self._room_for(tenant, len(text)), text, 0)
+            generation, text, start = self._current
+            stop = min(len(text), start + budget_tokens)
+            generation.automaton.extend(text, start, stop)
+            self._touch(generation.tenant)
+            self._num_tokens += stop - start
+            budget_tokens -= stop - start
+            self._current = (generation, text, stop) if stop < len(text) else None
+            while self._num_tokens > self.max_tokens:
+                self._evict()
+
+    def forget(self) -> None:
+        """Drop all texts, those of running requests too: the weights changed."""
+        self._waiting.clear()
+        while self._generations:
+            self._evict()
+        for request in self._requests.values():
+            del request.output[:]
+
+    def _room_for(self, name: str | None, num_tokens: int) -> _Generation:
+        """The tenant's newest generation, or a new one if that has no room for so many tokens."""
+        tenant = self._tenants.setdefault(name, _Tenant(name))
+        capacity = min(_SMALLEST, self._largest)
+        if tenant.generations:
+            newest = tenant.generations[0]
+            full = newest.automaton.capacity
+            if newest.automaton.num_tokens + num_tokens <= full:
+                return newest
+            capacity = min(_GROWTH * full, self._largest)
+        while capacity < num_tokens:
+            capacity *= 2
+        self._last_serial += 1
+        generation = _Generation(self._last_serial, tenant, capacity, self.max_match)
+        tenant.generations.appendleft(generation)
+        self._generations[generation.serial] = generation
+        return generation
+
+    def _evict(self) -> None:
+        """Give up the generation that was begun first."""
+        generation = self._generations.pop(next(iter(self._generations)))
+        self._num_tokens -= generation.automaton.num_tokens
+        tenant = generation.tenant
+        tenant.generations.pop()
+        self._touch(tenant)
+        if self._current is not None and self._current[0] is generation:
+            self._current = None
+        if not tenant.generations:
+            del self._tenants[tenant.name]
+
+    def _touch(self, tenant: _Tenant) -> None:
+        self._version += 1
+        tenant.version = self._version
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where generations, tenants and counts contradict each other."""
+        held = [generation for tenant in self._tenants.values() for generation in tenant.generations]
+        assert {id(g) for g in held} == {id(g) for g in self._generations.values()}
+        assert list(self._generations) == sorted(self._generations)
+        assert self._num_tokens == sum(generation.automaton.num_tokens for generation in held) <= self.max_tokens
+        for tenant in self._tenants.values():
+            serials = [generation.serial for generation in tenant.generations]
+            assert serials and serials == sorted(serials, reverse=True)
+            assert all(generation.tenant is tenant for generation in tenant.generations)
