@@ -189,21 +189,20 @@ class ScriptedRetriever:
         self._left: dict[int, int] = {}
         self._rng = np.random.default_rng(script.seed + 1)
 
-    def start(self, key: int, tokens: Tokens) -> None:
+    def start(self, key: int, tokens: Tokens, tenant: str | None) -> None:
         """See Retriever."""
         self._texts[key] = tokens.tolist()
         self._left[key] = 0
 
-    def stop(self, key: int) -> None:
+    def stop(self, key: int, keep: bool) -> None:
         """See Retriever."""
         del self._texts[key], self._left[key]
 
-    def work(self, budget_tokens: int) -> None:
+    def forget(self) -> None:
         """See Retriever."""
 
-    def rewind(self, key: int, length: int) -> None:
+    def work(self, budget_tokens: int) -> None:
         """See Retriever."""
-        del self._texts[key][length:]
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """See Retriever. Runs begin and end by chance, so that the share of copied text is the script's."""

@@ -22,6 +22,16 @@ class DoubleConfig(BaseModel):
 
     enabled: bool = Field(True, description="false: the settings are checked and vLLM then runs as if they were not there")
     context_retrieval: bool = Field(True, description="retrieve continuations from the request's own prompt and output")
+    history_tokens: int = Field(
+        1 << 20, ge=0, le=1 << 30, description="tokens of earlier answers that are kept to retrieve from, oldest dropped "
+        "first; about 90 bytes each on either side. A request is offered its own tenant's (cache_salt) only; 0: none are kept",
+    )  # fmt: skip
+    share_history: bool = Field(
+        False, description="requests without a tenant share a history: how fast an answer comes then tells whether another got "
+        "it before, as vLLM's prefix caching does for prompts",
+    )  # fmt: skip
+    target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
+    draft_retrieval: bool = Field(True, description="the draft model reads retrieved tokens, several in one forward")
     draft_device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='the draft\'s device: "cpu", "cuda:1"; "auto": the platform\'s'
     )  # fmt: skip

@@ -3,6 +3,8 @@
 Knows neither vLLM nor Ray nor a clock: the integration hands in rows, the worker is one end of two logs, time is passed in.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +17,7 @@ from vllm_double.counters import Counters
 from vllm_double.hashing import mix, seed
 from vllm_double.retrieval.base import Continuation, Retriever
 from vllm_double.transport.base import TargetEnd
-from vllm_double.transport.messages import Admit, Commit, Nodes, Release
+from vllm_double.transport.messages import Admit, Commit, Forget, Nodes, Release
 from vllm_double.trie import DRAFT, Edge, PathToken, SpeculationTrie
 
 __all__ = ["Proposer", "RequestParams", "Row"]
@@ -26,6 +28,8 @@ _ADMIT_TOKENS_PER_ROUND = 65536
 _DRAIN_BYTES_PER_ROUND = 1 << 20
 _CHILDREN_READ = 3  # of a drafted node: a less probable one is never the best way on
 _MIN_REACH = 0.01  # a retrieved path is taken no further than this
+_PLACE_TOKENS = 8  # a place in the text is known again by so many tokens before it
+_MAX_REFUSED = 1024  # refusals that are remembered for a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +37,15 @@ class RequestParams:
     """What of a request matters to drafting.
 
     temperature: 0 is greedy. max_length: tokens of prompt and output together that the text can have at most.
-    stop_token_ids: tokens after which nothing counts. use_drafts: False where drafts would change what is promised (a
+    stop_token_ids: tokens after which nothing counts. tenant: whose earlier texts the request may be offered; None: it named
+    nobody. use_drafts: False where drafts would change what is promised (a
     seeded request stays reproducible) or were declined. use_worker: False where the draft model cannot read the prompt.
     """
 
     temperature: float
     max_length: int
     stop_token_ids: frozenset[int]
-    tenant: str = ""
+    tenant: str | None = None
     use_drafts: bool = True
     use_worker: bool = True
 
@@ -72,6 +77,8 @@ class _Request:
     told: int = 0  # length of the text that the worker has been told
     finished: bool = False
     chain: list[PathToken] = field(default_factory=list)
+    # Retrieved tokens that the target did not want, each behind the tokens before it; oldest first.
+    refused: dict[tuple[int, ...], None] = field(default_factory=dict)
 
 
 class Proposer:
@@ -91,7 +98,7 @@ class Proposer:
         self._clock = clock
         self._requests: dict[str, _Request] = {}
         self._by_handle: dict[int, _Request] = {}
-        self._to_release: list[int] = []
+        self._to_say: list[Release | Forget] = []
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
         self._last_key = 0
 
@@ -105,7 +112,7 @@ class Proposer:
         self._requests[request_id] = request
         if params.use_drafts:
             for retriever in self._retrievers:
-                retriever.start(key, tokens)
+                retriever.start(key, tokens, params.tenant)
             self._admit_to_worker(request, tokens)
 
     def finish(self, request_id: str) -> None:
@@ -113,8 +120,14 @@ class Proposer:
         request = self._requests.pop(request_id, None)
         if request is not None and request.params.use_drafts:
             for retriever in self._retrievers:
-                retriever.stop(request.key)
-            self._dismiss(request)
+                retriever.stop(request.key, keep=True)
+            self._dismiss(request, keep=True)
+
+    def forget_history(self) -> None:
+        """The target's weights changed: nothing that it said before is offered again, by either side."""
+        for retriever in self._retrievers:
+            retriever.forget()
+        self._to_say.append(Forget())
 
     # ---- the round --------------------------------------------------------------------------------------------
 
@@ -123,6 +136,7 @@ class Proposer:
         started = self._clock()
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
         self._drain()
+        self._say()
         live: list[tuple[int, _Request]] = []
         for index, row in enumerate(rows):
             request = self._requests.get(row.request_id)
@@ -131,7 +145,7 @@ class Proposer:
             self._commit(request, row)
             if request.params.use_drafts and self.enabled and not request.finished:
                 live.append((index, request))
-        paths = [self._graft(request) for _, request in live]
+        paths = [self._graft(request, rows[index].tokens) for index, request in live]
         lengths = chain_lengths([[step.reach for step in path] for path in paths], *self.step_cost.estimate())
         chains: list[list[int]] = [[] for _ in rows]
         for (index, request), path, length in zip(live, paths, lengths, strict=True):
@@ -186,18 +200,26 @@ class Proposer:
         self.counters.committed(len(new), min(len(new), row.num_sampled - 1), row.verified, request.chain)
         request.chain = []
         request.length = known + row.num_sampled
-        if not request.params.use_drafts or request.finished:
+        if not request.params.use_drafts:
             return
-        trie, sampled = request.trie, request.params.temperature > 0
-        for token in new:
-            for source, raw, said in trie.examples():
-                self.calibration.observe(source, raw, sampled, said == token)
-            trie.commit(token)
         for retriever in self._retrievers:
             retriever.extend(request.key, new)
+        if request.finished:
+            return
+        trie, sampled = request.trie, request.params.temperature > 0
+        for place, token in enumerate(new, known):
+            wrong = []
+            for source, raw, said in trie.examples():
+                self.calibration.observe(source, raw, sampled, said == token)
+                if source != DRAFT and said != token:
+                    wrong.append(said)
+            if wrong or request.refused:
+                before = row.tokens[max(0, place - _PLACE_TOKENS) : place].tolist()
+                _note_refusals(request.refused, before, wrong, token)
+            trie.commit(token)
         self.counters.harvested(trie.has_hit)
 
-    def _graft(self, request: _Request) -> list[PathToken]:
+    def _graft(self, request: _Request, tokens: npt.NDArray[np.int32]) -> list[PathToken]:
         """Retrieved continuations become edges of the same trie, behind the root and behind the best path so far.
 
         Returns the best path with them.
@@ -206,51 +228,62 @@ class Proposer:
         limit = min(self._num_tokens, request.params.max_length - request.length - 1)
         if limit <= 0:
             return []
+        recent = tokens[-_PLACE_TOKENS:].tolist() if request.refused else []
         for retriever in self._retrievers:
             found = retriever.lookup(request.key, (), limit)
             if found is not None:
-                trie.graft(trie.root_hash, trie.position, self._edges_of(found, retriever.name, request))
+                trie.graft(trie.root_hash, trie.position, self._edges_of(found, retriever.name, request, recent))
         path = trie.best_path(limit)
         if 0 < len(path) < limit and self._retrievers:
-            self._extend_by_retrieval(request, path, limit)
+            self._extend_by_retrieval(request, path, limit, recent)
         stops = request.params.stop_token_ids
         for place, step in enumerate(path):
             if step.token in stops:
                 return path[: place + 1]
         return path
 
-    def _extend_by_retrieval(self, request: _Request, path: list[PathToken], limit: int) -> None:
-        """Behind the end of a path, where the trie knows nothing, what is retrieved is the best way on."""
+    def _extend_by_retrieval(self, request: _Request, path: list[PathToken], limit: int, recent: list[int]) -> None:
+        """Behind the end of a path, where the trie knows nothing, the best of what is retrieved is the way on."""
         tail = [step.token for step in path]
+        best: list[Edge] = []
+        most = 0.0
+        for retriever in self._retrievers:
+            found = retriever.lookup(request.key, tail, limit - len(tail))
+            if found is not None:
+                edges = self._edges_of(found, retriever.name, request, recent + tail, path[-1].reach)
+                gain = sum(itertools.accumulate((edge.prob for edge in edges), operator.mul))
+                if gain > most:
+                    best, most = edges, gain
+        if not best:
+            return
         end_hash = request.trie.root_hash
         for token in tail:
             end_hash = mix(end_hash, token)
-        for retriever in self._retrievers:
-            found = retriever.lookup(request.key, tail, limit - len(tail))
-            if found is None:
-                continue
-            edges = self._edges_of(found, retriever.name, request, path[-1].reach)
-            request.trie.graft(end_hash, request.trie.position + len(tail), edges)
-            reach = path[-1].reach
-            for edge in edges:
-                reach *= edge.prob
-                path.append(PathToken(edge.token, edge.prob, edge.source, reach))
-            return
+        request.trie.graft(end_hash, request.trie.position + len(tail), best)
+        reach = path[-1].reach
+        for edge in best:
+            reach *= edge.prob
+            path.append(PathToken(edge.token, edge.prob, edge.source, reach))
 
-    def _edges_of(self, found: Continuation, source: str, request: _Request, reach: float = 1.0) -> list[Edge]:
-        """Give retrieved tokens a chance: the share of occurrences that went on so, trusted more the longer the match.
+    def _edges_of(
+        self, found: Continuation, source: str, request: _Request, recent: list[int], reach: float = 1.0
+    ) -> list[Edge]:
+        """Retrieved tokens with their calibrated chance, as far as they are worth a place in the trie.
 
-        ``reach``: of what they come behind.
+        ``recent``: tokens that they come behind, if something was refused; ``reach``: of these.
         """
         edges: list[Edge] = []
+        place_tokens = list(recent)
         curve = self.calibration.curve(source, request.params.temperature > 0)
-        for place, token in enumerate(found.tokens):
-            trust = 1.0 - 0.5 ** ((found.match_length + place) / 2)
-            raw = trust * found.counts[place] / (found.totals[place] + 0.1)
+        for token, raw in zip(found.tokens, found.beliefs, strict=True):
             prob = curve[int(raw * NUM_BUCKETS)]
             reach *= prob
             if reach < _MIN_REACH:
                 break
+            if request.refused:
+                place_tokens.append(token)
+                if tuple(place_tokens[-_PLACE_TOKENS - 1 :]) in request.refused:
+                    break
             edges.append(Edge(token, prob, source, raw))
         return edges
 
@@ -293,7 +326,7 @@ class Proposer:
                 params.temperature,
                 params.max_length,
                 tuple(params.stop_token_ids),
-                params.tenant,
+                params.tenant or "",
             )
         )
         for start in range(chunk, len(tokens), chunk):
@@ -305,17 +338,21 @@ class Proposer:
         self._by_handle[handle] = request
         request.trie = self._new_trie(handle, len(tokens), params)
 
-    def _dismiss(self, request: _Request) -> None:
+    def _dismiss(self, request: _Request, keep: bool = False) -> None:
         """Have the worker forget the request, now or when there is room to say so."""
         if self._end is None:
             return
         if request.session != 0:
             self._by_handle.pop(request.handle, None)
             if request.session == self._end.session:
-                self._to_release.append(request.handle)
+                self._to_say.append(Release(request.handle, keep))
             request.session = 0
-        while self._to_release and self._end.send(Release(self._to_release[-1])):
-            self._to_release.pop()
+        self._say()
+
+    def _say(self) -> None:
+        """Tell the worker what there was no room for."""
+        while self._to_say and self._end is not None and self._end.send(self._to_say[0]):
+            del self._to_say[0]
 
     def _rewind(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
         """The text is not what was committed last (a KV transfer failed, say): begin again with what it is now."""
@@ -325,8 +362,8 @@ class Proposer:
         request.chain = []
         if request.params.use_drafts:
             for retriever in self._retrievers:
-                retriever.stop(request.key)
-                retriever.start(request.key, tokens)
+                retriever.stop(request.key, keep=False)
+                retriever.start(request.key, tokens, request.params.tenant)
             self._dismiss(request)
             request.trie = self._new_trie(request.key, len(tokens), request.params)
 
@@ -344,3 +381,12 @@ class Proposer:
             assert request.finished or not request.params.use_drafts or request.trie.position == request.length
         for handle, request in self._by_handle.items():
             assert request.handle == handle and request.session != 0
+
+
+def _note_refusals(refused: dict[tuple[int, ...], None], before: list[int], wrong: list[int], right: int) -> None:
+    """Remember which retrieved tokens were wrong behind these, and that another may be offered again."""
+    refused.pop((*before, right), None)
+    for token in wrong:
+        refused[(*before, token)] = None
+    while len(refused) > _MAX_REFUSED:
+        del refused[next(iter(refused))]

@@ -2,27 +2,36 @@
 
 import math
 import random
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.hashing import mix, seed
-from vllm_double.transport.messages import Admit, Commit, Release
+from vllm_double.retrieval import ContextRetriever, HistoryRetriever
+from vllm_double.transport.messages import Admit, Commit, Forget, Release
 
 VOCAB = 12
 NO_TOKENS = np.empty(0, np.int32)
 NO_PROBS = np.empty(0, np.float32)
 
 
-def make(num_pages: int = 200, page_size: int = 4, children_per_node: int = 8, **limits: float) -> tuple[FakeEngine, Frontier]:
-    engine = FakeEngine(hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120)
-    return engine, Frontier(
-        engine, FrontierLimits(**{"num_speculative_tokens": 6, "children_per_node": children_per_node, **limits})
-    )  # type: ignore[arg-type]
+def make(
+    num_pages: int = 200, page_size: int = 4, children_per_node: int = 8, retrieval: bool = False,
+    logits: Callable[[Sequence[int]], npt.NDArray[np.float32]] | None = None, **limits: float,
+) -> tuple[FakeEngine, Frontier]:  # fmt: skip
+    logits = logits or hashed_logits(VOCAB)
+    engine = FakeEngine(logits, vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120)
+    chosen = FrontierLimits(**{"num_speculative_tokens": 6, "children_per_node": children_per_node, **limits})
+    sources = [ContextRetriever(), HistoryRetriever(400, share_unnamed=True)] if retrieval else []
+    return engine, Frontier(engine, chosen, sources)
 
 
 def admit(frontier: Frontier, handle: int, text: list[int], max_length: int = 100) -> None:
@@ -114,6 +123,46 @@ def test_a_given_chain_is_read_in_one_forward() -> None:
     assert engine.num_forwards == forwards
 
 
+PERIOD = [3, 4, 5, 6, 7]
+
+
+def _period(context: Sequence[int]) -> npt.NDArray[np.float32]:
+    return 9 * np.eye(VOCAB, dtype=np.float32)[PERIOD[(PERIOD.index(context[-1]) + 1) % 5] if context[-1] in PERIOD else 0]
+
+
+def test_what_is_retrieved_is_read_in_one_forward_and_the_draft_confirms_it() -> None:
+    engine, frontier = make(retrieval=True, logits=_period, nodes_per_iteration=16)
+    admit(frontier, 1, PERIOD * 3)
+    iteration = frontier.select()
+    assert [run.tokens for run in iteration.runs] == [PERIOD * 3], "nothing is indexed yet"
+    tokens, probs = engine.forward(iteration.rows, 8)
+    frontier.expand(iteration, tokens, probs)
+    commit(frontier, 1, 15, [3])
+    iteration = frontier.select()
+    assert iteration.runs[0].tokens == [3, 4, 5, 6, 7, 3, 4]
+    tokens, probs = engine.forward(iteration.rows, 8)
+    records = frontier.expand(iteration, tokens, probs)
+    assert records["tokens"][:7, 0].tolist() == [4, 5, 6, 7, 3, 4, 5]
+    assert frontier.num_retrieved == frontier.num_confirmed == 6
+
+
+def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> None:
+    engine, frontier = make(
+        retrieval=True, logits=lambda context: 9 * np.eye(VOCAB, dtype=np.float32)[1], nodes_per_iteration=16
+    )
+    admit(frontier, 1, PERIOD * 3)
+    turn(engine, frontier)
+    commit(frontier, 1, 15, [3])
+    turn(engine, frontier)
+    request = frontier._requests[1]
+    assert request.root is not None
+    wrong = request.root.children[4]
+    assert wrong.is_retrieved and wrong.log_prob - request.root.log_prob < math.log(0.01)
+    assert frontier.num_retrieved == 6 and frontier.num_confirmed == 0
+    iteration = frontier.select()
+    assert iteration.runs[0].tokens == [1], "work went on behind what the draft does not believe"
+
+
 def test_what_survives_a_commit_is_not_drafted_again() -> None:
     engine, frontier = make(nodes_per_iteration=4)
     admit(frontier, 1, [1, 2, 3])
@@ -175,11 +224,18 @@ def test_a_commit_that_does_not_fit_the_text_ends_the_drafting_for_it(keep: int)
     nodes=st.integers(1, 12),
     children=st.integers(1, VOCAB),
     num_pages=st.sampled_from([14, 40, 400]),
+    retrieval=st.booleans(),
 )
 def test_any_interleaving_keeps_pages_and_trees_sound(
-    rng: random.Random, page_size: int, nodes: int, children: int, num_pages: int
+    rng: random.Random, page_size: int, nodes: int, children: int, num_pages: int, retrieval: bool
 ) -> None:
-    engine, frontier = make(num_pages, page_size, nodes_per_iteration=nodes, children_per_node=children, prefill_tokens=5)
+    # Random texts repeat little: what is retrieved of them is taken, sure or not.
+    with mock.patch.object(frontier_module, "_MIN_BELIEF", 0.05):
+        interleave(rng, make(num_pages, page_size, children, retrieval, nodes_per_iteration=nodes, prefill_tokens=5))
+
+
+def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
+    engine, frontier = made
     texts: dict[int, list[int]] = {}
     bases: dict[int, int] = {}
     next_handle = 1
@@ -221,8 +277,10 @@ def test_any_interleaving_keeps_pages_and_trees_sound(
             commit(frontier, handle, keep, [])
         else:
             handle = rng.choice(live)
-            frontier.apply(Release(handle))
+            frontier.apply(rng.choice([Release(handle), Release(handle, keep=False)]))
             del texts[handle]
+            if rng.random() < 0.1:
+                frontier.apply(Forget())
         frontier.check_integrity()
         for handle, request in frontier._requests.items():
             assert request.text == texts[handle]

@@ -8,6 +8,7 @@ from vllm_double.transport import messages
 from vllm_double.transport.messages import (
     Admit,
     Commit,
+    Forget,
     MessageError,
     Release,
     decode_command,
@@ -48,7 +49,7 @@ def test_garbage_is_refused_or_is_a_command(kind, payload):
         command = decode_command(kind, payload)
     except MessageError:
         return
-    assert isinstance(command, Admit | Commit | Release)
+    assert isinstance(command, Admit | Commit | Release | Forget)
     assert messages.encode(command) == (kind, payload)
 
 

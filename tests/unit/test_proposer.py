@@ -10,8 +10,8 @@ from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Retriever
-from vllm_double.retrieval.context import ContextRetriever
 from vllm_double.transport.inprocess import Faults, in_process_pair
 
 VOCAB = 24
@@ -309,3 +309,67 @@ def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
     world.step()
     world.step()
     assert world.chains["r"] == [3] * 8
+
+
+def _commit(proposer: Proposer, text: list[int], token: int) -> list[int]:
+    """One token of the target's, without drafts verified; the next chain."""
+    text.append(token)
+    return proposer.propose([Row("r", np.array(text, np.int32), 1, ())])[0]
+
+
+def test_what_the_target_refused_is_not_offered_again_at_the_same_place() -> None:
+    proposer = Proposer(8, None, [ContextRetriever()], Ticks())
+    block = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    text = [*block, 14, *block, 14, *block, 14, 3, *block]
+    proposer.admit("r", np.array(text[:-1], np.int32), PARAMS)
+    assert _commit(proposer, text[:-1], block[-1])[:1] == [14]
+    _commit(proposer, text, 2)  # the target says 2, not 14
+    chain: list[int] = []
+    for token in block[:-1]:
+        chain = _commit(proposer, text, token)
+    assert chain[:2] == [13], "14 was refused behind these words"
+    assert _commit(proposer, text, block[-1]) == []
+    _commit(proposer, text, 14)  # and now the target says 14
+    for token in block[:-1]:
+        chain = _commit(proposer, text, token)
+    assert chain[:2] == [13, 14], "it was right since"
+
+
+def test_an_answer_is_offered_to_its_tenants_next_request_only() -> None:
+    answer = [3, 5, 7, 9, 11, 13, 15, 17, 19, 21]
+    world = World(worker=False)
+    world.proposer = Proposer(8, None, [HistoryRetriever(1000)], Ticks())
+    world.target = lambda context: np.eye(VOCAB)[answer[(answer.index(context[-1]) + 1) % 10] if context[-1] in answer else 3]
+    for tenant, is_offered in (("a", False), ("b", False), ("a", True), (None, False)):
+        params = RequestParams(0.0, 200, frozenset(), tenant=tenant)
+        world.admit("r", [1, 2], params)
+        for _ in range(12):
+            world.step()
+        offered = world.proposer.counters.offered.pop("history", 0)
+        assert (offered > 0) == is_offered
+        world.proposer.finish("r")
+        world.texts.clear()
+        world.proposer.propose([])
+    world.proposer.forget_history()
+    world.admit("r", [1, 2], RequestParams(0.0, 200, frozenset(), tenant="a"))
+    for _ in range(12):
+        world.step()
+    assert "history" not in world.proposer.counters.offered
+
+
+def test_new_weights_clear_the_workers_history_too() -> None:
+    world = World()
+    worker_side = HistoryRetriever(1000, share_unnamed=True)
+    engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
+    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [worker_side])
+    world.admit("r", [1, 5])
+    for _ in range(6):
+        world.step()
+    world.proposer.finish("r")
+    for _ in range(3):
+        world.worker.turn()
+    assert worker_side.num_tokens > 5
+    world.proposer.forget_history()
+    world.proposer.propose([])
+    world.worker.turn()
+    assert worker_side.num_tokens == 0

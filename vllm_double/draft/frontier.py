@@ -5,6 +5,7 @@ one child this is PEARL (2408.11850); where the chain's nodes get siblings, Sagu
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,13 @@ import numpy.typing as npt
 from vllm_double.draft.base import DraftEngine, Row
 from vllm_double.draft.pages import OutOfPagesError, PagePool
 from vllm_double.draft.tree import Branch, DraftRequest, Node
-from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Release
+from vllm_double.retrieval.base import Retriever
+from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Forget, Release
 
 __all__ = ["Frontier", "FrontierLimits", "Iteration"]
+
+_INDEX_TOKENS_PER_ITERATION = 1024
+_MIN_BELIEF = 0.5  # a retrieved token that is less sure than this is left to the draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Iteration:
 class Frontier:
     """All admitted requests, their trees and the pages of one draft engine."""
 
-    def __init__(self, engine: DraftEngine, limits: FrontierLimits) -> None:
+    def __init__(self, engine: DraftEngine, limits: FrontierLimits, retrievers: Sequence[Retriever] = ()) -> None:
         if limits.children_per_node < 1:
             raise ValueError(f"children_per_node is {limits.children_per_node}, not at least 1")
         self._limits = limits
@@ -74,20 +79,27 @@ class Frontier:
         self._vocab_size = engine.vocab_size
         self._page_size = engine.page_size
         self._pool = PagePool(engine.num_pages)
+        self._retrievers = list(retrievers)
         self._requests: dict[int, DraftRequest] = {}
         self._starved = False
         self._min_log_prob = math.log(limits.min_path_prob)
         self.num_late_commands = 0
         self.num_committed = 0
         self.num_foreseen = 0
+        self.num_retrieved = 0
+        self.num_confirmed = 0
 
     def __len__(self) -> int:
         return len(self._requests)
 
     # ---- commands ---------------------------------------------------------------------------------------------
 
-    def apply(self, command: Admit | Commit | Release) -> None:
+    def apply(self, command: Admit | Commit | Release | Forget) -> None:
         """Follow the target. A command for an unknown request comes late (its release was quicker) and is counted."""
+        if isinstance(command, Forget):
+            for retriever in self._retrievers:
+                retriever.forget()
+            return
         request = self._requests.get(command.handle)
         if isinstance(command, Admit):
             if request is not None:
@@ -95,14 +107,14 @@ class Frontier:
                 return
             request = DraftRequest(
                 command.handle, command.base, command.temperature, command.max_length, command.stop_token_ids,
-                self._pool, self._page_size,
+                self._pool, self._page_size, command.tenant or None,
             )  # fmt: skip
             self._requests[command.handle] = request
             self._commit(request, 0, command.tokens)
         elif request is None:
             self.num_late_commands += 1
         elif isinstance(command, Release):
-            self._forget(request)
+            self._forget(request, keep=command.keep)
         elif self._commit(request, command.keep, command.tokens) and not self._is_foreign(command.chain):
             request.follow(command.chain.tolist(), np.log(np.clip(command.chain_probs, 1e-9, 1.0)).tolist())
 
@@ -111,13 +123,34 @@ class Frontier:
         try:
             if self._is_foreign(tokens):
                 raise ValueError("a token that the draft model does not know")
+            is_rewind = keep < len(request.text)
             self.num_foreseen += request.commit(keep, tokens.tolist())
         except ValueError:  # or something of the text was lost on the way
             self.num_late_commands += 1
             self._forget(request)
             return False
         self.num_committed += len(tokens)
+        self._retrieve_from(request, tokens, is_rewind)
         return True
+
+    def _retrieve_from(self, request: DraftRequest, tokens: npt.NDArray[np.int32], is_rewind: bool) -> None:
+        """Let the sources know the text, once all of it at admission is here."""
+        if request.root is None:
+            return
+        if is_rewind:
+            self._end_retrieval(request, keep=False)
+        for retriever in self._retrievers:
+            if request.is_retrieving:
+                retriever.extend(request.handle, tokens.tolist())
+            else:
+                retriever.start(request.handle, np.array(request.text, dtype=np.int32), request.tenant)
+        request.is_retrieving = True
+
+    def _end_retrieval(self, request: DraftRequest, keep: bool) -> None:
+        for retriever in self._retrievers:
+            if request.is_retrieving:
+                retriever.stop(request.handle, keep)
+        request.is_retrieving = False
 
     def _is_foreign(self, tokens: npt.NDArray[np.int32]) -> bool:
         """Whether a token lies beyond the draft's vocabulary, which may be smaller than the target's."""
@@ -155,6 +188,8 @@ class Frontier:
                 heapq.heappush(heap, (request.num_expanded > 0, -best, order, request))
         for request, node in put_back:
             request.put_back(node)
+        for retriever in self._retrievers:
+            retriever.work(_INDEX_TOKENS_PER_ITERATION)
         return iteration
 
     def _best(self, request: DraftRequest) -> float | None:
@@ -196,6 +231,7 @@ class Frontier:
                 request.computed(request.root, branch)
                 tips[id(request.root)] = run
                 iteration.fresh.add(id(request.root))
+                self._look_ahead(request, request.root)
             iteration.runs.append(run)
 
     def _is_idle(self, request: DraftRequest) -> bool:
@@ -228,7 +264,33 @@ class Frontier:
         request.computed(node, run.branch)
         tips[id(node)] = run
         iteration.fresh.add(id(node))
+        self._look_ahead(request, node)
         return 1
+
+    def _look_ahead(self, request: DraftRequest, node: Node) -> None:
+        """A Retrieval Forward (Double, 2601.05524): what is retrieved behind a node is read in the same forward as the node.
+
+        Where the draft then says otherwise, its word counts.
+        """
+        if not self._retrievers or node.children:
+            return
+        if not node.ahead:
+            room = request.deepest_allowed(self._limits.num_speculative_tokens) - node.position - 1
+            if room <= 0:
+                return
+            tail = request.path_to(node)
+            best: list[tuple[int, float]] = []
+            for retriever in self._retrievers:
+                found = retriever.lookup(request.handle, tail, room)
+                if found is None:
+                    continue
+                path = [
+                    (token, math.log(belief))
+                    for token, belief in zip(found.tokens, itertools.takewhile(_MIN_BELIEF.__le__, found.beliefs), strict=False)
+                ]
+                best = max(best, path, key=len)
+            request.retrieved(node, best)
+        request.look_ahead(node)
 
     def expand(
         self, iteration: Iteration, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]
@@ -241,6 +303,9 @@ class Frontier:
         log_probs = np.log(np.maximum(probs, 1e-9)).tolist()
         token_lists = tokens.tolist()
         for index, (request, node) in enumerate(nodes):
+            if node.is_retrieved:
+                self.num_retrieved += 1
+                self.num_confirmed += node.parent is not None and node.parent.alternatives[0][0] == node.token
             request.expand(node, token_lists[index], log_probs[index])
         records["handle"] = [request.handle for request, _ in nodes]
         records["prefix_hash"] = [node.prefix_hash for _, node in nodes]
@@ -268,7 +333,9 @@ class Frontier:
             needed -= -(-(len(request.text) + 1) // self._page_size)
             self._forget(request)
 
-    def _forget(self, request: DraftRequest) -> None:
+    def _forget(self, request: DraftRequest, keep: bool = False) -> None:
+        """``keep``: whether the sources may offer its text to later requests."""
+        self._end_retrieval(request, keep)
         request.release()
         del self._requests[request.handle]
 

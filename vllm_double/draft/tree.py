@@ -34,10 +34,12 @@ class Node:
     """A token at ``position``; ``prefix_hash`` names the text up to and including it."""
 
     __slots__ = (
+        "ahead",
         "alive",
         "alternatives",
         "branch",
         "children",
+        "is_retrieved",
         "log_prob",
         "parent",
         "position",
@@ -55,6 +57,8 @@ class Node:
         self.alternatives: list[tuple[int, float]] = []  # what the draft listed, best first, with log-probabilities
         self.branch: Branch | None = None
         self.alive = True
+        self.is_retrieved = False
+        self.ahead: list[tuple[int, float]] = []  # what was retrieved behind it, with log-probabilities, last token first
 
 
 # Negative log-probability of the path, a tie-breaker, a node, and which of its alternatives is meant (_ITSELF: the node).
@@ -67,9 +71,11 @@ class DraftRequest:
 
     def __init__(
         self, handle: int, base: int, temperature: float, max_length: int, stop_token_ids: Sequence[int], pool: PagePool,
-        page_size: int,
+        page_size: int, tenant: str | None = None,
     ) -> None:  # fmt: skip
         self.handle = handle
+        self.tenant = tenant
+        self.is_retrieving = False  # whether the sources of retrieval know it
         self.base = base
         self.temperature = temperature
         self.max_length = max_length
@@ -166,9 +172,29 @@ class DraftRequest:
         return child
 
     def expand(self, node: Node, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
-        """Note what the draft says behind a computed node, best first."""
+        """Note what the draft says behind a computed node, best first. Of a retrieved child the draft knows better."""
         node.alternatives = list(zip(tokens, log_probs, strict=True))
+        for child in node.children.values():
+            if child.is_retrieved:
+                said = dict(node.alternatives).get(child.token)
+                if said is None:
+                    unsaid = 1.0 - sum(map(math.exp, log_probs))
+                    said = min(log_probs[-1], math.log(max(unsaid, 1e-9)))
+                child.log_prob = node.log_prob + said
         self._push_alternative(node, 0)
+
+    def retrieved(self, node: Node, path: Sequence[tuple[int, float]]) -> None:
+        """Note tokens that were retrieved behind a node without children, with log-probabilities."""
+        node.ahead = list(reversed(path))
+
+    def look_ahead(self, node: Node) -> None:
+        """Make the next token that was retrieved behind ``node`` its child, and the others the child's."""
+        if not node.ahead:
+            return
+        token, log_prob = node.ahead.pop()
+        child = self.child(node, token, log_prob)
+        child.is_retrieved = True
+        child.ahead, node.ahead = node.ahead, []
 
     def _make(self, node: Node, token: int, log_prob: float) -> Node:
         child = Node(token, node.position + 1, mix(node.prefix_hash, token), node, node.log_prob + log_prob)
@@ -198,6 +224,9 @@ class DraftRequest:
         while heap:
             negative, _, node, index = heap[0]
             if node.alive and index == _ITSELF:
+                if -negative != node.log_prob:  # the draft knew better, see `expand`
+                    heapq.heapreplace(heap, (-node.log_prob, next(_order), node, _ITSELF))
+                    continue
                 # The root is committed text, and read as such.
                 if node.branch is None and node is not self.root:
                     break
@@ -221,6 +250,15 @@ class DraftRequest:
             return node
         self._push_alternative(node, index + 1)
         return self._make(node, *node.alternatives[index])
+
+    def path_to(self, node: Node) -> list[int]:
+        """Tokens behind the root up to and including ``node``."""
+        path: list[int] = []
+        while node is not self.root and node.parent is not None:
+            path.append(node.token)
+            node = node.parent
+        path.reverse()
+        return path
 
     def put_back(self, node: Node) -> None:
         """Make ``node`` a candidate again."""

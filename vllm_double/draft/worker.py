@@ -1,11 +1,12 @@
 """The draft worker: drafts for ever while the target verifies, and never waits for it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_double.draft.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.base import WorkerEnd
 from vllm_double.transport.messages import WorkerStats
 
@@ -22,9 +23,10 @@ class DraftWorker:
     """One draft engine, one frontier, one end of the logs. ``clock`` gives seconds."""
 
     def __init__(
-        self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter
+        self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter,
+        retrievers: Sequence[Retriever] = (),
     ) -> None:  # fmt: skip
-        self.frontier = Frontier(engine, limits)
+        self.frontier = Frontier(engine, limits, retrievers)
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._engine = engine
         self._end = end
@@ -79,6 +81,8 @@ class DraftWorker:
                     "late_commands": float(self.frontier.num_late_commands),
                     "committed_tokens": float(self.frontier.num_committed),
                     "foreseen_tokens": float(self.frontier.num_foreseen),
+                    "retrieved_tokens": float(self.frontier.num_retrieved),
+                    "confirmed_tokens": float(self.frontier.num_confirmed),
                     "requests": float(len(self.frontier)),
                 }
             )
@@ -88,11 +92,16 @@ class DraftWorker:
 def build(settings: dict[str, Any]) -> DraftWorker:
     """The production worker: vLLM's draft engine at one end of the shared logs.
 
-    settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``address`` of the logs.
+    settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``retrieval`` (fields of Sources),
+    ``address`` of the logs.
     """
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+    from vllm_double.retrieval.automaton import warm_up
+    from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedWorkerEnd
 
     engine = VllmDraftEngine(EngineConfig(**settings["engine"]))
     limits = FrontierLimits(**settings["limits"])
-    return DraftWorker(engine, SharedWorkerEnd.attach(settings["address"]), limits)
+    warm_up()
+    retrievers = Sources(**settings["retrieval"]).open()
+    return DraftWorker(engine, SharedWorkerEnd.attach(settings["address"]), limits, retrievers=retrievers)

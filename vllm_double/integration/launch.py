@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,8 +14,8 @@ from vllm_double.draft.supervisor import DraftSupervisor
 from vllm_double.lifeline import hold
 from vllm_double.metrics import MetricsServer, snapshot
 from vllm_double.proposer import Proposer
-from vllm_double.retrieval import ContextRetriever, Retriever
 from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.shared import SharedTargetEnd
 
 __all__ = ["Launch"]
@@ -40,7 +41,7 @@ class Launch:
             self._end = SharedTargetEnd.create()
             self._supervisor = DraftSupervisor(_host_settings(vllm_config, processes), self._end.address)
         warm_up()  # compiled code is loaded now, not in the first request
-        retrievers: list[Retriever] = [ContextRetriever()] if double.context_retrieval else []
+        retrievers = _sources(double).open() if double.target_retrieval else []
         self.proposer = Proposer(
             config.num_speculative_tokens,
             self._end,
@@ -68,6 +69,10 @@ class Launch:
         if beat != self._beat[0]:
             self._beat = (beat, now)
         return now - self._beat[1] < _STALE_HEARTBEAT_S
+
+
+def _sources(double: DoubleConfig) -> Sources:
+    return Sources(double.context_retrieval, double.history_tokens, double.share_history)
 
 
 def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSettings:
@@ -108,6 +113,7 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
             "prefill_tokens": double.prefill_tokens,
             "min_path_prob": double.min_path_prob,
         },
+        "retrieval": asdict(_sources(double) if double.draft_retrieval else Sources(context=False)),
     }
     return HostSettings(
         worker=worker,

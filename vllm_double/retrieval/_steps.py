@@ -197,9 +197,7 @@ def _extend(header: Header, text: Ints, start: int, stop: int, max_match: int) -
 
 
 @_part
-def _advance(
-    states: Ints, edges: Ints, table: Ints, state: int, length: int, token: int, max_match: int
-) -> tuple[int, int]:
+def _advance(states: Ints, edges: Ints, table: Ints, state: int, length: int, token: int, max_match: int) -> tuple[int, int]:
     """The longest suffix of (what ``state`` holds with ``length`` tokens) + token that occurs: its state and length."""
     target = _find(states, edges, table, state, token)
     while target == NONE and state != ROOT:

@@ -31,7 +31,6 @@ from vllm_double.retrieval._steps import (
     CAPACITY,
     COUNT,
     EDGES,
-    EDGES_AT,
     END,
     FIRST,
     LENGTH,

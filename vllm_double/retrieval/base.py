@@ -29,6 +29,15 @@ class Continuation:
     totals: list[int]
     """How often the context of this step occurred with some token behind it, >= counts."""
 
+    @property
+    def beliefs(self) -> list[float]:
+        """For each token, how far to believe in it before anything is learnt: the share of occurrences that went on so,
+        trusted more the longer the match and the more there are."""
+        return [
+            (1.0 - 0.5 ** ((self.match_length + place) / 2)) * count / (total + 0.1)
+            for place, (count, total) in enumerate(zip(self.counts, self.totals, strict=True))
+        ]
+
 
 class Retriever(Protocol):
     """Sources are driven by one thread. An unknown key raises KeyError, a doubly started one ValueError."""
@@ -49,3 +58,6 @@ class Retriever(Protocol):
 
     def stop(self, key: int, keep: bool) -> None:
         """End the request. ``keep``: later ones of its tenant may be offered what it was answered."""
+
+    def forget(self) -> None:
+        """Drop what was kept of requests that ended: the weights changed."""

@@ -13,7 +13,9 @@ def scan(text: Sequence[int], indexed: int, tail: Sequence[int], max_tokens: int
     return _continue(list(text[:indexed]), [*text, *tail], max_tokens, max_match)
 
 
-def recall(generations: Sequence[Sequence[int]], context: Sequence[int], max_tokens: int, max_match: int) -> Continuation | None:
+def recall(
+    generations: Sequence[Sequence[int]], context: Sequence[int], max_tokens: int, max_match: int
+) -> Continuation | None:
     """`HistoryRetriever.lookup` in generations of separated texts, newest first."""
     lengths = [_longest_followed_suffix(list(searched), list(context), max_match)[0] for searched in generations]
     if not any(lengths):

@@ -24,6 +24,7 @@ __all__ = [
     "Admit",
     "Command",
     "Commit",
+    "Forget",
     "MessageError",
     "Nodes",
     "Release",
@@ -61,12 +62,13 @@ COMMIT: Final = 2
 RELEASE: Final = 3
 NODES: Final = 4
 STATS: Final = 5
+FORGET: Final = 6
 
 # Each is followed by its arrays in the order of the counts.
 # handle, base, max_length, temperature, #tokens, #stop tokens, #bytes of the tenant
 _ADMIT: Final = struct.Struct("<QIIdIHH")
 _COMMIT: Final = struct.Struct("<QIII")  # handle, keep, #tokens, #chain
-_RELEASE: Final = struct.Struct("<Q")  # handle
+_RELEASE: Final = struct.Struct("<Q?")  # handle, keep
 
 _INT: Final = np.dtype("<i4")
 _FLOAT: Final = np.dtype("<f4")
@@ -111,9 +113,15 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The request is over; its handle never comes back."""
+    """The request is over; its handle never comes back. ``keep``: later requests of its tenant may be offered its text."""
 
     handle: int
+    keep: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The target's weights changed: nothing that it said before is to be offered again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +138,7 @@ class WorkerStats:
     values: dict[str, float]
 
 
-Command: TypeAlias = "Admit | Commit | Release"
+Command: TypeAlias = "Admit | Commit | Release | Forget"
 Report: TypeAlias = "Nodes | WorkerStats"
 
 
@@ -145,7 +153,9 @@ def encode(message: Command | Report) -> tuple[int, bytes]:
         if isinstance(message, Admit):
             return ADMIT, _encode_admit(message)
         if isinstance(message, Release):
-            return RELEASE, _RELEASE.pack(message.handle)
+            return RELEASE, _RELEASE.pack(message.handle, message.keep)
+        if isinstance(message, Forget):
+            return FORGET, b""
         return STATS, json.dumps(message.values, allow_nan=False).encode()
     except (struct.error, ValueError, TypeError, OverflowError) as error:
         raise MessageError(f"cannot encode {type(message).__name__}: {error}") from error
@@ -160,6 +170,8 @@ def decode_command(kind: int, payload: Buffer) -> Command:
             return _decode_admit(payload)
         if kind == RELEASE:
             return Release(*_RELEASE.unpack(payload))
+        if kind == FORGET and len(payload) == 0:
+            return Forget()
     except (struct.error, ValueError, OverflowError) as error:
         raise MessageError(f"not a command of kind {kind}: {error}") from error
     raise MessageError(f"{kind} is no kind of command")
