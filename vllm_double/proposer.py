@@ -35,14 +35,17 @@ class RequestParams:
     temperature: 0 is greedy. max_length: tokens of prompt and output together that the text can have at most.
     stop_token_ids: tokens after which nothing counts. use_drafts: False where drafts would change what is promised (a
     seeded request stays reproducible) or were declined. use_worker: False where the draft model cannot read the prompt.
+    tenant: whose text it is; None where nobody was named. adapter: which weights beside the target's own speak (LoRA); texts of
+    different ones foretell each other badly.
     """
 
     temperature: float
     max_length: int
     stop_token_ids: frozenset[int]
-    tenant: str = ""
+    tenant: str | None = None
     use_drafts: bool = True
     use_worker: bool = True
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,11 @@ class Proposer:
             for retriever in self._retrievers:
                 retriever.stop(request.key)
             self._dismiss(request)
+
+    def forget_history(self) -> None:
+        """The target's weights changed: what it said before foretells nothing."""
+        for retriever in self._retrievers:
+            retriever.forget()
 
     # ---- the round --------------------------------------------------------------------------------------------
 
@@ -293,7 +301,7 @@ class Proposer:
                 params.temperature,
                 params.max_length,
                 tuple(params.stop_token_ids),
-                params.tenant,
+                params.tenant or "",
             )
         )
         for start in range(chunk, len(tokens), chunk):

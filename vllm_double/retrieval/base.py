@@ -52,3 +52,6 @@ class Retriever(Protocol):
 
     def stop(self, key: int) -> None:
         """Forget the request."""
+
+    def forget(self) -> None:
+        """Drop what was kept of requests that ended: the weights changed."""

@@ -92,6 +92,9 @@ class ContextRetriever:
         del self._requests[key]
         self._queue.pop(key, None)
 
+    def forget(self) -> None:
+        """Nothing is kept of requests that ended."""
+
     def work(self, budget_tokens: int) -> None:
         """Index at most ``budget_tokens`` queued tokens, taking turns between the requests that wait."""
         while self._queue and budget_tokens > 0:
