@@ -38,8 +38,8 @@ class RequestParams:
 
     temperature: 0 is greedy. max_length: tokens of prompt and output together that the text can have at most.
     stop_token_ids: tokens after which nothing counts. tenant: whose earlier texts the request may be offered; None: it named
-    nobody. use_drafts: False where drafts would change what is promised (a
-    seeded request stays reproducible) or were declined. use_worker: False where the draft model cannot read the prompt.
+    nobody. use_drafts: False where drafts would change what is promised (a seeded request stays reproducible) or were declined.
+    use_worker: False where the draft model cannot read the prompt.
     """
 
     temperature: float

@@ -10,14 +10,21 @@ from typing import Any
 import pytest
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.draft.affinity import CoreSplit
-from vllm_double.integration import engine_core, speculative_config, v1
+from vllm_double.integration import engine_core, front_end, speculative_config, v1
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
+from vllm_double.proposer import RequestParams
 
 SPLIT = CoreSplit(target=((0,), (1,)), draft=(2,), shared=False, bind="0|1")
 
@@ -174,15 +181,16 @@ def test_another_drafter_is_left_alone(runner: Any) -> None:
 @pytest.mark.parametrize(
     ("cores", "launcher", "expected"),
     [
-        (SPLIT, os.getppid(), [{0, 1}, "wait"]),
-        (None, os.getppid(), [set()]),
-        (SPLIT, os.getpid(), []),
+        (SPLIT, os.getppid(), ["requests", {0, 1}, "wait"]),
+        (None, os.getppid(), ["requests", set()]),
+        (SPLIT, os.getpid(), ["requests"]),
     ],
 )
 def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, cores: CoreSplit | None, launcher: int, expected: list[Any]
 ) -> None:
     calls: list[Any] = []
+    monkeypatch.setattr(speculative_config, "_follow_requests", lambda: calls.append("requests"))
     monkeypatch.setattr(speculative_config, "wait_asleep", lambda: calls.append("wait"))
     monkeypatch.setattr(speculative_config, "receive_drafts", lambda cores: calls.append(set(cores)))
     config = object.__new__(DoubleSpeculativeConfig)
@@ -190,3 +198,128 @@ def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the
     received = pickle.loads(pickle.dumps(config))
     assert received.launcher == launcher
     assert calls == expected
+
+
+LORA = LoRARequest("french", 1, "/adapters/french")
+
+
+def _params(
+    monkeypatch: pytest.MonkeyPatch, salt: Any = None, double: Any = None, lora: LoRARequest | None = None
+) -> RequestParams:
+    """What the worker makes of a request after its way from the scheduler."""
+    monkeypatch.setattr(NewRequestData, "from_request", NewRequestData.__dict__["from_request"])  # put back afterwards
+    engine_core.carry_salts()
+    engine_core.carry_salts()
+    sampling = SamplingParams(max_tokens=10, extra_args={"double": double} if double is not None else None)
+    request = Request("r", [1, 2], sampling, None, cache_salt=salt, lora_request=lora)
+    new = pickle.loads(pickle.dumps(NewRequestData.from_request(request, ([0],))))
+    proposer = object.__new__(v1.DoubleProposer)
+    proposer._max_model_len, proposer._draft_seeded, proposer._said_unreadable = 100, False, False
+    return proposer._params(new, SimpleNamespace(num_prompt_tokens=2))
+
+
+def test_the_salt_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _params(monkeypatch).tenant is None
+    assert _params(monkeypatch, salt="").tenant is None, "to vLLM, too, this is none"
+    assert _params(monkeypatch, lora=LORA).tenant is None
+    first, again = (_params(monkeypatch, salt="a").tenant for _ in range(2))
+    assert first is not None and first == again
+
+
+def test_two_that_are_not_the_same_share_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = LoRARequest("french", 2, "/adapters/better-french")
+    known = _params(monkeypatch, salt="a").tenant
+    tenants = [
+        known,
+        *(_params(monkeypatch, salt=salt).tenant for salt in ("x" * 5000, "x" * 5001, 5, ["a"])),
+        *(_params(monkeypatch, salt="a", lora=lora).tenant for lora in (LORA, moved)),
+        _params(monkeypatch, double={"tenant": "a"}).tenant,
+        _params(monkeypatch, double={"tenant": known}).tenant,
+        _params(monkeypatch, salt="b", double={"tenant": "a"}).tenant,
+    ]
+    assert None not in tenants and len(set(tenants)) == len(tenants)
+
+
+def test_what_cannot_be_read_costs_the_request_its_drafts_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _params(monkeypatch, salt="a", double={}).use_drafts
+    for double in (7, "off", {"tenant": 5}, {"unknown": 1}):
+        assert not _params(monkeypatch, salt="a", double=double).use_drafts
+    proposer = object.__new__(v1.DoubleProposer)
+    proposer._said_unreadable = False
+    caplog.clear()
+    for _ in range(3):
+        proposer._args(SimpleNamespace(extra_args={"double": 7}))
+    assert len(caplog.records) == 1
+
+
+def test_the_front_end_refuses_what_cannot_be_read_under_method_double_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[Any] = []
+    monkeypatch.setattr(SamplingParams, "verify", lambda self, model, speculative, *args: verified.append(speculative))
+    front_end.refuse_malformed(DoubleSpeculativeConfig)
+    front_end.refuse_malformed(DoubleSpeculativeConfig)
+    double = object.__new__(DoubleSpeculativeConfig)
+    good, bad = (SamplingParams(extra_args={"double": {"tenant": tenant}}) for tenant in ("a", 5))
+    good.verify(None, double, None, None)
+    bad.verify(None, None, None, None)
+    with pytest.raises(VLLMValidationError, match="must be text"):
+        bad.verify(None, double, None, None)
+    assert verified == [double, None, double]
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker whose methods do nothing but fail where told to; ``forgot`` counts."""
+
+    def act(self: Any, *args: Any, **kwargs: Any) -> str:
+        if self.fails:
+            raise RuntimeError("half way")
+        return "done"
+
+    for name in ("reload_weights", "update_weights", "finish_weight_update", "sleep", "add_lora"):
+        monkeypatch.setattr(Worker, name, act)
+    v1._wrap_worker()
+    v1._wrap_worker()
+    worker = object.__new__(Worker)
+    worker.fails, worker.forgot = False, 0
+
+    def forget() -> None:
+        worker.forgot += 1
+
+    drafter = object.__new__(v1.DoubleProposer)
+    drafter._proposer = SimpleNamespace(forget_history=forget)
+    worker.model_runner = SimpleNamespace(drafter=drafter)
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "forgot"),
+    [
+        ("reload_weights", {"weights_path": "other"}, 1),
+        ("update_weights", {"update_info": {}}, 1),
+        ("finish_weight_update", {}, 1),
+        ("sleep", {}, 0),
+        ("sleep", {"level": 1}, 0),
+        ("sleep", {"level": 2}, 1),
+        ("add_lora", {"lora_request": LORA}, 0),
+        ("add_lora", {"lora_request": LoRARequest("french", 1, "/adapters/french", load_inplace=True)}, 1),
+    ],
+)
+def test_history_goes_with_the_weights(worker: Any, method: str, arguments: dict[str, Any], forgot: int) -> None:
+    assert getattr(worker, method)(**arguments) == "done"
+    assert worker.forgot == forgot
+    worker.fails = True
+    with pytest.raises(RuntimeError, match="half way"):
+        getattr(worker, method)(**arguments)
+    assert worker.forgot == 2 * forgot, "a change that failed may have changed something"
+    worker.fails, worker.model_runner.drafter = False, object()
+    assert getattr(worker, method)(**arguments) == "done"
+
+
+def test_history_goes_when_weights_are_loaded_past_vllm(worker: Any) -> None:
+    model = SimpleNamespace(load_weights=lambda weights: set(weights))
+    worker.model_runner.drafter.load_model(model)
+    assert worker.forgot == 0
+    assert model.load_weights(iter(["a"])) == {"a"}
+    assert worker.forgot == 1

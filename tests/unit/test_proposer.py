@@ -373,3 +373,27 @@ def test_new_weights_clear_the_workers_history_too() -> None:
     world.proposer.propose([])
     world.worker.turn()
     assert worker_side.num_tokens == 0
+
+
+def test_history_is_kept_when_the_weights_change() -> None:
+    class Remembering(ContextRetriever):
+        forgot = 0
+
+        def forget(self) -> None:
+            self.forgot += 1
+
+    retrievers = [Remembering(), Remembering()]
+    proposer = Proposer(8, None, retrievers, Ticks())
+    proposer.admit("r", np.array([1, 5], np.int32), PARAMS)
+    proposer.forget_history()
+    assert [retriever.forgot for retriever in retrievers] == [1, 1]
+    proposer.propose([Row("r", np.array([1, 5, 7], np.int32), 1, [])])
+    proposer.check_integrity()
+
+
+@pytest.mark.parametrize("tenant", [None, "a"])
+def test_a_request_with_or_without_a_tenant_reaches_no_worker(tenant: str | None) -> None:
+    world = World()
+    world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(), tenant=tenant))
+    world.step()
+    assert len(world.worker.frontier) == 1

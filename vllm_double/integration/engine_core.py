@@ -7,6 +7,8 @@ vLLM's engine core waits for its workers by ``sched_yield`` in a loop, for a sec
 equal shares hands it half of a core that the draft needs, and the engine core has no core of its own on a small CPU host.
 ``wait_asleep`` leaves that core to the draft. And the kernel moves the engine core to the target's core, where every
 millisecond of it is one that the target stands still: ``receive_drafts`` keeps it away from there.
+
+A request's ``cache_salt`` ends in the scheduler; ``carry_salts`` takes it on to the workers.
 """
 
 import functools
@@ -16,14 +18,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_double.draft.affinity import bind_all_threads
 
-__all__ = ["DRAFTS_ATTRIBUTE", "receive_drafts", "wait_asleep"]
+__all__ = ["DRAFTS_ATTRIBUTE", "SALT_ATTRIBUTE", "carry_salts", "receive_drafts", "wait_asleep"]
 
 DRAFTS_ATTRIBUTE = "double_draft_token_ids"  # of a ModelRunnerOutput: what the worker's take_draft_token_ids would return
+SALT_ATTRIBUTE = "double_cache_salt"  # of a NewRequestData, which is pickled into the workers: the request's cache_salt
 _MARK = "_vllm_double_wrapped"
 _LOOK_EVERY_MS = 1  # a notification can be lost: then the message is seen so much later
 
@@ -80,3 +84,19 @@ def receive_drafts(target_cores: Iterable[int]) -> None:
     setattr(update_from_output, _MARK, True)
     Scheduler.update_from_output = update_from_output
     MultiprocExecutor.take_draft_token_ids = take_draft_token_ids
+
+
+def carry_salts() -> None:
+    """Have this process tell the workers each new request's ``cache_salt``. Once."""
+    original = NewRequestData.from_request.__func__
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def from_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        new = original(cls, request, *args, **kwargs)
+        setattr(new, SALT_ATTRIBUTE, request.cache_salt)
+        return new
+
+    setattr(from_request, _MARK, True)
+    NewRequestData.from_request = classmethod(from_request)

@@ -17,7 +17,8 @@ from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
-from vllm_double.integration.engine_core import receive_drafts, wait_asleep
+from vllm_double.integration.engine_core import carry_salts, receive_drafts, wait_asleep
+from vllm_double.integration.front_end import refuse_malformed
 from vllm_double.integration.tokenizers import check_same_tokenizer
 
 __all__ = ["DoubleSpeculativeConfig", "build"]
@@ -63,6 +64,7 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        _follow_requests()
         if os.getppid() == self.launcher:  # this is the engine core
             on_cpu = self.cores is not None
             receive_drafts({core for rank in self.cores.target for core in rank} if on_cpu else ())
@@ -102,6 +104,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
     cores = _bind_cores(double, parallel.tensor_parallel_size) if draft else None
+    _follow_requests()
     return DoubleSpeculativeConfig(
         num_speculative_tokens=num_tokens,
         target_model_config=target,
@@ -112,6 +115,12 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         metrics_key=secrets.token_hex(8),
         launcher=os.getpid(),
     )
+
+
+def _follow_requests() -> None:
+    """In every process with our configuration: any of them can be a front end or hold the scheduler, and most are neither."""
+    refuse_malformed(DoubleSpeculativeConfig)
+    carry_salts()
 
 
 def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:

@@ -2,22 +2,29 @@
 
 V1 calls a custom proposer without request ids and without the scheduler's output, so three methods of the runner are wrapped.
 Two more save round trips to the engine core: a step is computed and sampled at once, and its output carries the drafts. Each
-method does what it did before unless the runner's drafter is ours.
+method does what it did before unless the runner's drafter is ours. Methods of the worker that change the target's weights are
+wrapped, too: what it said with the old ones is forgotten.
 """
 
 import functools
+import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
+from vllm_double.config import ConfigError
+from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE, SALT_ATTRIBUTE
 from vllm_double.integration.launch import Launch
 from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.request_args import RequestArgs, digest
 
 __all__ = ["DoubleProposer"]
 
+_logger = logging.getLogger(__name__)
 _MARK = "_vllm_double_wrapped"
 
 
@@ -26,14 +33,22 @@ class DoubleProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         _wrap_runner()
+        _wrap_worker()
         self._max_model_len = vllm_config.model_config.max_model_len
         self._draft_seeded = vllm_config.speculative_config.double.draft_seeded_requests
         self._launch = Launch(vllm_config) if _is_output_rank() else None
         self._proposer: Proposer | None = self._launch.proposer if self._launch is not None else None
         self._step_started = 0.0
+        self._said_unreadable = False
 
     def load_model(self, target_model: Any) -> None:
-        """The draft model is loaded by the draft worker."""
+        """The draft model is loaded by the draft worker. Trainers load weights straight into the target: that is seen here."""
+        target_model.load_weights = _then(target_model.load_weights, lambda *args, **kwargs: self.forget_history())
+
+    def forget_history(self) -> None:
+        """The target's weights changed."""
+        if self._proposer is not None:
+            self._proposer.forget_history()
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """vLLM asks for this method; the wrapped runner calls ``propose_rows`` instead."""
@@ -86,14 +101,30 @@ class DoubleProposer:
         has_text = new.prompt_embeds is None and new.prompt_token_ids is not None
         # A seeded request is reproducible in plain vLLM; with drafts the draws would depend on when they were ready.
         is_seeded = sampling.seed is not None and sampling.temperature > 0
-        wanted = ((sampling.extra_args or {}).get("double") or {}).get("enabled", True)
+        args = self._args(sampling)
+        # Both count: who may choose a tenant must not reach behind another's salt. And what speaks through another adapter
+        # foretells this one badly.
+        salt, lora = getattr(new, SALT_ATTRIBUTE, None), new.lora_request
+        adapter = (lora.lora_name, lora.lora_int_id, lora.lora_path) if lora is not None else None
+        is_named = bool(salt or args.tenant)
         return RequestParams(
             temperature=sampling.temperature,
             max_length=min(self._max_model_len, state.num_prompt_tokens + max_tokens),
             stop_token_ids=frozenset(stops),
-            use_drafts=has_text and bool(wanted) and (self._draft_seeded or not is_seeded),
+            tenant=digest(salt, args.tenant, adapter) if is_named else None,
+            use_drafts=has_text and args.enabled and (self._draft_seeded or not is_seeded),
             use_worker=not new.mm_features,
         )
+
+    def _args(self, sampling: Any) -> RequestArgs:
+        """What the request says. The front end refuses what cannot be read; where it did not, there are no drafts."""
+        try:
+            return RequestArgs.parse(sampling.extra_args)
+        except ConfigError as error:
+            if not self._said_unreadable:
+                self._said_unreadable = True
+                _logger.warning("a request goes without drafts, and so will others like it: %s", error)
+            return RequestArgs(enabled=False)  # whoever it names, its text stays out of everybody's history
 
 
 def _is_output_rank() -> bool:
@@ -157,3 +188,42 @@ def _wrap_runner() -> None:
     GPUModelRunner._update_states = update_states
     GPUModelRunner.execute_model = execute_model
     GPUModelRunner.sample_tokens = sample_tokens
+
+
+def _wrap_worker() -> None:
+    """Wrap the methods of the worker's class that change weights, once per process."""
+    if getattr(Worker.reload_weights, _MARK, False):
+        return
+
+    def forget(worker: Any, *args: Any, **kwargs: Any) -> None:
+        drafter = getattr(worker.model_runner, "drafter", None)
+        if isinstance(drafter, DoubleProposer):
+            drafter.forget_history()
+
+    def forget_if_lost(worker: Any, level: int = 1) -> None:
+        if level > 1:
+            forget(worker)
+
+    def forget_if_replaced(worker: Any, lora_request: Any) -> None:
+        if lora_request.load_inplace:
+            forget(worker)
+
+    Worker.reload_weights = _then(Worker.reload_weights, forget)
+    Worker.update_weights = _then(Worker.update_weights, forget)
+    Worker.finish_weight_update = _then(Worker.finish_weight_update, forget)
+    Worker.sleep = _then(Worker.sleep, forget_if_lost)
+    Worker.add_lora = _then(Worker.add_lora, forget_if_replaced)
+
+
+def _then(change: Callable[..., Any], follow: Callable[..., None]) -> Callable[..., Any]:
+    """``change`` and then ``follow`` with the same arguments, even where it fails: it may have done half of its work."""
+
+    @functools.wraps(change)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return change(*args, **kwargs)
+        finally:
+            follow(*args, **kwargs)
+
+    setattr(changed, _MARK, True)
+    return changed

@@ -16,6 +16,8 @@ from vllm_double.patches.registry import Entry, Signature
 
 _CPU_KERNELS = "vllm.utils.cpu_triton_utils"
 _MODEL_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_WORKER = "vllm.v1.worker.gpu_worker"
+_NEW_WEIGHTS = "what the target said with other weights foretells nothing"
 
 
 def _lines(path: str, line_031: int, line_032: int) -> dict[str, str]:
@@ -164,6 +166,62 @@ HOOKS: tuple[Entry, ...] = (
         why="saves the third round trip",
         upstream=_lines("vllm/v1/executor/multiproc_executor.py", 369, 374),
         expected=(Signature("self"),),
+    ),
+    Entry(
+        name="new-request",
+        target="vllm.v1.core.sched.output:NewRequestData.from_request",
+        what="wrapped: carries the request's cache_salt as an attribute",
+        why="history is kept per tenant, and the workers are not told the salt",
+        upstream=_lines("vllm/v1/core/sched/output.py", 59, 59),
+        expected=(Signature("cls, request, block_ids, prefill_token_ids=None, uses_mrope=False"),),
+    ),
+    Entry(
+        name="request-verification",
+        target="vllm.sampling_params:SamplingParams.verify",
+        what='wrapped: refuses a request whose extra_args["double"] cannot be read',
+        why="the worker must not fail for one request's mistake",
+        upstream=_lines("vllm/sampling_params.py", 838, 901),
+        expected=(Signature("self, model_config, speculative_config, structured_outputs_config, tokenizer"),),
+    ),
+    Entry(
+        name="reload-weights",
+        target=f"{_WORKER}:Worker.reload_weights",
+        what="wrapped: history is forgotten",
+        why=_NEW_WEIGHTS,
+        upstream=_lines("vllm/v1/worker/gpu_worker.py", 566, 629),
+        expected=(Signature("self, *args, **kwargs"),),
+    ),
+    Entry(
+        name="update-weights",
+        target=f"{_WORKER}:Worker.update_weights",
+        what="wrapped: history is forgotten",
+        why=_NEW_WEIGHTS,
+        upstream=_lines("vllm/v1/worker/gpu_worker.py", 1486, 1550),
+        expected=(Signature("self, update_info"),),
+    ),
+    Entry(
+        name="finish-weight-update",
+        target=f"{_WORKER}:Worker.finish_weight_update",
+        what="wrapped: history is forgotten",
+        why=_NEW_WEIGHTS,
+        upstream=_lines("vllm/v1/worker/gpu_worker.py", 1523, 1587),
+        expected=(Signature("self"),),
+    ),
+    Entry(
+        name="sleep",
+        target=f"{_WORKER}:Worker.sleep",
+        what="wrapped: history is forgotten at level 2, which gives the weights up",
+        why=_NEW_WEIGHTS,
+        upstream=_lines("vllm/v1/worker/gpu_worker.py", 271, 294),
+        expected=(Signature("self, level=1"),),
+    ),
+    Entry(
+        name="add-lora",
+        target=f"{_WORKER}:Worker.add_lora",
+        what="wrapped: history is forgotten when an adapter is loaded in place of its former self",
+        why="the new adapter has the old one's identity",
+        upstream=_lines("vllm/v1/worker/gpu_worker.py", 1384, 1439),
+        expected=(Signature("self, lora_request"),),
     ),
     Entry(
         name="custom-proposer",

@@ -1,0 +1,39 @@
+"""A worker extension through which a test looks into the worker's process."""
+
+from typing import Any
+
+
+class Probe:
+    """Methods that vLLM gives to the worker's class. They note what the proposer is told."""
+
+    model_runner: Any
+
+    def probe_start(self) -> None:
+        proposer = self.model_runner.drafter._proposer
+        self._probe_admitted: list[tuple[str | None, bool]] = []
+        self._probe_forgot = 0
+        admit, forget = proposer.admit, proposer.forget_history
+
+        def noted_admit(request_id: str, tokens: Any, params: Any) -> None:
+            self._probe_admitted.append((params.tenant, params.use_drafts))
+            admit(request_id, tokens, params)
+
+        def noted_forget() -> None:
+            self._probe_forgot += 1
+            forget()
+
+        proposer.admit, proposer.forget_history = noted_admit, noted_forget
+
+    def probe_admitted(self) -> list[tuple[str | None, bool]]:
+        """(tenant, use_drafts) of the requests since the last call."""
+        admitted, self._probe_admitted = self._probe_admitted, []
+        return admitted
+
+    def probe_forgot(self) -> int:
+        """How often history was forgotten since the last call."""
+        forgot, self._probe_forgot = self._probe_forgot, 0
+        return forgot
+
+    def probe_load_nothing(self) -> None:
+        """As trainers do that bring their own worker extension: weights go straight into the model."""
+        self.model_runner.model.load_weights(iter(()))
