@@ -1,7 +1,8 @@
 """A Llama for vLLM whose logits a script decides where it knows the context; everything else is Llama's.
 
 Drafts, whoever makes them, are verified against it as against any target: what it says is a function of a
-request's own tokens, however these are cut into forwards, cached or rejected.
+request's own tokens, however these are cut into forwards, cached or rejected. It reads the script on the host in
+every forward: for the CPU, or a GPU without CUDA graphs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ScriptedLlamaForCausalLM(LlamaForCausalLM):
         starts = metadata.query_start_loc.tolist()
         tokens, slots = input_ids[: starts[-1]].tolist(), metadata.slot_mapping[: starts[-1]].cpu().numpy()
         if slots.size and slots.max() >= len(self._node_at_slot):
-            self._node_at_slot = np.resize(self._node_at_slot, 2 * (int(slots.max()) + 1))
+            self._node_at_slot = np.pad(self._node_at_slot, (0, 2 * int(slots.max()) + 1))
         rows = [
             (int(positions[start]) - 1, row, start, end) for row, (start, end) in enumerate(pairwise(starts)) if end > start
         ]
@@ -69,13 +70,13 @@ class ScriptedLlamaForCausalLM(LlamaForCausalLM):
             following[start:end] = [self._script.following[node] for node in nodes]
 
     def _slot(self, metadata: Any, row: int, position: int) -> int:
-        size = self._cache.block_size
+        size = int(self._cache.block_size)
         return int(metadata.block_table[row, position // size]) * size + position % size
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Llama's logits, with certainty where the script goes on. [rows, vocabulary]"""
         size = self.config.hidden_size
-        logits = super().compute_logits(hidden_states[:, :size].contiguous())
+        logits: Tensor = super().compute_logits(hidden_states[:, :size].contiguous())
         following = hidden_states[:, size:].contiguous().view(torch.int32).flatten().long()
         # vLLM's dry runs pass random numbers for hidden states.
         known = ((following >= 0) & (following < logits.shape[1])).nonzero().flatten()
