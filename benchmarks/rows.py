@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,20 +30,35 @@ def provenance(module: str) -> dict[str, Value]:
 
 
 def append(path: Path, row: Mapping[str, Value]) -> None:
-    """Adds a row; a new file gets a header. ValueError when the file has other columns."""
+    """Adds a row; a new file gets a header. ValueError when the file has other columns.
+
+    Columns that a file lacks are added to it, with nothing in the earlier rows.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(row)
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         with path.open(newline="") as file:
             header = next(csv.reader(file))
-        if header != columns:
+        if header == [column for column in columns if column in header] and header != columns:
+            _widen(path, columns)
+        elif header != columns:
             raise ValueError(f"{path} has other columns: {sorted(set(header) ^ set(columns)) or 'another order'}")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow({name: _text(value) for name, value in row.items()})
+
+
+def _widen(path: Path, columns: Sequence[str]) -> None:
+    """Writes the file anew with more columns; whoever reads it sees the old file or the new one."""
+    earlier = read(path)
+    with (new := path.with_suffix(".new")).open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(earlier)
+    new.replace(path)
 
 
 def read(path: Path) -> list[dict[str, str]]:

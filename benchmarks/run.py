@@ -1,10 +1,12 @@
 """Compares the arms: interleaved rounds on the same cores, one CSV row per arm and cell (temperature, batch).
 
     python -m benchmarks.run --layers 66 --temperature 0 1 --batch 1 4
+    python -m benchmarks.run --layers 66 --scripted 8
 
 First every variant of every arm (chain lengths, thread splits) answers once, then the best of each arm
 is measured in interleaved rounds, cell by cell. A row holds quantiles over the rounds; ``speedup`` is the
-median of the round-wise ratio.
+median of the round-wise ratio. With ``--scripted`` the prompts are edits of code, and the target's replies are
+scripted (benchmarks/scripted).
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks import rows, workload
+from benchmarks import rows, scripted, workload
 from benchmarks.arms import ARMS, Arm, Choices, default_arms, variants
 from benchmarks.client import Request
 from benchmarks.harness import Fleet, Series, interleave
 from benchmarks.machine import cores, parse_cores
+from benchmarks.scripted.write import write
 from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import is_looping, quantile, share
 
@@ -46,7 +49,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-prompts", type=int, default=8, help="prompts of a round; at least the largest batch")
     parser.add_argument("--kinds", nargs="+", default=[], help="kinds of prompts; all if not given")
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--scripted", type=int, metavar="N", help="N scripted edits for prompts instead of --prompts")
+    parser.add_argument("--max-tokens", type=int, help="128; of a scripted edit 1024, which all replies end before")
     parser.add_argument("--ngram-k", nargs="+", type=int, default=[2, 4, 6])
     parser.add_argument("--draft-k", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--double-k", nargs="+", type=int, default=[16])
@@ -62,6 +66,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "bench.csv")
     parser.add_argument("--logs", type=Path, default=workload.PAIR.parent / "logs")
     options = parser.parse_args(argv)
+    if options.scripted is not None:
+        options.num_prompts = options.scripted
+    if options.max_tokens is None:
+        options.max_tokens = 128 if options.scripted is None else 1024
     if options.num_prompts < max(options.batch):
         parser.error("--num-prompts must not be below the largest --batch")
     if "plain" not in options.arms:
@@ -85,13 +93,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = [Cell(temperature, batch) for temperature in options.temperature for batch in options.batch]
     with tempfile.TemporaryDirectory(prefix="vllm-double-bench-") as folder:
         for layers in options.layers:
+            target = workload.inflated(options.target, layers, Path(folder))
+            if options.scripted is not None:
+                write(target, output := Path(folder) / f"scripted-{layers}", options.scripted)
+                target, options.prompts = output, output / "prompts.jsonl"
             base = ServerConfig(
-                workload.inflated(options.target, layers, Path(folder)),
+                target,
                 tuple(options.cores),
                 dtype=options.dtype,
                 max_model_len=options.max_model_len,
                 max_num_seqs=max(16, *options.batch),
                 compile=options.compile,
+                environment=scripted.environment() if options.scripted is not None else {},
             )
             best = choose(options, base, tried, cells)
             measure(options, base, best, layers)
@@ -126,10 +139,14 @@ def one_round(options: argparse.Namespace, base: ServerConfig, arm: Arm, cells: 
     return rates
 
 
+def prompts_of(options: argparse.Namespace) -> list[workload.Prompt]:
+    """The prompts of every round."""
+    return workload.load_prompts(options.prompts, options.num_prompts, options.kinds)
+
+
 def ask_for(options: argparse.Namespace, cell: Cell) -> list[Request]:
     """The requests of one round."""
-    prompts = workload.load_prompts(options.prompts, options.num_prompts, options.kinds)
-    return workload.requests(prompts, options.max_tokens, cell.temperature)
+    return workload.requests(prompts_of(options), options.max_tokens, cell.temperature)
 
 
 def measure(options: argparse.Namespace, base: ServerConfig, best: dict[Cell, list[Arm]], layers: int) -> None:
@@ -175,6 +192,7 @@ def cell_rows(options: argparse.Namespace, cell: Cell, layers: int, series: Sequ
             "layers": layers,
             "dtype": options.dtype,
             "eager": not options.compile,
+            "workload": "+".join(sorted({prompt.kind for prompt in prompts_of(options)})),
             "temperature": cell.temperature,
             "batch": cell.batch,
             "max_tokens": options.max_tokens,

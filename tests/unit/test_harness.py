@@ -21,7 +21,7 @@ from benchmarks.harness import Series
 from benchmarks.machine import parse_cores
 from benchmarks.metrics import counters, speculation
 from benchmarks.parity import divergences
-from benchmarks.plots import latest
+from benchmarks.plots import USUAL, latest
 from benchmarks.run import portable
 from benchmarks.server import MARK, Server, ServerConfig, ServerError, family
 from benchmarks.stats import first_difference, is_looping, median_ratio, quantile, share
@@ -115,6 +115,19 @@ def test_a_row_with_other_columns_is_refused_and_the_file_stays(tmp_path: Path) 
     assert path.read_text() == before
 
 
+def test_earlier_rows_are_lost_when_a_file_gains_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "bench.csv"
+    rows.append(path, {"arm": "plain, alone", "batch": 1})
+    rows.append(path, {"arm": "double", "workload": "edit", "batch": 4})
+    assert rows.read(path) == [
+        {"arm": "plain, alone", "workload": "", "batch": "1"},
+        {"arm": "double", "workload": "edit", "batch": "4"},
+    ]
+    with pytest.raises(ValueError, match="other columns"):
+        rows.append(path, {"arm": "double", "batch": 1})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bench.csv"]
+
+
 def test_provenance_holds_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--target", "/home/someone/target", "--batch", "1"])
     assert rows.provenance("benchmarks.run")["command"] == "python -m benchmarks.run --target target --batch 1"
@@ -196,8 +209,10 @@ def test_prompts_are_mixed_as_the_file_is_and_too_few_are_refused(tmp_path: Path
 def test_plots_take_the_latest_row_of_an_arm() -> None:
     row = {"temperature": "0", "batch": "1", "arm": "double", "layers": "66"}
     found = latest([row | {"speedup": "1"}, row | {"speedup": "2"}, row | {"batch": "4", "speedup": "3"}])
-    assert found[("0", "1")]["double"]["66"]["speedup"] == "2"
-    assert set(found) == {("0", "1"), ("0", "4")}
+    assert found[(USUAL, "0", "1")]["double"]["66"]["speedup"] == "2"
+    assert set(found) == {(USUAL, "0", "1"), (USUAL, "0", "4")}
+    found = latest([row | {"workload": "", "speedup": "1"}, row | {"workload": "scripted-edit", "speedup": "2"}])
+    assert set(found) == {(USUAL, "0", "1"), ("scripted-edit", "0", "1")}
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("0", [0]), ("0-2,5", [0, 1, 2, 5]), ("1,0", [0, 1])])
