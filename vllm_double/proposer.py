@@ -127,7 +127,8 @@ class Proposer:
         """The target's weights changed: nothing that it said before is offered again, by either side."""
         for retriever in self._retrievers:
             retriever.forget()
-        self._to_say.append(Forget())
+        if Forget() not in self._to_say:  # some load weights one by one
+            self._to_say.append(Forget())
 
     # ---- the round --------------------------------------------------------------------------------------------
 
