@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ PIECE_TOKENS = (300, 700)
 """Shortest and longest piece."""
 MIN_LINES, MIN_PIECE_LINES = 120, 8
 MAX_TRIES = 100
+NAME = re.compile(r"\b[A-Za-z_]\w{2,}(?= = |[(\[]|\.\w)")
+"""Identifiers where code has them and prose has not: assigned to, called, indexed, with an attribute."""
 LITERAL = re.compile(r"(?<![\w'\"])(?:\d+|'[^'\\\n]{2,30}'|\"[^\"\\\n]{2,30}\")(?![\w'\"])")
 
 
@@ -42,8 +45,13 @@ class Piece:
 
     @property
     def words(self) -> list[str]:
-        """Identifiers of the piece, as often as they occur."""
-        return [word for word in IDENTIFIER.findall("\n".join(self.lines)) if not keyword.iskeyword(word)]
+        """All words of the piece that could be identifiers, as often as they occur."""
+        return IDENTIFIER.findall("\n".join(self.lines))
+
+    @property
+    def names(self) -> list[str]:
+        """Identifiers of the piece."""
+        return _names(self.lines)
 
 
 Choice = TypeVar("Choice")
@@ -54,8 +62,8 @@ Change = tuple[list[str], str]
 def rename(rng: Generator, piece: Piece) -> Change | None:
     """An identifier that occurs three times or more gets the name of another one of the module."""
     words = piece.words
-    old = _one_of(rng, sorted({word for word in words if words.count(word) > 2}))
-    new = _one_of(rng, sorted(set(IDENTIFIER.findall("\n".join(piece.module))) - set(words) - set(keyword.kwlist)))
+    old = _one_of(rng, [name for name in piece.names if words.count(name) > 2])
+    new = _one_of(rng, [name for name in _names(piece.module) if name not in words])
     if old is None or new is None:
         return None
     return [re.sub(rf"\b{re.escape(old)}\b", new, line) for line in piece.lines], f"rename {old} -> {new}"
@@ -67,7 +75,7 @@ def change_literal(rng: Generator, piece: Piece) -> Change | None:
     if place is None:
         return None
     old = LITERAL.findall(piece.lines[place])[0]
-    new = str(int(old) + int(rng.integers(1, 100))) if old.isdigit() else f"{old[0]}{rng.choice(piece.words)}{old[0]}"
+    new = str(int(old) + int(rng.integers(1, 100))) if old.isdigit() else f"{old[0]}{_one_of(rng, piece.words)}{old[0]}"
     return [*piece.lines[:place], piece.lines[place].replace(old, new, 1), *piece.lines[place + 1 :]], f"change {old} -> {new}"
 
 
@@ -88,6 +96,10 @@ def insert(rng: Generator, piece: Piece) -> Change | None:
 
 
 CHANGES: tuple[Callable[[Generator, Piece], Change | None], ...] = (rename, change_literal, remove, insert)
+
+
+def _names(lines: Sequence[str]) -> list[str]:
+    return sorted(set(NAME.findall("\n".join(lines))) - set(keyword.kwlist) - {*dir(builtins), "self", "cls"})
 
 
 def _one_of(rng: Generator, choices: Sequence[Choice]) -> Choice | None:
