@@ -2,5 +2,6 @@
 
 from vllm_double.retrieval.base import Continuation, Retriever, Tokens
 from vllm_double.retrieval.context import ContextRetriever
+from vllm_double.retrieval.datastore import Datastore, DatastoreError, DatastoreRetriever
 
-__all__ = ["ContextRetriever", "Continuation", "Retriever", "Tokens"]
+__all__ = ["ContextRetriever", "Continuation", "Datastore", "DatastoreError", "DatastoreRetriever", "Retriever", "Tokens"]

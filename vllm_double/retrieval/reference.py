@@ -1,16 +1,35 @@
-"""The context lookup by scanning: slow, obvious, and the definition that the automaton is compared with."""
+"""Lookups by scanning: slow, obvious, and the definition that automaton and datastore are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vllm_double.retrieval.base import Continuation
 
-__all__ = ["scan"]
+__all__ = ["scan", "scan_documents"]
 
 
 def scan(text: Sequence[int], indexed: int, tail: Sequence[int], max_tokens: int, max_match: int) -> Continuation | None:
     """`ContextRetriever.lookup` for a text whose first ``indexed`` tokens are indexed. O(n) a length."""
-    searched = list(text[:indexed])
-    context = [*text, *tail]
+    # The most frequent follower; of equally frequent ones that which was seen last.
+    return _continue([text[:indexed]], [*text, *tail], max_tokens, max_match, lambda last_seen, _: last_seen)
+
+
+def scan_documents(
+    documents: Sequence[Sequence[int]], context: Sequence[int], max_tokens: int, max_match: int
+) -> Continuation | None:
+    """`DatastoreRetriever.lookup` for a corpus and a text + tail. O(n) a length."""
+    # The most frequent follower; of equally frequent ones the lowest id.
+    return _continue(documents, context, max_tokens, max_match, lambda _, token: -token)
+
+
+def _continue(
+    documents: Sequence[Sequence[int]],
+    context: Sequence[int],
+    max_tokens: int,
+    max_match: int,
+    preference: Callable[[int, int], int],
+) -> Continuation | None:
+    searched = [list(document) for document in documents]
+    context = list(context)
     tokens: list[int] = []
     counts: list[int] = []
     totals: list[int] = []
@@ -20,9 +39,8 @@ def scan(text: Sequence[int], indexed: int, tail: Sequence[int], max_tokens: int
         if length < max(match_length, 1):
             break
         match_length = match_length or length
-        # The most frequent follower; of equally frequent ones that which was seen last.
         last_seen = {token: i for i, token in enumerate(followers)}
-        token = max(last_seen, key=lambda token: (followers.count(token), last_seen[token]))
+        token = max(last_seen, key=lambda token: (followers.count(token), preference(last_seen[token], token)))
         tokens.append(token)
         counts.append(followers.count(token))
         totals.append(len(followers))
@@ -30,12 +48,17 @@ def scan(text: Sequence[int], indexed: int, tail: Sequence[int], max_tokens: int
     return Continuation(tokens, match_length, counts, totals) if tokens else None
 
 
-def _longest_followed_suffix(searched: list[int], context: list[int], max_match: int) -> tuple[int, list[int]]:
-    """The longest suffix of context that occurs in searched with a token behind it: its length, at most
+def _longest_followed_suffix(documents: list[list[int]], context: list[int], max_match: int) -> tuple[int, list[int]]:
+    """The longest suffix of context that occurs in a document with a token behind it: its length, at most
     max_match, and the tokens behind its occurrences in text order."""
     for length in range(min(max_match, len(context)), 0, -1):
         suffix = context[-length:]
-        followers = [searched[end] for end in range(length, len(searched)) if searched[end - length : end] == suffix]
+        followers = [
+            document[end]
+            for document in documents
+            for end in range(length, len(document))
+            if document[end - length : end] == suffix
+        ]
         if followers:
             return length, followers
     return 0, []
