@@ -14,11 +14,13 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from vllm_double.retrieval._build_steps import build_steps
-from vllm_double.retrieval._datastore_steps import NONE, NUM_COLUMNS
+from vllm_double.retrieval._datastore_steps import MAX_DEPTH, NONE, NUM_COLUMNS
 from vllm_double.retrieval.base import Tokens
 from vllm_double.retrieval.datastore import MAX_TOKENS, MAX_VOCAB, SEPARATOR, DatastoreError, Header, Section
 
 __all__ = ["build", "partial_path"]
+
+Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 # Entries that are sorted at once (12 bytes each); more where one token is more frequent than that.
 _PASS = 1 << 24
@@ -34,13 +36,13 @@ def partial_path(output: Path) -> Path:
 
 def build(
     output: Path,
-    documents: Iterable[Tokens],
+    documents: Iterable[Ids],
     vocab_size: int,
     fingerprint: bytes,
     max_match: int = 32,
     show_progress: bool = False,
 ) -> Header:
-    """Write a datastore of documents, each int32 [n] of ids below vocab_size, and put it in the place of ``output``.
+    """Write a datastore of documents, each [n] ids below vocab_size, and put it in the place of ``output``.
 
     Raises DatastoreError where the documents cannot be indexed, OSError where the file cannot be written. The header is
     written when all else has reached the disk, so that nothing opens which is not whole.
@@ -50,6 +52,8 @@ def build(
     """
     if not 1 <= vocab_size <= MAX_VOCAB:
         raise DatastoreError(f"A vocabulary has 1 to {MAX_VOCAB} tokens, not {vocab_size}.")
+    if not 1 <= max_match < MAX_DEPTH:
+        raise DatastoreError(f"Contexts have 1 to {MAX_DEPTH - 1} tokens, not {max_match}.")
     with _replacing(output) as file:
         header = _Builder(file, vocab_size, fingerprint, max_match, show_progress).run(documents)
         file.flush()
@@ -95,7 +99,7 @@ class _Builder:
         self._show_progress = show_progress
         self._steps = build_steps()
 
-    def run(self, documents: Iterable[Tokens]) -> Header:
+    def run(self, documents: Iterable[Ids]) -> Header:
         self._write_tokens(documents)
         tokens = self._map("tokens")
         counts = np.zeros(self._header.vocab_size, np.int32)
@@ -110,7 +114,7 @@ class _Builder:
         self._write_nodes()
         return replace(self._header, checksums=tuple(self._checksum(section) for section in self._header.sections))
 
-    def _write_tokens(self, documents: Iterable[Tokens]) -> None:
+    def _write_tokens(self, documents: Iterable[Ids]) -> None:
         self._file.seek(self._section("tokens").offset)
         separator = np.array([SEPARATOR], "<i4").tobytes()
         self._file.write(separator)

@@ -210,7 +210,9 @@ class Datastore:
             )
             for section in self.header.sections
         }
-        self._arrays = tuple(self.sections.values())
+        self._words = np.frombuffer(self._file, "<i4")
+        self._places = np.array([(section.offset, section.offset + section.num_bytes) for section in self.header.sections])
+        self._max_match = self.header.max_match
         self._lookup = lookup_step()
 
     def verify(self) -> None:
@@ -225,11 +227,13 @@ class Datastore:
 
         ``context`` has room for ``max_tokens`` more, which are written to it; out, int32 [3, n], gets tokens, counts, totals.
         """
-        return self._lookup(*self._arrays, context, num_context, self.header.max_match, out, max_tokens)
+        return self._lookup(self._words, self._places, context, num_context, self._max_match, out, max_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the sections are not those of the documents. Slow, O(n^2): for tests."""
-        tokens, starts, order, followers, successors, shared, anchors, nodes = (array.tolist() for array in self._arrays)
+        tokens, starts, order, followers, successors, shared, anchors, nodes = (
+            array.tolist() for array in self.sections.values()
+        )
         depth, num_entries = self.header.max_match, self.header.num_entries
         contexts: dict[int, list[int]] = {}
         position = 0
