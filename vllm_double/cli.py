@@ -70,10 +70,14 @@ def _datastore(options: argparse.Namespace) -> int:
     actions = {"build": _datastore_build, "inspect": _datastore_inspect, "verify": _datastore_verify}
     try:
         actions[options.action](options)
-    except (DatastoreError, OSError) as error:
-        print(f"vllm-double: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except DatastoreError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename or options.output}."
+    else:
+        return 0
+    print(f"vllm-double: {reason}", file=sys.stderr)
+    return 1
 
 
 def _datastore_build(options: argparse.Namespace) -> None:

@@ -66,6 +66,8 @@ def build(
 @contextmanager
 def _replacing(output: Path) -> Iterator[BinaryIO]:
     """An empty file that takes the place of output in the end, or goes away where there is an error."""
+    if output.is_dir():
+        raise DatastoreError(f'The output "{output}" is a folder.')
     partial = partial_path(output)
     with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         try:
