@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vllm_double import __version__
 
@@ -16,7 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="whether the installed vLLM is one that method double works with")
     commands.add_parser("settings", help='the settings under "double" in --speculative-config')
+    _add_datastore(commands.add_parser("datastore", help="the corpus that drafts are retrieved from"))
     options = parser.parse_args(arguments)
+    if options.command == "datastore":
+        return _datastore(options)
     return _check() if options.command == "check" else _settings()
 
 
@@ -38,6 +42,82 @@ def _settings() -> int:
     for name, entry in DoubleConfig.model_fields.items():
         print(f"{name} = {entry.default!r}\n    {entry.description}")
     return 0
+
+
+def _add_datastore(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser("build", help="build a datastore from text or token ids")
+    build.add_argument("--tokenizer", required=True, help="model, or its folder")
+    build.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        help='.jsonl files with "text" or "token_ids" in each line, text files, or folders of them',
+    )
+    build.add_argument("--output", type=Path, required=True, help="file to write; it is replaced once the new one is whole")
+    build.add_argument("--max-match", type=int, default=32, help="tokens of context that are told apart (default: 32)")
+    inspect = actions.add_parser("inspect", help="what a datastore holds")
+    inspect.add_argument("store", type=Path)
+    verify = actions.add_parser("verify", help="whether a datastore is undamaged")
+    verify.add_argument("store", type=Path)
+    verify.add_argument("--tokenizer", help="model, or its folder, whose tokens the datastore must have")
+
+
+def _datastore(options: argparse.Namespace) -> int:
+    from vllm_double.retrieval.datastore import DatastoreError
+
+    actions = {"build": _datastore_build, "inspect": _datastore_inspect, "verify": _datastore_verify}
+    try:
+        actions[options.action](options)
+    except DatastoreError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename or options.output}."
+    else:
+        return 0
+    print(f"vllm-double: {reason}", file=sys.stderr)
+    return 1
+
+
+def _datastore_build(options: argparse.Namespace) -> None:
+    from vllm_double.retrieval.build import build
+    from vllm_double.retrieval.corpus import load_tokenizer, read_documents
+    from vllm_double.retrieval.datastore import fingerprint
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    documents = read_documents(options.input, tokenizer, show_progress=True)
+    identity = fingerprint(vocabulary)
+    header = build(options.output, documents, max(vocabulary.values()) + 1, identity, options.max_match, show_progress=True)
+    print(f"{header.num_corpus_tokens} tokens of {header.num_documents} documents: {header.num_bytes} bytes")
+
+
+def _datastore_inspect(options: argparse.Namespace) -> None:
+    from vllm_double.retrieval.datastore import Datastore
+
+    header = Datastore(options.store).header
+    facts = {
+        "documents": header.num_documents,
+        "tokens": header.num_corpus_tokens,
+        "vocabulary": header.vocab_size,
+        "tokenizer": header.fingerprint.hex(),
+        "max_match": header.max_match,
+        "bytes": header.num_bytes,
+        "bytes per token": f"{header.num_bytes / header.num_corpus_tokens:.2f}",
+    }
+    facts |= {f"bytes of {section.name}": section.num_bytes for section in header.sections}
+    for name, fact in facts.items():
+        print(f"{name:20} {fact}")
+
+
+def _datastore_verify(options: argparse.Namespace) -> None:
+    from vllm_double.retrieval.corpus import load_tokenizer
+    from vllm_double.retrieval.datastore import Datastore, fingerprint
+
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    Datastore(options.store, fingerprint(tokenizer.get_vocab()) if tokenizer else None).verify()
+    print("The datastore is whole" + (" and has the tokens of this tokenizer." if tokenizer else "."))
 
 
 if __name__ == "__main__":

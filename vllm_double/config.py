@@ -30,6 +30,10 @@ class DoubleConfig(BaseModel):
         False, description="requests without a tenant share a history: how fast an answer comes then tells whether another got "
         "it before, as vLLM's prefix caching does for prompts",
     )  # fmt: skip
+    datastore: str | None = Field(
+        None, description="file that `vllm-double datastore build` made with the target's tokenizer; every request may be offered "
+        "what is in it",
+    )  # fmt: skip
     target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
     draft_retrieval: bool = Field(True, description="the draft model reads retrieved tokens, several in one forward")
     draft_device: str = Field(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_double.cli import main
 from vllm_double.config import ConfigError
 
 pytestmark = pytest.mark.integration
@@ -128,3 +129,17 @@ def test_the_server_says_one_sentence_and_exits(bad: dict[str, object]) -> None:
     assert run.returncode != 0
     said = [line for line in run.stderr.splitlines() if line.startswith("vllm-double: ")]
     assert len(said) == 1 and "Traceback" not in run.stderr
+
+
+def test_a_datastore_that_cannot_be_used_is_refused_and_its_own_tokenizers_is_not(tmp_path: Path, other_draft: Path) -> None:
+    store = tmp_path / "store"
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        create({"double": {"datastore": str(store)}})
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 20)
+    for tokenizer in (other_draft, TARGET):
+        command = ["datastore", "build", "--tokenizer", str(tokenizer), "--input", str(tmp_path / "text.txt")]
+        assert main([*command, "--output", str(store)]) == 0
+        if tokenizer is other_draft:
+            with pytest.raises(ConfigError, match="another tokenizer"):
+                create({"double": {"datastore": str(store)}})
+    create({"double": {"datastore": str(store)}})

@@ -72,7 +72,7 @@ class Launch:
 
 
 def _sources(double: DoubleConfig) -> Sources:
-    return Sources(double.context_retrieval, double.history_tokens, double.share_history)
+    return Sources(double.context_retrieval, double.history_tokens, double.share_history, double.datastore)
 
 
 def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSettings:

@@ -19,7 +19,7 @@ from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
 from vllm_double.integration.engine_core import carry_salts, receive_drafts, wait_asleep
 from vllm_double.integration.front_end import refuse_malformed
-from vllm_double.integration.tokenizers import check_same_tokenizer
+from vllm_double.integration.tokenizers import check_datastore, check_same_tokenizer
 
 __all__ = ["DoubleSpeculativeConfig", "build"]
 
@@ -101,6 +101,8 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         _check_draft(draft, double, target)
     elif draft:
         raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
+    if double.datastore is not None:
+        check_datastore(target, double.datastore)
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
     cores = _bind_cores(double, parallel.tensor_parallel_size) if draft else None

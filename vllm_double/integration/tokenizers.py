@@ -1,12 +1,14 @@
 """Whether target and draft mean the same by a token id."""
 
+from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig
 
 from vllm_double.config import ConfigError
+from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint
 
-__all__ = ["check_same_tokenizer", "difference"]
+__all__ = ["check_datastore", "check_same_tokenizer", "difference"]
 
 _SAMPLE = "def f(x):\n    return x ** 2  # naïve café, 東京, 12345.678\n\tEnd. \U0001f600 <|im_end|></s>"
 
@@ -22,12 +24,25 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
     except Exception as error:  # whatever a loader of foreign files can raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f'The tokenizer of the draft model "{draft}" cannot be read: {reason}') from None
-    target_tokenizer = AutoTokenizer.from_pretrained(
-        target.tokenizer, revision=target.tokenizer_revision, trust_remote_code=target.trust_remote_code
-    )
-    found = difference(target_tokenizer, draft_tokenizer)
+    found = difference(_tokenizer_of(target), draft_tokenizer)
     if found is not None:
         raise ConfigError(f'The draft model "{draft}" has another tokenizer than the target: {found}.')
+
+
+def check_datastore(target: ModelConfig, path: str) -> None:
+    """Raises ConfigError with one sentence where the file cannot be used or has another tokenizer."""
+    try:
+        Datastore(Path(path), fingerprint(_tokenizer_of(target).get_vocab()))
+    except DatastoreError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _tokenizer_of(target: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        target.tokenizer, revision=target.tokenizer_revision, trust_remote_code=target.trust_remote_code
+    )
 
 
 def difference(target: Any, draft: Any) -> str | None:

@@ -2,6 +2,16 @@
 
 from vllm_double.retrieval.base import Continuation, Retriever, Tokens
 from vllm_double.retrieval.context import ContextRetriever
+from vllm_double.retrieval.datastore import Datastore, DatastoreError, DatastoreRetriever
 from vllm_double.retrieval.history import HistoryRetriever
 
-__all__ = ["ContextRetriever", "Continuation", "HistoryRetriever", "Retriever", "Tokens"]
+__all__ = [
+    "ContextRetriever",
+    "Continuation",
+    "Datastore",
+    "DatastoreError",
+    "DatastoreRetriever",
+    "HistoryRetriever",
+    "Retriever",
+    "Tokens",
+]

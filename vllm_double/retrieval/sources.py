@@ -1,9 +1,11 @@
 """Which sources of repeated text there are, on either side."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm_double.retrieval.base import Retriever
 from vllm_double.retrieval.context import ContextRetriever
+from vllm_double.retrieval.datastore import Datastore, DatastoreRetriever
 from vllm_double.retrieval.history import HistoryRetriever
 
 __all__ = ["Sources"]
@@ -12,17 +14,23 @@ __all__ = ["Sources"]
 @dataclass(frozen=True, slots=True)
 class Sources:
     """context: a request's own text. history_tokens: of what earlier requests were answered; 0: none. share_history: requests
-    that name no tenant share a history."""
+    that name no tenant share a history. datastore: a file that `vllm-double datastore build` made."""
 
     context: bool = True
     history_tokens: int = 0
     share_history: bool = False
+    datastore: str | None = None
 
     def open(self) -> list[Retriever]:
-        """The sources, each empty but for what lies on disk. Call `automaton.warm_up` before the first request."""
+        """The sources, each empty but for what lies on disk. Call `automaton.warm_up` before the first request.
+
+        Raises DatastoreError.
+        """
         sources: list[Retriever] = []
         if self.context:
             sources.append(ContextRetriever())
         if self.history_tokens:
             sources.append(HistoryRetriever(self.history_tokens, share_unnamed=self.share_history))
+        if self.datastore is not None:
+            sources.append(DatastoreRetriever(Datastore(Path(self.datastore))))
         return sources

@@ -1,0 +1,128 @@
+"""What a datastore costs: python -m benchmarks.datastore_bench
+
+Corpus: copies of Python's standard library, one id per word, in documents of 2,000 tokens, in each of which a tenth of the
+tokens is replaced by others of the same text. Lookups continue contexts of one more such copy. Every lookup goes through
+Python, the pages of the file are in memory, and 16 tokens are asked for, 8 of the context are a tail.
+"""
+
+import argparse
+import gc
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import rows
+from benchmarks.retrieval_bench import MAX_TOKENS, TAIL, standard_library_tokens
+from benchmarks.stats import quantile
+from vllm_double.retrieval import Continuation, Datastore, DatastoreRetriever, Tokens
+from vllm_double.retrieval._build_steps import build_steps
+from vllm_double.retrieval._datastore_steps import lookup_step
+from vllm_double.retrieval.build import build
+from vllm_double.retrieval.reference import scan_documents
+
+DOCUMENT = 2000
+REPLACED = 0.1
+LOOKUPS = 20_000
+WARM_UP = 20_000
+TOKENIZER = bytes(32)
+
+
+def copy_of(text: Tokens, rng: np.random.Generator) -> Tokens:
+    """The text with some tokens replaced. int32 [n]."""
+    replaced = rng.random(len(text)) < REPLACED
+    changed = text.copy()
+    changed[replaced] = rng.choice(text, int(replaced.sum()))
+    return changed
+
+
+def corpus(text: Tokens, num_tokens: int) -> Iterator[Tokens]:
+    """Documents with so many tokens in all."""
+    rng = np.random.default_rng(0)
+    while num_tokens > 0:
+        copy = copy_of(text, rng)[:num_tokens]
+        num_tokens -= len(copy)
+        yield from np.split(copy, range(DOCUMENT, len(copy), DOCUMENT))
+
+
+def check(text: Tokens, folder: Path) -> None:
+    """Refuse to time what is wrong."""
+    documents = [document[:300] for document in corpus(text[:20_000], 20_000)]
+    build(folder / "checked", documents, int(text.max()) + 1, TOKENIZER)
+    retriever = DatastoreRetriever(Datastore(folder / "checked"))
+    for key, document in enumerate(documents):
+        context = document[100:120]
+        retriever.start(key, context)
+        expected = scan_documents([part.tolist() for part in documents], context.tolist(), MAX_TOKENS, retriever.max_match)
+        assert retriever.lookup(key, (), MAX_TOKENS) == expected
+
+
+def lookups(datastore: Datastore, text: Tokens) -> tuple[list[float], list[Continuation]]:
+    """Microseconds of each lookup, and what those found that found anything."""
+    rng = np.random.default_rng(1)
+    text = copy_of(text, rng)
+    retriever = DatastoreRetriever(datastore)
+    spent: list[float] = []
+    found: list[Continuation] = []
+    gc.disable()
+    for key, end in enumerate(rng.integers(64, len(text), WARM_UP + LOOKUPS).tolist()):
+        retriever.start(key, text[end - 64 : end - TAIL])
+        tail = text[end - TAIL : end].tolist()
+        begin = time.perf_counter_ns()
+        continuation = retriever.lookup(key, tail, MAX_TOKENS)
+        spent.append((time.perf_counter_ns() - begin) / 1e3)
+        retriever.stop(key)
+        if continuation is not None:
+            found.append(continuation)
+    gc.enable()
+    return spent[WARM_UP:], found
+
+
+def measure(text: Tokens, num_tokens: int, path: Path) -> dict[str, rows.Value]:
+    """Build, open, look up: one row."""
+    build_steps()
+    begin = time.perf_counter()
+    header = build(path, corpus(text, num_tokens), int(text.max()) + 1, TOKENIZER)
+    built = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lookup_step()
+    opening = []
+    for _ in range(20):
+        opened = time.perf_counter()
+        datastore = Datastore(path, TOKENIZER)
+        opening.append(1e3 * (time.perf_counter() - opened))
+    spent, found = lookups(datastore, text)
+    return {
+        "tokens": num_tokens,
+        "build_s": built - begin,
+        "peak_mib": peak,
+        "open_max_ms": max(opening),
+        "bytes_per_token": header.num_bytes / num_tokens,
+        "lookup_p50_us": quantile(spent, 0.5),
+        "lookup_p99_us": quantile(spent, 0.99),
+        "lookup_max_us": max(spent),
+        "mean_found": sum(len(continuation.tokens) for continuation in found) / (WARM_UP + LOOKUPS),
+        "mean_match": sum(continuation.match_length for continuation in found) / len(found),
+    }
+
+
+def main() -> None:
+    """Prints a table and appends one row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=50_000_000)
+    parser.add_argument("--output", type=Path, default=rows.RESULTS / "datastore.csv")
+    options = parser.parse_args()
+    text = standard_library_tokens(1_400_000)
+    with tempfile.TemporaryDirectory() as folder:
+        check(text, Path(folder))
+        row = measure(text, options.tokens, Path(folder) / "store")
+    for name, value in row.items():
+        print(f"{name:16} {value:12.2f}")
+    rows.append(options.output, row | rows.provenance("benchmarks.datastore_bench"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The datastore against a scan of its documents, and against files that no builder wrote."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_double.retrieval import Continuation, Datastore, DatastoreError, DatastoreRetriever
+from vllm_double.retrieval import build as builder
+from vllm_double.retrieval.datastore import Header
+from vllm_double.retrieval.reference import scan_documents
+
+VOCAB = 12
+TOKENIZER = b"\1" * 32
+MUTATIONS = 10_000
+
+
+def fibonacci_word(length: int) -> list[int]:
+    shorter, longer = [0], [0, 1]
+    while len(longer) < length:
+        shorter, longer = longer, longer + shorter
+    return longer[:length]
+
+
+LENGTHS = st.integers(0, 150)
+RANDOM = st.integers(1, 5).flatmap(lambda size: st.lists(st.integers(0, size - 1), max_size=150))
+PERIODIC = st.builds(
+    lambda period, length: (period * length)[:length],
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    LENGTHS,
+)
+BLOCKS = st.builds(
+    # Few blocks in any order: long matches that part again.
+    lambda blocks, order: [token for i in order for token in blocks[i % len(blocks)]],
+    st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=15), min_size=1, max_size=4),
+    st.lists(st.integers(0, 3), max_size=10),
+)
+STREAMS = st.one_of(RANDOM, PERIODIC, BLOCKS, LENGTHS.map(fibonacci_word), LENGTHS.map(lambda n: [0] * n))
+CORPORA = st.one_of(
+    st.lists(STREAMS, min_size=1, max_size=5),
+    # Many short documents, most of which end where others go on.
+    st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=60),
+)
+BOUNDS = st.sampled_from([1, 2, 3, 5, 8, 32])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_parts() -> Iterator[None]:
+    """Corpora of a testable length take several passes, windows and chunks; nothing waits for the disk."""
+    with (
+        mock.patch.object(builder.os, "fsync"),
+        mock.patch.object(builder, "_PASS", 50),
+        mock.patch.object(builder, "_WINDOW", 70),
+        mock.patch.object(builder, "_CHUNK", 30),
+    ):
+        yield
+
+
+def built(path: Path, documents: list[list[int]], max_match: int) -> Datastore:
+    builder.build(path, [np.array(document, np.int32) for document in documents], VOCAB, TOKENIZER, max_match)
+    return Datastore(path, TOKENIZER)
+
+
+def continuations(datastore: Datastore, texts: list[list[int]], max_tokens: int) -> list[Continuation | None]:
+    retriever = DatastoreRetriever(datastore)
+    found = []
+    for key, text in enumerate(texts):
+        retriever.start(key, np.array(text, np.int32))
+        found.append(retriever.lookup(key, [], max_tokens))
+    return found
+
+
+@given(CORPORA, st.data(), BOUNDS)
+@settings(max_examples=300, deadline=None)
+def test_a_lookup_differs_from_a_scan(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], data: st.DataObject, max_match: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "looked_up"
+    if all(len(document) < 2 for document in documents):
+        with pytest.raises(DatastoreError, match="no document of two tokens"):
+            built(path, documents, max_match)
+        return
+    datastore = built(path, documents, max_match)
+    assert list(datastore.documents()) == [document for document in documents if document]
+    document = documents[data.draw(st.integers(0, len(documents) - 1), "document")]
+    start = data.draw(st.integers(0, len(document)), "start")
+    repeated = document[start : start + data.draw(st.integers(0, 40), "length")]
+    contexts = [repeated, repeated[-1:], data.draw(RANDOM, "context"), [*repeated, *data.draw(STREAMS, "tail")]]
+    expected = [scan_documents(documents, context, 20, max_match) for context in contexts]
+    assert continuations(datastore, contexts, 20) == expected
+
+
+@given(CORPORA.filter(lambda documents: any(len(document) > 1 for document in documents)), BOUNDS)
+@settings(max_examples=200, deadline=None)
+def test_the_sections_differ_from_their_definition(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], max_match: int
+) -> None:
+    datastore = built(tmp_path_factory.getbasetemp() / "checked", documents, max_match)
+    datastore.check_integrity()
+    datastore.verify()
+
+
+def test_a_large_corpus_of_all_kinds_is_looked_up_as_it_is_scanned(tmp_path: Path) -> None:
+    # Long enough that most intervals of short contexts are nodes, nested in each other.
+    rng = random.Random(0)
+    words = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 6))] for _ in range(8)]
+    prose = [token for _ in range(600) for token in rng.choices(words, [8, 5, 3, 2, 1, 1, 1, 1])[0]]
+    documents = [prose[:900], fibonacci_word(500), [0, 1, 2] * 100, [3] * 200, prose[900:], [0], [3, 3]]
+    datastore = built(tmp_path / "store", documents, 32)
+    datastore.check_integrity()
+    assert datastore.header.num_nodes > 50
+    contexts = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 4))] for _ in range(15)]
+    for _ in range(40):
+        document = rng.choice(documents)
+        start = rng.randrange(len(document))
+        contexts.append(document[start : start + rng.randrange(1, 40)])
+    expected = [scan_documents(documents, context, 16, 32) for context in contexts]
+    assert continuations(datastore, contexts, 16) == expected
+
+
+def mutated(whole: bytes, rng: random.Random) -> bytes:
+    """Flipped bytes, a cut, or 8-byte integers of the kind that overflows; half of them under a header that fits."""
+    data = bytearray(whole)
+    kind = rng.randrange(4)
+    if kind == 0:
+        for _ in range(rng.randrange(1, 20)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del data[rng.randrange(len(data)) :]
+    else:
+        for _ in range(rng.choice([1, 4, 40])):
+            value = rng.choice([rng.getrandbits(64), rng.randrange(300), 2**63 - rng.randrange(9), 2**31 - rng.randrange(9)])
+            start = rng.randrange(len(data) // 8) * 8
+            data[start : start + 8] = (value % 2**64).to_bytes(8, "little")
+    num_header = len(Header.unpack(whole).pack())
+    if rng.random() < 0.5:
+        data[:num_header] = whole[:num_header][: len(data)]
+    return bytes(data)
+
+
+def test_a_damaged_file_is_refused_or_harmless(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 6))] for _ in range(5)]
+    documents = [[token for _ in range(40) for token in rng.choice(words)] for _ in range(3)]
+    path = tmp_path / "store"
+    assert built(path, documents, 32).header.num_nodes >= 5
+    whole = path.read_bytes()
+    texts = [documents[0][:40], documents[1][-3:], [5], [1, 1, 1]]
+    refused = 0
+    for _ in range(MUTATIONS):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            datastore = Datastore(path, TOKENIZER)
+        except DatastoreError:
+            refused += 1
+            continue
+        for found in continuations(datastore, texts, 16):
+            if found is not None:
+                assert all(0 <= token < VOCAB for token in found.tokens)
+                assert all(1 <= count <= total for count, total in zip(found.counts, found.totals, strict=True))
+    assert MUTATIONS / 5 < refused < MUTATIONS * 4 / 5
+
+
+@pytest.mark.parametrize("field", ["max_match", "vocab_size", "num_documents", "num_tokens", "num_entries", "num_nodes"])
+def test_a_header_with_a_right_checksum_and_another_number_is_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "store"
+    header = built(path, [[0, 1, 2] * 20], 8).header
+    whole = path.read_bytes()
+    for value in (0, getattr(header, field) + 64, 2**31 - 1, 2**32 - 1):
+        numbers = {name: getattr(header, name) for name in header.__slots__} | {field: value}
+        changed = Header(**numbers).pack()
+        path.write_bytes(changed + whole[len(changed) :])
+        try:
+            datastore = Datastore(path)
+        except DatastoreError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            assert field in ("max_match", "num_documents", "num_nodes"), "all that sizes depend on"
+            continuations(datastore, [[0, 1], [2, 0, 1] * 20], 16)

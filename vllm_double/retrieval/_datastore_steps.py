@@ -1,0 +1,168 @@
+"""The compiled lookup of a datastore: functions on the sections that `datastore` describes.
+
+Sections come from a file of which only the header is checked: every index that is read from one is tested
+before it is used, and no loop's length depends on what is read.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_double.retrieval._steps import _compiled, _part
+
+Ints = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.int64]
+
+# Sections in the order of the file.
+TOKENS, STARTS, ORDER, FOLLOWERS, SUCCESSORS, SHARED, ANCHORS, NODES = range(8)
+
+# Intervals of more entries than this are nodes; smaller ones are counted as they are looked up.
+SCAN = 32
+# Columns of a node: its entries [FIRST, STOP), all of which share DEPTH tokens of context; the next larger node around it;
+# the most frequent token behind it with its COUNT, and an entry whose context is longer by that token.
+FIRST, STOP, DEPTH, PARENT, TOKEN, COUNT, SUCCESSOR = range(7)
+NUM_COLUMNS = 7
+NONE = -1
+# Contexts are shorter than this, so nodes are nested less deeply.
+MAX_DEPTH = 256
+
+
+@_part
+def _search(tokens: Ints, starts: Ints, order: Ints, context: Ints, end: int, max_match: int) -> tuple[int, int]:
+    """(entry, length): an entry that shares most tokens with the end of context[:end]; length 0: there is none."""
+    limit = 0
+    while limit < min(end, max_match) and 0 <= context[end - 1 - limit] < starts.size - 1:
+        limit += 1
+    if limit == 0:
+        return 0, 0
+    first, stop = np.int64(starts[context[end - 1]]), np.int64(starts[context[end - 1] + 1])
+    if not 0 <= first < stop <= order.size:
+        return 0, 0
+    low, high = first, stop
+    # Tokens shared with the entry before low, and with the entry high: those in between share the smaller number at least.
+    below, above = 1, 1
+    while low < high:
+        middle = (low + high) // 2
+        length = min(below, above)
+        index = order[middle] - 1 - length
+        while length < limit and 0 <= index < tokens.size and tokens[index] == context[end - 1 - length]:
+            length += 1
+            index -= 1
+        if length == limit:
+            return middle, limit  # type: ignore[return-value]
+        if 0 <= index < tokens.size and tokens[index] > context[end - 1 - length]:
+            high, above = middle, length
+        else:
+            low, below = middle + 1, length
+    if low == stop or (low > first and below > above):
+        return low - 1, below  # type: ignore[return-value]
+    return low, above  # type: ignore[return-value]
+
+
+@_part
+def _around(shared: Bytes, entry: int, length: int) -> tuple[int, int]:
+    """The entries [first, stop) that share ``length`` tokens with this one; if more than SCAN do, more than SCAN of them."""
+    first = entry
+    while first > 0 and entry - first < SCAN and shared[first] >= length:
+        first -= 1
+    stop = entry + 1
+    while stop < shared.size and stop - entry <= SCAN and shared[stop] >= length:
+        stop += 1
+    return first, stop
+
+
+@_part
+def _tally(followers: Ints, successors: Ints, first: int, stop: int) -> tuple[int, int, int, int]:
+    """(token, count, total, successor) of the most frequent follower of these entries."""
+    token, count, successor = NONE, 0, NONE
+    for i in range(first, stop):
+        follower = followers[i]
+        times, behind = 0, NONE
+        # A follower that was counted already gets fewer now.
+        for j in range(i, stop):
+            if followers[j] == follower:
+                times += 1
+                behind = max(behind, successors[j])
+        if times > count or (times == count and follower < token):
+            token, count, successor = follower, times, behind
+    return token, count, stop - first, successor
+
+
+@_part
+def _recall(anchors: Ints, nodes: Ints, entry: int, length: int) -> tuple[int, int, int, int]:
+    """(token, count, total, successor) of the node around an entry that is a multiple of SCAN; token NONE: no such node."""
+    node = anchors[entry // SCAN] if entry // SCAN < anchors.size else NONE
+    if not 0 <= node < len(nodes):
+        return NONE, 0, 0, NONE
+    for _ in range(MAX_DEPTH):
+        parent = nodes[node, PARENT]
+        if not 0 <= parent < len(nodes) or nodes[parent, DEPTH] < length:
+            break
+        node = parent
+    total = np.int64(nodes[node, STOP]) - nodes[node, FIRST]
+    if nodes[node, DEPTH] < length or not 1 <= nodes[node, COUNT] <= total:
+        return NONE, 0, 0, NONE
+    return nodes[node, TOKEN], nodes[node, COUNT], total, nodes[node, SUCCESSOR]
+
+
+@_part
+def _section(file: Ints, places: Places, section: int) -> Ints:
+    return file[places[section, 0] // 4 : places[section, 1] // 4]
+
+
+def _lookup(
+    file: Ints,
+    places: Places,
+    context: Ints,
+    num_context: int,
+    max_match: int,
+    out: Ints,
+    max_tokens: int,
+) -> tuple[int, int]:
+    """Continue context[:num_context], which has room for ``max_tokens`` more; fill out[0:3] with tokens, counts, totals.
+
+    ``places`` has first and last byte of each section: one array costs a call less time than eight. Returns
+    (tokens found, match length).
+    """
+    tokens = _section(file, places, TOKENS)
+    starts = _section(file, places, STARTS)
+    order = _section(file, places, ORDER)
+    followers = _section(file, places, FOLLOWERS)
+    successors = _section(file, places, SUCCESSORS)
+    shared = file.view(np.uint8)[places[SHARED, 0] : places[SHARED, 1]]
+    anchors = _section(file, places, ANCHORS)
+    nodes = _section(file, places, NODES).reshape((-1, NUM_COLUMNS))
+    entry, length = _search(tokens, starts, order, context, num_context, max_match)
+    match_length = length
+    for i in range(max_tokens):
+        if length < max(match_length, 1):
+            return i, match_length
+        first, stop = _around(shared, entry, length)
+        if stop - first <= SCAN:
+            token, count, total, successor = _tally(followers, successors, first, stop)
+        else:
+            token, count, total, successor = _recall(anchors, nodes, (first + SCAN - 1) // SCAN * SCAN, length)
+        if not 0 <= token < starts.size - 1 or total > order.size:
+            return i, match_length  # a damaged file
+        out[0, i] = token
+        out[1, i] = count
+        out[2, i] = total
+        context[num_context + i] = token
+        if 0 <= successor < order.size:
+            # The context grew by one. A longer one does not occur: without its last token it would have before.
+            entry, length = successor, min(length + 1, max_match)
+        else:
+            # The grown context occurs at the end of documents only.
+            entry, length = _search(tokens, starts, order, context, num_context + i + 1, max_match)
+    return max_tokens, match_length
+
+
+@functools.cache
+def lookup_step() -> Callable[..., tuple[int, int]]:
+    """The compiled lookup; compiles it, or loads what an earlier process compiled, once."""
+    signature = "UniTuple(int64, 2)(Array(int32, 1, 'C', True), int64[:, ::1], int32[::1], int64, int64, int32[:, ::1], int64)"
+    return cast(Callable[..., tuple[int, int]], _compiled(_lookup, signature))

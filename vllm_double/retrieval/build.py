@@ -1,0 +1,223 @@
+"""Building a datastore: from a stream of documents to a file, in little memory, all or nothing."""
+
+import fcntl
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from vllm_double.retrieval._build_steps import build_steps
+from vllm_double.retrieval._datastore_steps import MAX_DEPTH, NONE, NUM_COLUMNS
+from vllm_double.retrieval.base import Tokens
+from vllm_double.retrieval.datastore import MAX_TOKENS, MAX_VOCAB, SEPARATOR, DatastoreError, Header, Section
+
+__all__ = ["build", "partial_path"]
+
+Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+# Entries that are sorted at once (12 bytes each); more where one token is more frequent than that.
+_PASS = 1 << 24
+# Positions whose entry is held at once (4 bytes each).
+_WINDOW = 1 << 26
+_CHUNK = 1 << 20
+
+
+def partial_path(output: Path) -> Path:
+    """Where a build writes until it ends. What a killed build leaves there, the next one clears."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def build(
+    output: Path,
+    documents: Iterable[Ids],
+    vocab_size: int,
+    fingerprint: bytes,
+    max_match: int = 32,
+    show_progress: bool = False,
+) -> Header:
+    """Write a datastore of documents, each [n] ids below vocab_size, and put it in the place of ``output``.
+
+    Raises DatastoreError where the documents cannot be indexed, OSError where the file cannot be written. The header is
+    written when all else has reached the disk, so that nothing opens which is not whole.
+
+    Memory, besides the tokens, which are mapped: 12 bytes for each of 2^24 entries, or of the occurrences of the most frequent
+    token where those are more; 4 for each of 2^26 positions.
+    """
+    if not 1 <= vocab_size <= MAX_VOCAB:
+        raise DatastoreError(f"A vocabulary has 1 to {MAX_VOCAB} tokens, not {vocab_size}.")
+    if not 1 <= max_match < MAX_DEPTH:
+        raise DatastoreError(f"Contexts have 1 to {MAX_DEPTH - 1} tokens, not {max_match}.")
+    with _replacing(output) as file:
+        header = _Builder(file, vocab_size, fingerprint, max_match, show_progress).run(documents)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.write(header.pack())
+    return header
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[BinaryIO]:
+    """An empty file that takes the place of output in the end, or goes away where there is an error."""
+    if output.is_dir():
+        raise DatastoreError(f'The output "{output}" is a folder.')
+    partial = partial_path(output)
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatastoreError(f'Another build is writing "{output}".') from None
+        if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            raise DatastoreError(f'Another build has just written "{output}".')
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(output)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    directory = os.open(output.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class _Builder:
+    """The sections, written one after another."""
+
+    def __init__(self, file: BinaryIO, vocab_size: int, fingerprint: bytes, max_match: int, show_progress: bool) -> None:
+        self._file = file
+        self._header = Header(max_match, vocab_size, 0, 0, 0, 0, fingerprint)
+        self._show_progress = show_progress
+        self._steps = build_steps()
+
+    def run(self, documents: Iterable[Ids]) -> Header:
+        self._write_tokens(documents)
+        tokens = self._map("tokens")
+        counts = np.zeros(self._header.vocab_size, np.int32)
+        self._steps.count_entries(tokens, counts)
+        self._header = replace(self._header, num_entries=int(counts.sum(dtype=np.int64)))
+        if self._header.num_entries == 0:
+            raise DatastoreError("The input has no document of two tokens or more.")
+        starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self._write("starts", 0, starts.astype(np.int32))
+        self._write_order(tokens, starts)
+        self._write_successors()
+        self._write_nodes()
+        return replace(self._header, checksums=tuple(self._checksum(section) for section in self._header.sections))
+
+    def _write_tokens(self, documents: Iterable[Ids]) -> None:
+        self._file.seek(self._section("tokens").offset)
+        separator = np.array([SEPARATOR], "<i4").tobytes()
+        self._file.write(separator)
+        num_documents, num_tokens = 0, 1
+        for document in documents:
+            if len(document) == 0:
+                continue
+            if document.min() < 0 or document.max() >= self._header.vocab_size:
+                bad = document.min() if document.min() < 0 else document.max()
+                raise DatastoreError(f"Token id {bad} is not in the vocabulary, which has {self._header.vocab_size} tokens.")
+            self._file.write(document.astype("<i4", copy=False).tobytes() + separator)
+            num_documents += 1
+            num_tokens += len(document) + 1
+            if num_tokens > MAX_TOKENS:
+                raise DatastoreError(f"The input has more than {MAX_TOKENS} tokens: build several datastores.")
+        self._header = replace(self._header, num_documents=num_documents, num_tokens=num_tokens)
+
+    def _write_order(self, tokens: Tokens, starts: npt.NDArray[np.int64]) -> None:
+        """Sort the entries, some last tokens of context at a time."""
+        before = 0
+        bits = self._header.vocab_size.bit_length()
+        with self._progress("sort") as progress:
+            low = 0
+            while low < self._header.vocab_size:
+                high = max(low + 1, int(np.searchsorted(starts, starts[low] + _PASS, "right")) - 1)
+                first, num_entries = int(starts[low]), int(starts[high] - starts[low])
+                positions, keys = np.empty(num_entries, np.int32), np.empty(num_entries, np.int64)
+                self._steps.collect(tokens, low, high, positions)
+                self._steps.sort(tokens, positions, keys, self._header.max_match, bits)
+                for start in range(0, num_entries, _CHUNK):
+                    part = positions[start : start + _CHUNK]
+                    followers, shared = np.empty(len(part), np.int32), np.empty(len(part), np.uint8)
+                    self._steps.describe(tokens, part, before, followers, shared, self._header.max_match)
+                    before = int(part[-1])
+                    self._write("order", first + start, part)
+                    self._write("followers", first + start, followers)
+                    self._write("shared", first + start, shared)
+                progress.update(num_entries)
+                low = high
+
+    def _write_successors(self) -> None:
+        """Number the positions of a window by their entry, then look each entry's next position up."""
+        num_tokens, num_entries = self._header.num_tokens, self._header.num_entries
+        with self._progress("link", -(-num_tokens // _WINDOW) * num_entries) as progress:
+            for low in range(0, num_tokens, _WINDOW):
+                ranks = np.full(min(_WINDOW, num_tokens - low), NONE, np.int32)
+                for start in range(0, num_entries, _CHUNK):
+                    self._steps.rank(self._read("order", start), start, low, ranks)
+                for start in range(0, num_entries, _CHUNK):
+                    order = self._read("order", start)
+                    successors = np.full(len(order), NONE, np.int32) if low == 0 else self._read("successors", start)
+                    self._steps.link(order, low, ranks, successors)
+                    self._write("successors", start, successors)
+                    progress.update(len(order))
+
+    def _write_nodes(self) -> None:
+        """Count the nodes, then fill them in."""
+        arrays = [self._map(name) for name in ("followers", "successors", "shared")]
+        counts = np.zeros(self._header.vocab_size, np.int32)
+        anchors = np.full(self._section("anchors").shape, NONE, np.int32)
+        num_nodes = self._steps.grow(*arrays, counts, anchors, np.empty((0, NUM_COLUMNS), np.int32))
+        self._header = replace(self._header, num_nodes=num_nodes)
+        nodes = np.empty((num_nodes, NUM_COLUMNS), np.int32)
+        if num_nodes:
+            self._steps.grow(*arrays, counts, anchors, nodes)
+        self._write("anchors", 0, anchors)
+        self._write("nodes", 0, nodes)
+        self._file.flush()
+        os.ftruncate(self._file.fileno(), self._header.num_bytes)
+
+    def _section(self, name: str) -> Section:
+        return next(section for section in self._header.sections if section.name == name)
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        """A section that is written, without a copy and read-only."""
+        self._file.flush()
+        section = self._section(name)
+        return np.asarray(np.memmap(self._file, section.dtype, "r", section.offset, section.shape))
+
+    def _write(self, name: str, start: int, part: npt.NDArray[Any]) -> None:
+        section = self._section(name)
+        self._file.seek(section.offset + start * part.strides[0])
+        self._file.write(part.astype(section.dtype, copy=False).data)
+
+    def _read(self, name: str, start: int) -> npt.NDArray[Any]:
+        """Elements [start, start + _CHUNK) of a section."""
+        section = self._section(name)
+        itemsize = np.dtype(section.dtype).itemsize
+        self._file.seek(section.offset + start * itemsize)
+        data = bytearray(self._file.read(min(_CHUNK, section.shape[0] - start) * itemsize))
+        return np.frombuffer(data, section.dtype)
+
+    def _checksum(self, section: Section) -> int:
+        self._file.seek(section.offset)
+        checksum, left = 0, section.num_bytes
+        while left:
+            data = self._file.read(min(left, _CHUNK))
+            checksum = zlib.crc32(data, checksum)
+            left -= len(data)
+        return checksum
+
+    def _progress(self, name: str, total: int | None = None) -> "tqdm[None]":
+        total = self._header.num_entries if total is None else total
+        return tqdm(total=total, desc=name, unit="token", unit_scale=True, disable=not self._show_progress)
