@@ -31,7 +31,7 @@ class DoubleConfig(BaseModel):
         "it before, as vLLM's prefix caching does for prompts",
     )  # fmt: skip
     datastore: str | None = Field(
-        None, description="file that `vllm-double datastore build` made with the target's tokenizer; every request may be offered "
+        None, description="file that `vllm-double datastore build` made with the target's tokenizer; all requests are offered "
         "what is in it",
     )  # fmt: skip
     target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
