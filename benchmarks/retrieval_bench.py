@@ -1,13 +1,14 @@
-"""What context retrieval costs on one core: python -m benchmarks.retrieval_bench
+"""What context and history retrieval cost on one core: python -m benchmarks.retrieval_bench
 
 Text: the words of Python's standard library, one id each (repetitive, as code is); the same words shuffled
 (hardly repetitive); a loop of 7 tokens such as a model falls into (as repetitive as can be).
 
 Then the same beside the suffix cache of vLLM's method "suffix", where arctic-inference is installed
 (scripts/install-suffix.sh), as vLLM sets it up: one request of a million tokens, each in a process of its own,
-whose growth is the memory.
+whose growth is the memory. And a history of ten million tokens in answers of 500. These are rows of results/retrieval.csv.
 """
 
+import argparse
 import re
 import sysconfig
 import time
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks import rows
 from benchmarks.stats import first_difference
-from vllm_double.retrieval import ContextRetriever, Tokens
+from vllm_double.retrieval import ContextRetriever, HistoryRetriever, Tokens
 from vllm_double.retrieval.automaton import warm_up
 from vllm_double.retrieval.reference import scan
 
@@ -32,6 +34,8 @@ SLICE = 512
 MAX_TOKENS = 16
 TAIL = 8
 PROMPT = 1_000_000
+HISTORY = 10_000_000
+ANSWER = 500
 SUFFIX_DEPTH = 24  # vLLM's default, and the most that it asks with
 
 
@@ -109,7 +113,7 @@ def doubling(text: Tokens) -> float:
     return (time.perf_counter_ns() - begin) / 1e3
 
 
-class Ours:
+class Context:
     """One request in our retriever."""
 
     def __init__(self) -> None:
@@ -146,15 +150,39 @@ class Arctic:
         return list(self._cache.speculate(0, last, max_spec_tokens=MAX_TOKENS).token_ids)
 
 
-def beside(kind: type[Ours] | type[Arctic], text: Tokens) -> str:
-    """Figures of a prompt of PROMPT tokens, and then of appending and continuing by turns."""
+class History:
+    """A request of a tenant whose earlier ones were answered with the whole text."""
+
+    def __init__(self) -> None:
+        warm_up()
+        self._retriever = HistoryRetriever(HISTORY + HISTORY // ANSWER)
+
+    def start(self, prompt: Tokens) -> None:
+        for key, end in enumerate(range(ANSWER, len(prompt) + 1, ANSWER), 1):
+            self._retriever.start(key, prompt[:0], "tenant")
+            self._retriever.extend(key, prompt[end - ANSWER : end].tolist())
+            self._retriever.stop(key)
+            self._retriever.work(2 * ANSWER)
+        self._retriever.start(0, prompt[-32:], "tenant")
+
+    def append(self, token: int) -> None:
+        self._retriever.extend(0, [token])
+
+    def continue_from(self, last: Tokens) -> list[int]:
+        found = self._retriever.lookup(0, (), MAX_TOKENS)
+        return [] if found is None else found.tokens
+
+
+def beside(kind: type[Context] | type[Arctic] | type[History], text: Tokens) -> dict[str, rows.Value]:
+    """Figures of a prompt, and then of appending and continuing by turns."""
+    num_tokens = len(text) - CALLS - MAX_TOKENS
     one, memory, clock = kind(), psutil.Process().memory_info, time.perf_counter_ns
     resident, begin = memory().rss, clock()
-    one.start(text[:PROMPT])
-    prompt_us, grown = (clock() - begin) / 1e3 / PROMPT, memory().rss - resident
+    one.start(text[:num_tokens])
+    index_us, grown = (clock() - begin) / 1e3 / num_tokens, memory().rss - resident
     spent, num_right = np.empty((2, CALLS)), 0
     for i in range(CALLS):
-        end = PROMPT + i + 1
+        end = num_tokens + i + 1
         token, last = int(text[end - 1]), text[end - SUFFIX_DEPTH : end]
         begin = clock()
         one.append(token)
@@ -163,23 +191,54 @@ def beside(kind: type[Ours] | type[Arctic], text: Tokens) -> str:
         spent[:, i] = middle - begin, clock() - middle
         difference = first_difference(found, text[end : end + len(found)].tolist())
         num_right += len(found) if difference is None else difference
-    append, lookup = (f"{p50:6.2f} {p99:7.2f}" for p50, p99 in np.quantile(spent, [0.5, 0.99], axis=1).T / 1e3)
-    return f"{prompt_us:17.2f} | {append} | {lookup} | {num_right / CALLS:12.2f} | {grown / PROMPT:13.0f}"
+    (append_p50, append_p99), (lookup_p50, lookup_p99) = (np.quantile(spent, [0.5, 0.99], axis=1).T / 1e3).tolist()
+    return {
+        "source": kind.__name__.lower(),
+        "tokens": num_tokens,
+        "index_us_per_token": index_us,
+        "append_p50_us": append_p50,
+        "append_p99_us": append_p99,
+        "lookup_p50_us": lookup_p50,
+        "lookup_p99_us": lookup_p99,
+        "right_tokens": num_right / CALLS,
+        "bytes_per_token": grown / num_tokens,
+    }
 
 
-def compare() -> None:
-    """Print a table of our retriever and, where it is installed, the suffix cache."""
-    kinds: list[type[Ours] | type[Arctic]] = [Ours, Arctic] if find_spec("arctic_inference") is not None else [Ours]
-    print(f"\nA prompt of {PROMPT} tokens; microseconds")
-    print(f"{'text':9} {'':7} | a token of prompt | {'append p50 p99':>14} | {'continue':>14} | right tokens | bytes a token")
-    for name, text in texts(PROMPT + CALLS + MAX_TOKENS).items():
-        for kind in kinds:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                print(f"{name:9} {kind.__name__.lower():7} | {pool.submit(beside, kind, text).result()}", flush=True)
+def compare(output: Path) -> None:
+    """Print and file a row for each source and text; the suffix cache where it is installed."""
+    kinds: list[type[Context] | type[Arctic]] = [Context, Arctic] if find_spec("arctic_inference") is not None else [Context]
+    cases: list[tuple[str, type[Context] | type[Arctic] | type[History], Tokens]] = [
+        (name, kind, text) for name, text in texts(PROMPT + CALLS + MAX_TOKENS).items() for kind in kinds
+    ]
+    cases.append(("copies", History, copies(HISTORY + CALLS + MAX_TOKENS)))
+    print()
+    for name, kind, text in cases:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            row = {"text": name} | pool.submit(beside, kind, text).result()
+        print(
+            "  ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{value}" for key, value in row.items()),
+            flush=True,
+        )
+        rows.append(output, row | rows.provenance("benchmarks.retrieval_bench"))
+
+
+def copies(num_tokens: int) -> Tokens:
+    """Code, over and over, with a tenth of its tokens replaced each time. int32 [n]."""
+    code, rng = standard_library_tokens(1_400_000), np.random.default_rng(0)
+    parts = []
+    for _ in range(-(-num_tokens // len(code))):
+        part, replaced = code.copy(), rng.random(len(code)) < 0.1
+        part[replaced] = rng.choice(code, int(replaced.sum()))
+        parts.append(part)
+    return np.concatenate(parts)[:num_tokens]
 
 
 def main() -> None:
-    """Print two tables."""
+    """Print two tables and file the second."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=rows.RESULTS / "retrieval.csv")
+    options = parser.parse_args()
     begin = time.perf_counter()
     warm_up()
     print(f"warm_up {time.perf_counter() - begin:.2f} s; microseconds, calls through Python: p50 p99 max")
@@ -193,7 +252,7 @@ def main() -> None:
         for context in CONTEXTS:
             measure(name, text, context)
         print(f"{name:9} the token that doubles a context of {max(CONTEXTS)}: {doubling(text):.0f} us")
-    compare()
+    compare(options.output)
 
 
 if __name__ == "__main__":
