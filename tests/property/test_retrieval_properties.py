@@ -99,12 +99,6 @@ class Requests(RuleBasedStateMachine):
     def repeat(self, key: int, start: int, length: int) -> None:
         self.extend(key, self.texts[key][start : start + length])
 
-    @rule(key=keys, share=st.floats(0, 1))
-    def rewind(self, key: int, share: float) -> None:
-        length = int(share * len(self.texts[key]))
-        self.retriever.rewind(key, length)
-        del self.texts[key][length:]
-
     @rule(budget=st.integers(0, 200))
     def work(self, budget: int) -> None:
         waiting = self.retriever.num_waiting

@@ -145,38 +145,6 @@ def test_tokens_committed_while_a_prompt_waits_are_indexed_behind_it() -> None:
     assert retriever.lookup(KEY, [], 5) == scan(text + text[200:210], 3010, [], 5, 32)
 
 
-@pytest.mark.parametrize("length", [0, 1, 100, 2999], ids="to{}".format)
-def test_a_rewound_text_is_looked_up_as_if_the_rest_had_never_been(length: int) -> None:
-    text = random_tokens(3000, 12)
-    retriever = indexed(text)
-    retriever.rewind(KEY, length)
-    assert retriever.lookup(KEY, [], 5) == scan(text[:length], retriever.num_indexed(KEY), [], 5, 32)
-    retriever.work(3000)
-    retriever.check_integrity()
-    retriever.extend(KEY, text[50:60])
-    expected = scan(text[:length] + text[50:60], length + 10, [], 5, 32)
-    assert retriever.lookup(KEY, [], 5) == expected
-
-
-def test_a_rewind_of_waiting_tokens_keeps_what_is_indexed() -> None:
-    retriever = ContextRetriever()
-    retriever.start(KEY, np.array(random_tokens(3000, 12), np.int32))
-    retriever.work(1000)
-    retriever.rewind(KEY, 2500)
-    assert (retriever.num_indexed(KEY), retriever.num_waiting) == (1000, 1500)
-    retriever.rewind(KEY, 1000)
-    assert (retriever.num_indexed(KEY), retriever.num_waiting) == (1000, 0)
-    retriever.check_integrity()
-
-
-def test_a_long_rewind_is_not_indexed_before_it_returns() -> None:
-    retriever = indexed(random_tokens(3000, 12))
-    retriever.rewind(KEY, 2900)
-    assert retriever.num_indexed(KEY) == 0
-    retriever.rewind(KEY, 100)
-    assert retriever.num_indexed(KEY) == 100
-
-
 def test_requests_do_not_see_each_other() -> None:
     retriever = indexed([1, 2, 3])
     retriever.start(8, np.array([4, 5, 6], np.int32))
@@ -201,7 +169,6 @@ def test_an_unknown_key_is_a_key_error() -> None:
     retriever = ContextRetriever()
     for call in (
         lambda: retriever.extend(KEY, [1]),
-        lambda: retriever.rewind(KEY, 0),
         lambda: retriever.lookup(KEY, [], 1),
         lambda: retriever.num_indexed(KEY),
         lambda: retriever.stop(KEY),
@@ -218,8 +185,6 @@ def test_misuse_is_a_value_error_and_changes_nothing() -> None:
         lambda: retriever.start(8, np.array([1, -1], np.int32)),
         lambda: retriever.extend(KEY, [4, -1]),
         lambda: retriever.extend(KEY, np.array([4, -1], np.int32)),
-        lambda: retriever.rewind(KEY, 6),
-        lambda: retriever.rewind(KEY, -1),
         lambda: retriever.lookup(KEY, [], 0),
         lambda: retriever.lookup(KEY, [], MAX_CONTINUATION + 1),
         lambda: ContextRetriever(0),

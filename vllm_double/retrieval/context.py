@@ -10,7 +10,7 @@ from vllm_double.retrieval.base import Continuation, Tokens
 __all__ = ["ContextRetriever"]
 
 _MIN_CAPACITY = 256
-# Tokens that extend and rewind index before they return (under half a millisecond); more wait for `work`.
+# Tokens that extend indexes before it returns (under half a millisecond); more wait for `work`.
 _AT_ONCE = 512
 # Tokens that `work` indexes of one request before it turns to the next.
 _SLICE = 512
@@ -50,8 +50,8 @@ class _Request:
 class ContextRetriever:
     """Continues a request with what followed the same words earlier in the same request.
 
-    Let ``indexed`` be the part of the text that is indexed: all of it, except while a long prompt or a long
-    rewind waits for `work`. One step of a lookup takes as context the longest suffix of text + tail +
+    Let ``indexed`` be the part of the text that is indexed: all of it, except while a long prompt waits
+    for `work`. One step of a lookup takes as context the longest suffix of text + tail +
     (tokens returned so far), of at most ``max_match`` tokens, that occurs in ``indexed`` with a token of
     ``indexed`` behind it. Its total is the number of such occurrences (they may overlap). It returns the
     token that followed most often, with that count; of equally frequent ones that which followed last. Steps
@@ -123,20 +123,6 @@ class ContextRetriever:
         if lowest < 0:
             raise ValueError("token ids must not be negative")
         request.append(tokens)
-        self._settle(key, request)
-
-    def rewind(self, key: int, length: int) -> None:
-        """Keep the first ``length`` tokens. KeyError: unknown key. ValueError: not 0 to the text's length.
-
-        An automaton cannot forget its last token: unless only waiting tokens fall away, all is indexed anew.
-        """
-        request = self._requests[key]
-        if not 0 <= length <= request.length:
-            raise ValueError(f"cannot rewind a text of {request.length} tokens to {length}")
-        request.length = length
-        if length < request.indexed:
-            request.automaton.clear()
-            request.indexed = 0
         self._settle(key, request)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
