@@ -397,3 +397,48 @@ def test_a_request_with_or_without_a_tenant_reaches_no_worker(tenant: str | None
     world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(), tenant=tenant))
     world.step()
     assert len(world.worker.frontier) == 1
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+@pytest.mark.parametrize(("reader", "is_offered"), [("a", True), ("b", False), (None, False)])
+def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
+    reader: str | None, is_offered: bool, side: str
+) -> None:
+    secret = [20, 21, 22, 23, 19, 18, 17, 16, 15]
+    world = World()
+
+    def sources(of: str) -> list[Retriever]:
+        return [ContextRetriever(), HistoryRetriever(1000)] if of == side else []
+
+    def target(context: Sequence[int]) -> np.ndarray:
+        return 9 * np.eye(VOCAB)[secret[(secret.index(context[-1]) + 1) % 9] if context[-1] in secret else 20]
+
+    def draft(context: Sequence[int]) -> np.ndarray:  # knows nothing of the secret
+        return np.where(np.arange(VOCAB) < 12, 3.0, -9.0).astype(np.float32)
+
+    engine = FakeEngine(draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
+    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8, children_per_node=4), Ticks(), sources("draft"))
+    world.proposer = Proposer(8, world.target_end, sources("target"), Ticks())
+    world.target = target
+    world.admit("r", [1, 2], RequestParams(0.0, 200, frozenset(), tenant="a"))
+    for _ in range(12):
+        world.step()
+    world.proposer.finish("r")
+    world.texts.clear()
+    world.step()
+    # Another request begins as the secret does; its own text does not hold the rest.
+    world.admit("s", [1, 2, *secret[:3]], RequestParams(0.0, 200, frozenset(), tenant=reader))
+    world.texts["s"] = [1, 2, *secret[:4]]
+    chain = world.proposer.propose([Row("s", np.array(world.texts["s"], np.int32), 1, ())])[0]
+    for _ in range(8):
+        world.worker.turn()
+    (request,) = world.worker.frontier._requests.values()
+    read = set()
+    stack = [request.root]
+    while stack:
+        node = stack.pop()
+        assert node is not None
+        read |= node.children.keys()
+        stack.extend(node.children.values())
+    assert (set(chain) & set(secret[4:]) != set()) == (is_offered and side == "target")
+    assert (read & set(secret[4:]) != set()) == is_offered
