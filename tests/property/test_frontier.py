@@ -15,7 +15,7 @@ from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.hashing import mix, seed
-from vllm_double.retrieval import ContextRetriever, HistoryRetriever
+from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
 from vllm_double.transport.messages import Admit, Commit, Forget, Release
 
 VOCAB = 12
@@ -161,6 +161,20 @@ def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> Non
     assert frontier.num_retrieved == 6 and frontier.num_confirmed == 0
     iteration = frontier.select()
     assert iteration.runs[0].tokens == [1], "work went on behind what the draft does not believe"
+
+
+def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
+    class Corpus(ContextRetriever):
+        def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
+            return Continuation([4, VOCAB, 5], 9, [9, 9, 9], [9, 9, 9])
+
+    engine, frontier = make(logits=_period)
+    frontier._retrievers.append(Corpus())
+    admit(frontier, 1, PERIOD)
+    iteration = frontier.select()
+    assert set(iteration.runs[0].tokens[len(PERIOD) :]) == {4}
+    tokens, probs = engine.forward(iteration.rows, 8)
+    frontier.expand(iteration, tokens, probs)
 
 
 def test_what_survives_a_commit_is_not_drafted_again() -> None:

@@ -5,7 +5,6 @@ one child this is PEARL (2408.11850); where the chain's nodes get siblings, Sagu
 """
 
 import heapq
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -284,10 +283,11 @@ class Frontier:
                 found = retriever.lookup(request.handle, tail, room)
                 if found is None:
                     continue
-                path = [
-                    (token, math.log(belief))
-                    for token, belief in zip(found.tokens, itertools.takewhile(_MIN_BELIEF.__le__, found.beliefs), strict=False)
-                ]
+                path = []
+                for token, belief in zip(found.tokens, found.beliefs, strict=True):
+                    if belief < _MIN_BELIEF or token >= self._vocab_size:
+                        break
+                    path.append((token, math.log(belief)))
                 best = max(best, path, key=len)
             request.retrieved(node, best)
         request.look_ahead(node)

@@ -32,9 +32,11 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
 def check_datastore(target: ModelConfig, path: str) -> None:
     """Raises ConfigError with one sentence where the file cannot be used or has another tokenizer."""
     try:
-        Datastore(Path(path), fingerprint(_tokenizer_of(target).get_vocab()))
+        datastore = Datastore(Path(path), fingerprint(_tokenizer_of(target).get_vocab()))
     except DatastoreError as error:
         raise ConfigError(str(error)) from None
+    if datastore.header.vocab_size > target.get_vocab_size():
+        raise ConfigError(f'The datastore "{path}" has token ids that the target has no embedding for.')
 
 
 def _tokenizer_of(target: ModelConfig) -> Any:
