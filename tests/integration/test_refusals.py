@@ -143,3 +143,12 @@ def test_a_datastore_that_cannot_be_used_is_refused_and_its_own_tokenizers_is_no
             with pytest.raises(ConfigError, match="another tokenizer"):
                 create({"double": {"datastore": str(store)}})
     create({"double": {"datastore": str(store)}})
+
+
+def test_reading_the_configuration_imports_numba() -> None:
+    code = "import sys, vllm.config; before = set(sys.modules); import vllm_double.integration.speculative_config"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print({{'numba', 'llvmlite'}} & set(sys.modules) - before)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("set()"), done.stdout

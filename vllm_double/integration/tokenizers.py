@@ -6,7 +6,6 @@ from typing import Any
 from vllm.config import ModelConfig
 
 from vllm_double.config import ConfigError
-from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint
 
 __all__ = ["check_datastore", "check_same_tokenizer", "difference"]
 
@@ -31,6 +30,9 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
 
 def check_datastore(target: ModelConfig, path: str) -> None:
     """Raises ConfigError with one sentence where the file cannot be used or has another tokenizer."""
+    # Not at the top: it imports numba, and vLLM 0.31's workers fail in what llvmlite has put into sys.modules before them.
+    from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint
+
     try:
         datastore = Datastore(Path(path), fingerprint(_tokenizer_of(target).get_vocab()))
     except DatastoreError as error:
