@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import time
 
@@ -17,6 +18,7 @@ from vllm_double.transport.shared import SharedTargetEnd
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     end = SharedTargetEnd.create(1 << 16, 1 << 16)
     supervisor = DraftSupervisor(HostSettings.from_json(sys.argv[1]), end.address)
