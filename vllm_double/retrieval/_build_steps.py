@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_double.retrieval._datastore_steps import (
     COUNT,
@@ -20,10 +19,10 @@ from vllm_double.retrieval._datastore_steps import (
     TOKEN,
     Bytes,
     Ints,
+    Longs,
+    _bits,
 )
 from vllm_double.retrieval._steps import _compiled, _part
-
-Longs = npt.NDArray[np.int64]
 
 
 def _count_entries(tokens: Ints, counts: Ints) -> None:
@@ -65,11 +64,12 @@ def _swap(positions: Ints, keys: Longs, i: int, j: int) -> None:
     keys[i], keys[j] = keys[j], keys[i]
 
 
-def _sort(tokens: Ints, positions: Ints, keys: Longs, max_match: int, bits: int) -> None:
+def _sort(tokens: Ints, positions: Ints, keys: Longs, max_match: int, vocab_size: int) -> None:
     """Sort positions by the tokens before them, nearest first, ``max_match`` of them at most.
 
     Multikey quicksort (Bentley and Sedgewick 1997) whose characters are as many tokens as fit into 63 bits.
     """
+    bits = _bits(vocab_size)
     num_tokens = 63 // bits
     end_mask = (1 << bits) - 1
     for i in range(positions.size):
@@ -109,6 +109,13 @@ def _sort(tokens: Ints, positions: Ints, keys: Longs, max_match: int, bits: int)
         for i in range(3):
             stack[waiting + i] = parts[(largest + i) % 3]
         waiting += 3
+
+
+def _sample(tokens: Ints, positions: Ints, samples: Longs, max_match: int, vocab_size: int) -> None:
+    """The nearest tokens before each position in one number."""
+    bits = _bits(vocab_size)
+    for i in range(positions.size):
+        samples[i] = _key(tokens, positions[i], 0, max_match, bits, 63 // bits)
 
 
 def _describe(tokens: Ints, positions: Ints, before: int, followers: Ints, shared: Bytes, max_match: int) -> None:
@@ -207,6 +214,7 @@ class BuildSteps(NamedTuple):
     count_entries: Callable[..., None]
     collect: Callable[..., int]
     sort: Callable[..., None]
+    sample: Callable[..., None]
     describe: Callable[..., None]
     rank: Callable[..., None]
     link: Callable[..., None]
@@ -222,6 +230,7 @@ def build_steps() -> BuildSteps:
         _compiled(_count_entries, f"void({read}, {ints})"),
         _compiled(_collect, f"int64({read}, int64, int64, {ints})"),
         _compiled(_sort, f"void({read}, {ints}, int64[::1], int64, int64)"),
+        _compiled(_sample, f"void({read}, {ints}, int64[::1], int64, int64)"),
         _compiled(_describe, f"void({read}, {ints}, int64, {ints}, uint8[::1], int64)"),
         _compiled(_rank, f"void({ints}, int64, int64, {ints})"),
         _compiled(_link, f"void({ints}, int64, {ints}, {ints})"),

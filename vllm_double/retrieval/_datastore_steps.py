@@ -15,10 +15,10 @@ from vllm_double.retrieval._steps import _compiled, _part
 
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
-Places = npt.NDArray[np.int64]
+Longs = npt.NDArray[np.int64]
 
 # Sections in the order of the file.
-TOKENS, STARTS, ORDER, FOLLOWERS, SUCCESSORS, SHARED, ANCHORS, NODES = range(8)
+TOKENS, STARTS, SAMPLES, ORDER, FOLLOWERS, SUCCESSORS, SHARED, ANCHORS, NODES = range(9)
 
 # Intervals of more entries than this are nodes; smaller ones are counted as they are looked up.
 SCAN = 32
@@ -32,35 +32,80 @@ MAX_DEPTH = 256
 
 
 @_part
-def _search(tokens: Ints, starts: Ints, order: Ints, context: Ints, end: int, max_match: int) -> tuple[int, int]:
+def _bits(vocab_size: int) -> int:
+    """Bits of a token id plus one."""
+    bits = 1
+    while vocab_size >> bits:
+        bits += 1
+    return bits
+
+
+@_part
+def _narrow(samples: Longs, key: int, first: int, stop: int) -> tuple[int, int]:
+    """The part of [first, stop) in which the samples leave open whether an entry is before a context with this key."""
+    low, high = (first + SCAN - 1) // SCAN, min((stop + SCAN - 1) // SCAN, samples.size)
+    while low < high:
+        middle = (low + high) // 2
+        if samples[middle] < key:
+            low = middle + 1
+        else:
+            high = middle
+    after = low
+    high = min((stop + SCAN - 1) // SCAN, samples.size)
+    while after < high:
+        middle = (after + high) // 2
+        if samples[middle] <= key:
+            after = middle + 1
+        else:
+            high = middle
+    return max(first, (low - 1) * SCAN + 1), min(stop, after * SCAN)
+
+
+@_part
+def _common(tokens: Ints, position: int, context: Ints, end: int, limit: int, length: int) -> int:
+    """How many tokens, at most limit, the end of context[:end] shares with those before position: ``length`` or more."""
+    index = position - 1 - length
+    while length < limit and 0 <= index < tokens.size and tokens[index] == context[end - 1 - length]:
+        length += 1
+        index -= 1
+    return length
+
+
+@_part
+def _search(
+    tokens: Ints, starts: Ints, samples: Longs, order: Ints, context: Ints, end: int, max_match: int
+) -> tuple[int, int]:
     """(entry, length): an entry that shares most tokens with the end of context[:end]; length 0: there is none."""
+    vocab_size = starts.size - 1
     limit = 0
-    while limit < min(end, max_match) and 0 <= context[end - 1 - limit] < starts.size - 1:
+    while limit < min(end, max_match) and 0 <= context[end - 1 - limit] < vocab_size:
         limit += 1
     if limit == 0:
         return 0, 0
-    first, stop = np.int64(starts[context[end - 1]]), np.int64(starts[context[end - 1] + 1])
+    first, stop = int(starts[context[end - 1]]), int(starts[context[end - 1] + 1])
     if not 0 <= first < stop <= order.size:
         return 0, 0
-    low, high = first, stop
+    bits = _bits(vocab_size)
+    key = 0
+    for i in range(63 // bits):
+        key = key << bits | (int(context[end - 1 - i]) + 1 if i < limit else 0)
+    low, high = _narrow(samples, key, first, stop)
     # Tokens shared with the entry before low, and with the entry high: those in between share the smaller number at least.
     below, above = 1, 1
     while low < high:
         middle = (low + high) // 2
-        length = min(below, above)
+        length = _common(tokens, order[middle], context, end, limit, min(below, above))
         index = order[middle] - 1 - length
-        while length < limit and 0 <= index < tokens.size and tokens[index] == context[end - 1 - length]:
-            length += 1
-            index -= 1
         if length == limit:
-            return middle, limit  # type: ignore[return-value]
+            return middle, limit
         if 0 <= index < tokens.size and tokens[index] > context[end - 1 - length]:
             high, above = middle, length
         else:
             low, below = middle + 1, length
-    if low == stop or (low > first and below > above):
-        return low - 1, below  # type: ignore[return-value]
-    return low, above  # type: ignore[return-value]
+    # The samples told only on which side those are that were not compared.
+    below = _common(tokens, order[low - 1], context, end, limit, below) if low > first else 0
+    above = _common(tokens, order[low], context, end, limit, above) if low < stop else 0
+    return (low - 1, below) if below > above else (low, above)
 
 
 @_part
@@ -110,13 +155,13 @@ def _recall(anchors: Ints, nodes: Ints, entry: int, length: int) -> tuple[int, i
 
 
 @_part
-def _section(file: Ints, places: Places, section: int) -> Ints:
+def _section(file: Ints, places: Longs, section: int) -> Ints:
     return file[places[section, 0] // 4 : places[section, 1] // 4]
 
 
 def _lookup(
     file: Ints,
-    places: Places,
+    places: Longs,
     context: Ints,
     num_context: int,
     max_match: int,
@@ -130,13 +175,14 @@ def _lookup(
     """
     tokens = _section(file, places, TOKENS)
     starts = _section(file, places, STARTS)
+    samples = file.view(np.uint8)[places[SAMPLES, 0] : places[SAMPLES, 1]].view(np.int64)
     order = _section(file, places, ORDER)
     followers = _section(file, places, FOLLOWERS)
     successors = _section(file, places, SUCCESSORS)
     shared = file.view(np.uint8)[places[SHARED, 0] : places[SHARED, 1]]
     anchors = _section(file, places, ANCHORS)
     nodes = _section(file, places, NODES).reshape((-1, NUM_COLUMNS))
-    entry, length = _search(tokens, starts, order, context, num_context, max_match)
+    entry, length = _search(tokens, starts, samples, order, context, num_context, max_match)
     match_length = length
     for i in range(max_tokens):
         if length < max(match_length, 1):
@@ -157,7 +203,7 @@ def _lookup(
             entry, length = successor, min(length + 1, max_match)
         else:
             # The grown context occurs at the end of documents only.
-            entry, length = _search(tokens, starts, order, context, num_context + i + 1, max_match)
+            entry, length = _search(tokens, starts, samples, order, context, num_context + i + 1, max_match)
     return max_tokens, match_length
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from vllm_double.retrieval._build_steps import build_steps
-from vllm_double.retrieval._datastore_steps import MAX_DEPTH, NONE, NUM_COLUMNS
+from vllm_double.retrieval._datastore_steps import MAX_DEPTH, NONE, NUM_COLUMNS, SCAN
 from vllm_double.retrieval.base import Tokens
 from vllm_double.retrieval.datastore import MAX_TOKENS, MAX_VOCAB, SEPARATOR, DatastoreError, Header, Section
 
@@ -137,7 +137,6 @@ class _Builder:
     def _write_order(self, tokens: Tokens, starts: npt.NDArray[np.int64]) -> None:
         """Sort the entries, some last tokens of context at a time."""
         before = 0
-        bits = self._header.vocab_size.bit_length()
         with self._progress("sort") as progress:
             low = 0
             while low < self._header.vocab_size:
@@ -145,7 +144,11 @@ class _Builder:
                 first, num_entries = int(starts[low]), int(starts[high] - starts[low])
                 positions, keys = np.empty(num_entries, np.int32), np.empty(num_entries, np.int64)
                 self._steps.collect(tokens, low, high, positions)
-                self._steps.sort(tokens, positions, keys, self._header.max_match, bits)
+                self._steps.sort(tokens, positions, keys, self._header.max_match, self._header.vocab_size)
+                sampled = np.ascontiguousarray(positions[-first % SCAN :: SCAN])
+                samples = keys[: len(sampled)]
+                self._steps.sample(tokens, sampled, samples, self._header.max_match, self._header.vocab_size)
+                self._write("samples", (first + SCAN - 1) // SCAN, samples)
                 for start in range(0, num_entries, _CHUNK):
                     part = positions[start : start + _CHUNK]
                     followers, shared = np.empty(len(part), np.int32), np.empty(len(part), np.uint8)

@@ -6,6 +6,8 @@ with the same words are neighbours, for every number of words:
 
 - ``tokens``, int32: the documents, with SEPARATOR before, between and behind them;
 - ``starts``, int32 [vocab_size + 1]: the first entry whose context ends with each token;
+- ``samples``, int64 per SCAN entries: the nearest tokens of every SCANth entry's context, as many as fit, each plus one; a
+  search looks at these first, because they lie close together;
 - ``order``, int32 per entry: its position in tokens;
 - ``followers``, int32 per entry: the token there;
 - ``successors``, int32 per entry: the entry of the position behind it, whose context is longer by the follower; NONE at the
@@ -14,8 +16,8 @@ with the same words are neighbours, for every number of words:
 - ``anchors``, int32 per SCAN entries: the innermost node around every SCANth entry;
 - ``nodes``, int32 [num_nodes, 7]: groups of more than SCAN entries, with their most frequent follower; see `_datastore_steps`.
 
-So a lookup is one binary search, and then, per token, a look at a few neighbours (or at one node) and a jump to the
-successor. 17 bytes per token, and what nodes take. Little-endian; the header is described by _HEADER, and each section begins
+So a lookup is one binary search and then, per token, a look at a few neighbours (or at one node) and a jump to the
+successor. 17.4 bytes per token, and what nodes take. Little-endian; the header is described by _HEADER, and each section begins
 at a multiple of 64 bytes. Checksums are zlib.crc32: they find damage, not malice.
 """
 
@@ -59,7 +61,7 @@ _MAGIC = b"VDOUBLE\n"
 _VERSION = 1
 # Magic, version, max_match, vocab_size, documents, tokens, entries, nodes, fingerprint, a checksum per section; then one of
 # all that.
-_HEADER = struct.Struct("<8sIIIQQQQ32s8I")
+_HEADER = struct.Struct("<8sIIIQQQQ32s9I")
 _CHECKSUM = struct.Struct("<I")
 _ALIGNMENT = 64
 _CHUNK = 1 << 22
@@ -107,7 +109,7 @@ class Header:
     num_entries: int
     num_nodes: int
     fingerprint: bytes
-    checksums: tuple[int, ...] = (0,) * 8
+    checksums: tuple[int, ...] = (0,) * 9
 
     @property
     def num_corpus_tokens(self) -> int:
@@ -116,14 +118,16 @@ class Header:
     @property
     def sections(self) -> tuple[Section, ...]:
         entries = (self.num_entries,)
+        samples = ((self.num_entries + SCAN - 1) // SCAN,)
         shapes: tuple[tuple[str, npt.DTypeLike, tuple[int, ...]], ...] = (
             ("tokens", "<i4", (self.num_tokens,)),
             ("starts", "<i4", (self.vocab_size + 1,)),
+            ("samples", "<i8", samples),
             ("order", "<i4", entries),
             ("followers", "<i4", entries),
             ("successors", "<i4", entries),
             ("shared", "u1", entries),
-            ("anchors", "<i4", ((self.num_entries + SCAN - 1) // SCAN,)),
+            ("anchors", "<i4", samples),
             ("nodes", "<i4", (self.num_nodes, NUM_COLUMNS)),
         )
         found: list[Section] = []
@@ -231,9 +235,8 @@ class Datastore:
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the sections are not those of the documents. Slow, O(n^2): for tests."""
-        tokens, starts, order, followers, successors, shared, anchors, nodes = (
-            array.tolist() for array in self.sections.values()
-        )
+        lists = [array.tolist() for array in self.sections.values()]
+        tokens, starts, samples, order, followers, successors, shared, anchors, nodes = lists
         depth, num_entries = self.header.max_match, self.header.num_entries
         contexts: dict[int, list[int]] = {}
         position = 0
@@ -249,6 +252,10 @@ class Datastore:
         last = [context[0] for context in ordered]
         assert starts == np.searchsorted(last, np.arange(self.header.vocab_size + 1)).tolist()
         assert followers == [tokens[position] for position in order]
+        num_bits = self.header.vocab_size.bit_length()
+        places = range(63 // num_bits)
+        keys = [sum(t + 1 << num_bits * (places[-1] - i) for i, t in zip(places, c, strict=False)) for c in ordered[::SCAN]]
+        assert samples == keys
         ranks = {position: entry for entry, position in enumerate(order)}
         assert successors == [ranks.get(position + 1, NONE) for position in order]
         groups: dict[tuple[int, int], int] = {}
