@@ -161,7 +161,7 @@ class History:
         for key, end in enumerate(range(ANSWER, len(prompt) + 1, ANSWER), 1):
             self._retriever.start(key, prompt[:0], "tenant")
             self._retriever.extend(key, prompt[end - ANSWER : end].tolist())
-            self._retriever.stop(key)
+            self._retriever.stop(key, keep=True)
             self._retriever.work(2 * ANSWER)
         self._retriever.start(0, prompt[-32:], "tenant")
 

@@ -122,34 +122,24 @@ class Frontier:
         try:
             if self._is_foreign(tokens):
                 raise ValueError("a token that the draft model does not know")
-            is_rewind = keep < len(request.text)
-            self.num_foreseen += request.commit(keep, tokens.tolist())
+            was_whole, is_rewind = request.root is not None, keep < len(request.text)
+            new = tokens.tolist()
+            self.num_foreseen += request.commit(keep, new)
         except ValueError:  # or something of the text was lost on the way
             self.num_late_commands += 1
             self._forget(request)
             return False
-        self.num_committed += len(tokens)
-        self._retrieve_from(request, tokens, is_rewind)
-        return True
-
-    def _retrieve_from(self, request: DraftRequest, tokens: npt.NDArray[np.int32], is_rewind: bool) -> None:
-        """Let the sources know the text, once all of it at admission is here."""
+        self.num_committed += len(new)
         if request.root is None:
-            return
-        if is_rewind:
-            self._end_retrieval(request, keep=False)
+            return True  # the text at admission is still arriving
         for retriever in self._retrievers:
-            if request.is_retrieving:
-                retriever.extend(request.handle, tokens.tolist())
-            else:
-                retriever.start(request.handle, np.array(request.text, dtype=np.int32), request.tenant)
-        request.is_retrieving = True
-
-    def _end_retrieval(self, request: DraftRequest, keep: bool) -> None:
-        for retriever in self._retrievers:
-            if request.is_retrieving:
-                retriever.stop(request.handle, keep)
-        request.is_retrieving = False
+            if was_whole and not is_rewind:
+                retriever.extend(request.handle, new)
+                continue
+            if was_whole:
+                retriever.stop(request.handle, keep=False)
+            retriever.start(request.handle, np.array(request.text, dtype=np.int32), request.tenant)
+        return True
 
     def _is_foreign(self, tokens: npt.NDArray[np.int32]) -> bool:
         """Whether a token lies beyond the draft's vocabulary, which may be smaller than the target's."""
@@ -335,7 +325,9 @@ class Frontier:
 
     def _forget(self, request: DraftRequest, keep: bool = False) -> None:
         """``keep``: whether the sources may offer its text to later requests."""
-        self._end_retrieval(request, keep)
+        if request.root is not None:  # the sources know a text once all of it at admission is here
+            for retriever in self._retrievers:
+                retriever.stop(request.handle, keep)
         request.release()
         del self._requests[request.handle]
 

@@ -75,7 +75,6 @@ class DraftRequest:
     ) -> None:  # fmt: skip
         self.handle = handle
         self.tenant = tenant
-        self.is_retrieving = False  # whether the sources of retrieval know it
         self.base = base
         self.temperature = temperature
         self.max_length = max_length

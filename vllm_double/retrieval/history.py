@@ -96,7 +96,7 @@ class HistoryRetriever:
         self._share_unnamed = share_unnamed
         self._largest = 1 << max(1, (max_tokens // _SHARE).bit_length() - 1)
         self._steps = steps()
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, _Request | None] = {}  # None: it neither reads nor leaves anything
         self._tenants: dict[str | None, _Tenant] = {}
         self._generations: dict[int, _Generation] = {}  # by serial, oldest first
         self._waiting: deque[tuple[str | None, Tokens]] = deque()
@@ -114,12 +114,13 @@ class HistoryRetriever:
         """Begin a request with its prompt, int32 [n]. ValueError: the key is in use."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
-        self._requests[key] = _Request(tenant, tokens, self.max_match)
+        is_known = tenant is not None or self._share_unnamed
+        self._requests[key] = _Request(tenant, tokens, self.max_match) if is_known else None
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
         request = self._requests[key]
-        if len(tokens) == 0:
+        if request is None or len(tokens) == 0:
             return
         if min(tokens) < 0:
             raise ValueError("token ids must not be negative")
@@ -130,15 +131,12 @@ class HistoryRetriever:
             del recent[: len(recent) - self.max_match]
         request.fresh = min(request.fresh + len(tokens), len(recent))
 
-    def stop(self, key: int, keep: bool = True) -> None:
+    def stop(self, key: int, keep: bool) -> None:
         """End the request; later ones may be offered its output if ``keep``. KeyError: unknown key."""
         request = self._requests.pop(key)
-        if keep and len(request.output) >= _SHORTEST_TEXT and self._partition(request.tenant):
+        if keep and request is not None and len(request.output) >= _SHORTEST_TEXT:
             text = np.append(np.frombuffer(request.output, np.int32)[1 - self._largest :], np.int32(SEPARATOR))
             self._waiting.append((request.tenant, text))
-
-    def _partition(self, tenant: str | None) -> bool:
-        return tenant is not None or self._share_unnamed
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What followed the longest suffix of text + tail; see the class. None: nothing did.
@@ -148,8 +146,8 @@ class HistoryRetriever:
         request = self._requests[key]
         if not 1 <= max_tokens <= MAX_CONTINUATION:
             raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
-        tenant = self._tenants.get(request.tenant)
-        if tenant is None:
+        tenant = self._tenants.get(request.tenant) if request is not None else None
+        if request is None or tenant is None:
             return None
         headers = tenant.headers
         if request.version != tenant.version:
@@ -215,7 +213,8 @@ class HistoryRetriever:
         while self._generations:
             self._evict()
         for request in self._requests.values():
-            del request.output[:]
+            if request is not None:
+                del request.output[:]
 
     def _room_for(self, name: str | None, num_tokens: int) -> _Generation:
         """The tenant's newest generation, or a new one if that has no room for so many tokens."""
