@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.property.test_retrieval_properties import BOUNDS, RANDOM, STREAMS, fibonacci_word
 from vllm_double.retrieval import Continuation, Datastore, DatastoreError, DatastoreRetriever
 from vllm_double.retrieval import build as builder
 from vllm_double.retrieval.datastore import Header
@@ -19,34 +20,11 @@ VOCAB = 12
 TOKENIZER = b"\1" * 32
 MUTATIONS = 10_000
 
-
-def fibonacci_word(length: int) -> list[int]:
-    shorter, longer = [0], [0, 1]
-    while len(longer) < length:
-        shorter, longer = longer, longer + shorter
-    return longer[:length]
-
-
-LENGTHS = st.integers(0, 150)
-RANDOM = st.integers(1, 5).flatmap(lambda size: st.lists(st.integers(0, size - 1), max_size=150))
-PERIODIC = st.builds(
-    lambda period, length: (period * length)[:length],
-    st.lists(st.integers(0, 3), min_size=1, max_size=12),
-    LENGTHS,
-)
-BLOCKS = st.builds(
-    # Few blocks in any order: long matches that part again.
-    lambda blocks, order: [token for i in order for token in blocks[i % len(blocks)]],
-    st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=15), min_size=1, max_size=4),
-    st.lists(st.integers(0, 3), max_size=10),
-)
-STREAMS = st.one_of(RANDOM, PERIODIC, BLOCKS, LENGTHS.map(fibonacci_word), LENGTHS.map(lambda n: [0] * n))
 CORPORA = st.one_of(
     st.lists(STREAMS, min_size=1, max_size=5),
     # Many short documents, most of which end where others go on.
     st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=60),
 )
-BOUNDS = st.sampled_from([1, 2, 3, 5, 8, 32])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,11 +17,21 @@ from vllm_double.patches.registry import Entry, Signature
 _CPU_KERNELS = "vllm.utils.cpu_triton_utils"
 _MODEL_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _WORKER = "vllm.v1.worker.gpu_worker"
-_NEW_WEIGHTS = "what the target said with other weights foretells nothing"
 
 
 def _lines(path: str, line_031: int, line_032: int) -> dict[str, str]:
     return {"0.31": f"{path}:{line_031}", "0.32": f"{path}:{line_032}"}
+
+
+def _weights(name: str, method: str, lines: tuple[int, int], signature: str, when: str = "") -> Entry:
+    return Entry(
+        name=name,
+        target=f"{_WORKER}:Worker.{method}",
+        what=f"wrapped: history is forgotten{when}",
+        why="what the target said with other weights foretells nothing",
+        upstream=_lines("vllm/v1/worker/gpu_worker.py", *lines),
+        expected=(Signature(signature),),
+    )
 
 
 MENDS: tuple[Entry, ...] = (
@@ -183,45 +193,12 @@ HOOKS: tuple[Entry, ...] = (
         upstream=_lines("vllm/sampling_params.py", 838, 901),
         expected=(Signature("self, model_config, speculative_config, structured_outputs_config, tokenizer"),),
     ),
-    Entry(
-        name="reload-weights",
-        target=f"{_WORKER}:Worker.reload_weights",
-        what="wrapped: history is forgotten",
-        why=_NEW_WEIGHTS,
-        upstream=_lines("vllm/v1/worker/gpu_worker.py", 566, 629),
-        expected=(Signature("self, *args, **kwargs"),),
-    ),
-    Entry(
-        name="update-weights",
-        target=f"{_WORKER}:Worker.update_weights",
-        what="wrapped: history is forgotten",
-        why=_NEW_WEIGHTS,
-        upstream=_lines("vllm/v1/worker/gpu_worker.py", 1486, 1550),
-        expected=(Signature("self, update_info"),),
-    ),
-    Entry(
-        name="finish-weight-update",
-        target=f"{_WORKER}:Worker.finish_weight_update",
-        what="wrapped: history is forgotten",
-        why=_NEW_WEIGHTS,
-        upstream=_lines("vllm/v1/worker/gpu_worker.py", 1523, 1587),
-        expected=(Signature("self"),),
-    ),
-    Entry(
-        name="sleep",
-        target=f"{_WORKER}:Worker.sleep",
-        what="wrapped: history is forgotten at level 2, which gives the weights up",
-        why=_NEW_WEIGHTS,
-        upstream=_lines("vllm/v1/worker/gpu_worker.py", 271, 294),
-        expected=(Signature("self, level=1"),),
-    ),
-    Entry(
-        name="add-lora",
-        target=f"{_WORKER}:Worker.add_lora",
-        what="wrapped: history is forgotten when an adapter is loaded in place of its former self",
-        why="the new adapter has the old one's identity",
-        upstream=_lines("vllm/v1/worker/gpu_worker.py", 1384, 1439),
-        expected=(Signature("self, lora_request"),),
+    _weights("reload-weights", "reload_weights", (566, 629), "self, *args, **kwargs"),
+    _weights("update-weights", "update_weights", (1486, 1550), "self, update_info"),
+    _weights("finish-weight-update", "finish_weight_update", (1523, 1587), "self"),
+    _weights("sleep", "sleep", (271, 294), "self, level=1", " at level 2, which gives the weights up"),
+    _weights(
+        "add-lora", "add_lora", (1384, 1439), "self, lora_request", " when an adapter is loaded in place of its former self"
     ),
     Entry(
         name="custom-proposer",

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Continuation", "Retriever", "Tokens"]
+__all__ = ["Continuation", "Retriever", "Tokens", "check_tokens"]
 
 Tokens = npt.NDArray[np.int32]
 """Token ids, one dimension, none negative."""
@@ -37,6 +37,12 @@ class Continuation:
             (1.0 - 0.5 ** ((self.match_length + place) / 2)) * count / (total + 0.1)
             for place, (count, total) in enumerate(zip(self.counts, self.totals, strict=True))
         ]
+
+
+def check_tokens(tokens: Sequence[int] | Tokens) -> None:
+    """Raises ValueError where one is negative: sources keep negative numbers for themselves."""
+    if len(tokens) and (tokens.min() if isinstance(tokens, np.ndarray) else min(tokens)) < 0:
+        raise ValueError("token ids must not be negative")
 
 
 class Retriever(Protocol):

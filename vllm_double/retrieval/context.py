@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_double.retrieval.automaton import MAX_CONTINUATION, SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
 __all__ = ["ContextRetriever"]
 
@@ -81,8 +81,7 @@ class ContextRetriever:
         """Copy and queue a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
-        if len(tokens) and tokens.min() < 0:
-            raise ValueError("token ids must not be negative")
+        check_tokens(tokens)
         self._requests[key] = _Request(tokens, self.max_match)
         if len(tokens):
             self._queue[key] = None
@@ -119,9 +118,7 @@ class ContextRetriever:
         request = self._requests[key]
         if len(tokens) == 0:
             return
-        lowest = tokens.min() if isinstance(tokens, np.ndarray) else min(tokens)
-        if lowest < 0:
-            raise ValueError("token ids must not be negative")
+        check_tokens(tokens)
         request.append(tokens)
         self._settle(key, request)
 

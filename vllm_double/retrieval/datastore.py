@@ -50,7 +50,7 @@ from vllm_double.retrieval._datastore_steps import (
     lookup_step,
 )
 from vllm_double.retrieval.automaton import MAX_CONTINUATION
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
 __all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "fingerprint"]
 
@@ -217,7 +217,6 @@ class Datastore:
         self._words = np.frombuffer(self._file, "<i4")
         self._places = np.array([(section.offset, section.offset + section.num_bytes) for section in self.header.sections])
         self._max_match = self.header.max_match
-        self._lookup = lookup_step()
 
     def verify(self) -> None:
         """Compare all checksums. Raises DatastoreError that names the damaged sections."""
@@ -231,7 +230,7 @@ class Datastore:
 
         ``context`` has room for ``max_tokens`` more, which are written to it; out, int32 [3, n], gets tokens, counts, totals.
         """
-        return self._lookup(self._words, self._places, context, num_context, self._max_match, out, max_tokens)
+        return lookup_step()(self._words, self._places, context, num_context, self._max_match, out, max_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the sections are not those of the documents. Slow, O(n^2): for tests."""
@@ -312,6 +311,7 @@ class DatastoreRetriever:
 
     def __init__(self, datastore: Datastore) -> None:
         """``max_match`` is that of the datastore."""
+        lookup_step()  # compiled now, not in the first request
         self.max_match = datastore.header.max_match
         self._datastore = datastore
         self._requests: dict[int, _Request] = {}
@@ -322,8 +322,7 @@ class DatastoreRetriever:
         """Begin with a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
-        if len(tokens) and tokens.min() < 0:
-            raise ValueError("token ids must not be negative")
+        check_tokens(tokens)
         request = self._requests[key] = _Request()
         self._append(request, tokens)
 
@@ -342,9 +341,7 @@ class DatastoreRetriever:
         request = self._requests[key]
         if len(tokens) == 0:
             return
-        lowest = tokens.min() if isinstance(tokens, np.ndarray) else min(tokens)
-        if lowest < 0:
-            raise ValueError("token ids must not be negative")
+        check_tokens(tokens)
         self._append(request, tokens)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:

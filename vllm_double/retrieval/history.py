@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_double.retrieval._steps import steps
 from vllm_double.retrieval.automaton import HEADER_LENGTH, MAX_CONTINUATION, SEPARATOR, SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
 __all__ = ["HistoryRetriever"]
 
@@ -122,8 +122,7 @@ class HistoryRetriever:
         request = self._requests[key]
         if request is None or len(tokens) == 0:
             return
-        if min(tokens) < 0:
-            raise ValueError("token ids must not be negative")
+        check_tokens(tokens)
         request.output.extend(tokens)
         recent = request.recent
         recent.extend(tokens)
