@@ -25,7 +25,7 @@ import psutil
 from benchmarks import rows
 from benchmarks.stats import first_difference
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, Tokens
-from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.automaton import Scratch, warm_up
 from vllm_double.retrieval.reference import scan
 
 CONTEXTS = (1024, 16 * 1024, 128 * 1024)
@@ -91,8 +91,9 @@ def measure(name: str, text: Tokens, context: int) -> None:
     automaton = retriever._requests[0].automaton
     used, reserved = automaton.num_bytes
     following = text[context:].tolist()
-    feed = np.array(following[:TAIL], np.int32)
-    compiled = quantiles(lambda i: automaton.match(feed, TAIL, True, MAX_TOKENS))
+    scratch = Scratch(TAIL)
+    scratch.feed[:] = following[:TAIL]
+    compiled = quantiles(lambda i: automaton.lookup(scratch, TAIL, True, MAX_TOKENS))
     bare = quantiles(lambda i: retriever.lookup(0, (), MAX_TOKENS))
     tailed = quantiles(lambda i: retriever.lookup(0, following[i : i + TAIL], MAX_TOKENS))
     single = quantiles(lambda i: retriever.extend(0, following[i : i + 1]))

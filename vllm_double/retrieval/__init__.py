@@ -3,6 +3,7 @@
 from vllm_double.retrieval.base import Continuation, Retriever, Tokens
 from vllm_double.retrieval.context import ContextRetriever
 from vllm_double.retrieval.datastore import Datastore, DatastoreError, DatastoreRetriever
+from vllm_double.retrieval.edit import EditRetriever
 from vllm_double.retrieval.history import HistoryRetriever
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Datastore",
     "DatastoreError",
     "DatastoreRetriever",
+    "EditRetriever",
     "HistoryRetriever",
     "Retriever",
     "Tokens",

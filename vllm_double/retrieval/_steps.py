@@ -23,6 +23,7 @@ LENGTH, LINK, COUNT, END, BEST, TOKEN, FIRST, EDGES = range(8)
 SOURCE, LABEL, TARGET, NEXT_EDGE = range(4)
 # Entries of the header. The addresses are those of the arrays, which saves unpacking them in every call.
 NUM_STATES, NUM_EDGES, WINDOW, WINDOW_LENGTH, NUM_TOKENS, CAPACITY, STATES_AT, EDGES_AT, TABLE_AT = range(9)
+HEADER_LENGTH = TABLE_AT + 1
 ROOT = 0
 NONE = -1
 # The last token of a document: contexts do not reach across it, and nothing is continued with it.
@@ -187,8 +188,13 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
         length = states[context, LENGTH]
 
 
-def _extend(header: Header, text: Ints, start: int, stop: int, max_match: int) -> None:
-    """Append text[start:stop]; behind a separator a new document begins."""
+def _extend(header_at: int, text_at: int, start: int, stop: int, max_match: int) -> None:
+    """Append text[start:stop]; behind a separator a new document begins.
+
+    Here and below arrays come as addresses: to take one over from Python costs as much as all the rest of a short call.
+    """
+    header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
+    text = numba.carray(_pointer(text_at), (stop,), np.int32)
     states, edges, table = _arrays(header)
     for position in range(start, stop):
         _append(header, states, edges, table, text[position], max_match)
@@ -223,7 +229,7 @@ def _followed(states: Ints, state: int, length: int) -> tuple[int, int]:
 def _continue(
     header: Header, states: Ints, state: int, length: int, max_match: int, out: Ints, max_tokens: int
 ) -> tuple[int, int]:
-    """Fill out[0:3] with tokens, counts and totals behind a context: (tokens found, match length)."""
+    """Fill out, int32 [n, 3], with token, count and total of each step behind a context: (tokens found, match length)."""
     num_tokens = header[NUM_TOKENS]
     match_length = 0
     for i in range(max_tokens):
@@ -235,19 +241,22 @@ def _continue(
             return i, match_length
         if i == 0:
             match_length = length
-        out[0, i] = states[best, TOKEN]
-        out[1, i] = states[best, COUNT]
+        out[i, 0] = states[best, TOKEN]
+        out[i, 1] = states[best, COUNT]
         # The occurrence at the very end of the text has no token behind it.
-        out[2, i] = states[state, COUNT] - (states[state, END] == num_tokens)
+        out[i, 2] = states[state, COUNT] - (states[state, END] == num_tokens)
         length = min(length + 1, max_match)
         state = _clamp(states, best, length)
     return max_tokens, match_length
 
 
 def _lookup(
-    header: Header, feed: Ints, num_feed: int, from_window: bool, max_match: int, out: Ints, max_tokens: int
+    header_at: int, feed_at: int, num_feed: int, from_window: bool, max_match: int, out_at: int, max_tokens: int
 ) -> tuple[int, int]:
     """Match feed[:num_feed], behind the window or on its own, and continue it: see `_continue`."""
+    header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
+    feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
+    out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
     states, edges, table = _arrays(header)
     state = header[WINDOW] if from_window else ROOT
     length = header[WINDOW_LENGTH] if from_window else 0
@@ -256,13 +265,25 @@ def _lookup(
     return _continue(header, states, state, length, max_match, out, max_tokens)
 
 
+def _source(header_at: int) -> tuple[int, int]:
+    """Where the latest occurrence of a lookup's first token is, and the length of its context; (-1, 0): nowhere."""
+    header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
+    states = _arrays(header)[0]
+    state, length = _followed(states, header[WINDOW], header[WINDOW_LENGTH])
+    if state == ROOT:
+        return -1, 0
+    return states[states[state, BEST], END] - 1, length
+
+
 def _recall(
-    headers: Header, cursors: Header, feed: Ints, num_kept: int, num_feed: int, max_match: int, out: Ints, max_tokens: int
+    headers: Header, cursors: Header, feed_at: int, num_kept: int, num_feed: int, max_match: int, out_at: int, max_tokens: int
 ) -> tuple[int, int]:
     """Match behind the cursors of several automata, headers and cursors int64 [n, ...], newest first; continue the longest.
 
     A cursor is a state and a length. feed[:num_kept] moves the cursors, feed[num_kept:num_feed] does not.
     """
+    feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
+    out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
     newest, best_length, best_state = 0, 0, ROOT
     for n in range(len(headers)):
         states, edges, table = _arrays(headers[n])
@@ -290,6 +311,7 @@ def _rehash(header: Header) -> None:
 class Steps(NamedTuple):
     extend: Callable[..., None]
     lookup: Callable[..., tuple[int, int]]
+    source: Callable[[int], tuple[int, int]]
     recall: Callable[..., tuple[int, int]]
     rehash: Callable[..., None]
 
@@ -310,11 +332,12 @@ def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any
 def steps() -> Steps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     return Steps(
-        _compiled(_extend, "void(int64[::1], int32[::1], int64, int64, int64)"),
-        _compiled(_lookup, "UniTuple(int64, 2)(int64[::1], int32[::1], int64, boolean, int64, int32[:, ::1], int64)"),
+        _compiled(_extend, "void(int64, int64, int64, int64, int64)"),
+        _compiled(_lookup, "UniTuple(int64, 2)(int64, int64, int64, boolean, int64, int64, int64)"),
+        _compiled(_source, "UniTuple(int64, 2)(int64)"),
         _compiled(
             _recall,
-            "UniTuple(int64, 2)(int64[:, ::1], int64[:, ::1], int32[::1], int64, int64, int64, int32[:, ::1], int64)",
+            "UniTuple(int64, 2)(int64[:, ::1], int64[:, ::1], int64, int64, int64, int64, int64, int64)",
         ),
         _compiled(_rehash, "void(int64[::1])"),
     )

@@ -33,6 +33,7 @@ from vllm_double.retrieval._steps import (
     EDGES,
     END,
     FIRST,
+    HEADER_LENGTH,
     LENGTH,
     LINK,
     NONE,
@@ -50,12 +51,9 @@ from vllm_double.retrieval._steps import (
     Ints,
     steps,
 )
+from vllm_double.retrieval.base import Continuation
 
-__all__ = ["HEADER_LENGTH", "MAX_CONTINUATION", "SEPARATOR", "SuffixAutomaton", "warm_up"]
-
-HEADER_LENGTH = TABLE_AT + 1
-"""Entries of an automaton's header."""
-
+__all__ = ["HEADER_LENGTH", "MAX_CONTINUATION", "SEPARATOR", "Scratch", "SuffixAutomaton", "warm_up"]
 
 MAX_CONTINUATION = 1024
 """Most tokens that one lookup returns."""
@@ -66,13 +64,39 @@ def warm_up() -> None:
     steps()
 
 
+class Scratch:
+    """What lookups read and write, at known addresses; one serves any number of automata.
+
+    feed: int32 [n], tokens to be matched.
+    """
+
+    __slots__ = ("_out", "feed", "feed_at", "out_at")
+
+    def __init__(self, num_feed: int) -> None:
+        out = np.empty(3 * MAX_CONTINUATION, np.int32)
+        self._out, self.out_at = memoryview(out), out.ctypes.data  # type: ignore[arg-type]
+        self.reserve(num_feed)
+
+    def reserve(self, num_feed: int) -> None:
+        """Have room for so many tokens; what was in ``feed`` is lost."""
+        self.feed = np.empty(num_feed, np.int32)
+        self.feed_at = self.feed.ctypes.data
+
+    def continuation(self, num_found: int, match_length: int) -> Continuation | None:
+        """What the latest lookup found; None: nothing."""
+        if num_found == 0:
+            return None
+        flat = self._out[: 3 * num_found].tolist()
+        return Continuation(flat[::3], match_length, flat[1::3], flat[2::3])
+
+
 class SuffixAutomaton:
     """The arrays of one automaton. It does not keep the text: each token is handed over once, in order.
 
     SEPARATOR ends a document: contexts do not reach across it.
     """
 
-    __slots__ = ("_edges", "_header", "_out", "_states", "_steps", "_table", "capacity", "max_match")
+    __slots__ = ("_edges", "_header", "_header_at", "_states", "_steps", "_table", "capacity", "max_match")
 
     def __init__(self, capacity: int, max_match: int) -> None:
         """Room for ``capacity`` tokens, a power of two; contexts have at most ``max_match`` tokens."""
@@ -80,7 +104,7 @@ class SuffixAutomaton:
         self.capacity = capacity
         self.max_match = max_match
         self._header = np.zeros(HEADER_LENGTH, np.int64)
-        self._out = np.empty((3, MAX_CONTINUATION), np.int32)
+        self._header_at = self._header.ctypes.data
         self._states = np.empty((2 * capacity, 8), np.int32)
         self._edges = np.empty((capacity, 4), np.int32)
         self._table = np.zeros(2 * capacity, np.int32)
@@ -136,15 +160,23 @@ class SuffixAutomaton:
 
     def extend(self, text: Ints, start: int, stop: int) -> None:
         """Append text[start:stop]; there must be room. No token may be negative."""
-        self._steps.extend(self._header, text, start, stop, self.max_match)
+        self.extend_from(text.ctypes.data, start, stop)
 
-    def match(self, feed: Ints, num_feed: int, from_end: bool, max_tokens: int) -> tuple[int, int]:
-        """Match feed[:num_feed], if from_end behind the text: (tokens found, match length). See `found`."""
-        return self._steps.lookup(self._header, feed, num_feed, from_end, self.max_match, self._out, max_tokens)
+    def extend_from(self, text_at: int, start: int, stop: int) -> None:
+        """The same, from the address of an int32 array that is contiguous."""
+        self._steps.extend(self._header_at, text_at, start, stop, self.max_match)
 
-    def found(self, num_found: int) -> list[list[int]]:
-        """[tokens, counts, totals] of the latest `match`."""
-        return self._out[:, :num_found].tolist()  # type: ignore[no-any-return]
+    def lookup(self, scratch: Scratch, num_feed: int, from_end: bool, max_tokens: int) -> Continuation | None:
+        """Match scratch.feed[:num_feed], if from_end behind the text, and continue it."""
+        found = self._steps.lookup(
+            self._header_at, scratch.feed_at, num_feed, from_end, self.max_match, scratch.out_at, max_tokens
+        )
+        return scratch.continuation(*found)
+
+    def source(self) -> tuple[int, int]:
+        """Where the latest occurrence is of the token that a lookup behind the text's end returns first, and the length of its
+        context; (-1, 0): there is none."""
+        return self._steps.source(self._header_at)
 
     def check_integrity(self, text: Ints) -> None:
         """Raise AssertionError where the arrays are not those of text. Slow, O(n * max_match): for tests."""

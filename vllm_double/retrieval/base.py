@@ -1,8 +1,7 @@
 """What every source of repeated text offers to the proposer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +12,12 @@ Tokens = npt.NDArray[np.int32]
 """Token ids, one dimension, none negative."""
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
+# How far a match of so many tokens is to be trusted, before anything is learnt; a longer one as much as the longest here.
+_TRUST = [1.0 - 0.5 ** (length / 2) for length in range(2048)]
+_LONGEST = 1024
+
+
+class Continuation(NamedTuple):
     """Tokens that followed earlier occurrences of the text's end, with the evidence for each.
 
     ``counts[i] / totals[i]`` is the relative frequency of ``tokens[i]`` after the context of step i. Nothing
@@ -33,10 +36,9 @@ class Continuation:
     def beliefs(self) -> list[float]:
         """For each token, how far to believe in it before anything is learnt: the share of occurrences that went on so,
         trusted more the longer the match and the more there are."""
-        return [
-            (1.0 - 0.5 ** ((self.match_length + place) / 2)) * count / (total + 0.1)
-            for place, (count, total) in enumerate(zip(self.counts, self.totals, strict=True))
-        ]
+        start = min(self.match_length, _LONGEST)
+        trusts = _TRUST[start : start + len(self.counts)]
+        return [trust * count / (total + 0.1) for trust, count, total in zip(trusts, self.counts, self.totals, strict=True)]
 
 
 def check_tokens(tokens: Sequence[int] | Tokens) -> None:

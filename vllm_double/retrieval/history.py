@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_double.retrieval._steps import steps
-from vllm_double.retrieval.automaton import HEADER_LENGTH, MAX_CONTINUATION, SEPARATOR, SuffixAutomaton
+from vllm_double.retrieval._steps import HEADER_LENGTH, SEPARATOR, steps
+from vllm_double.retrieval.automaton import MAX_CONTINUATION, Scratch, SuffixAutomaton
 from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
 __all__ = ["HistoryRetriever"]
@@ -105,8 +105,7 @@ class HistoryRetriever:
         self._num_tokens = 0
         self._last_serial = 0
         self._version = 0
-        self._feed = np.empty(0, np.int32)
-        self._out = np.empty((3, MAX_CONTINUATION), np.int32)
+        self._scratch = Scratch(2 * max_match)
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -154,21 +153,19 @@ class HistoryRetriever:
             request.cursors = np.zeros((len(headers), 2), np.int64)
             request.fresh = len(request.recent)
         num_kept, num_feed = request.fresh, request.fresh + len(tail)
-        if num_feed > len(self._feed):
-            self._feed = np.empty(2 * num_feed, np.int32)
-        feed = self._feed
+        scratch = self._scratch
+        if num_feed > len(scratch.feed):
+            scratch.reserve(2 * num_feed)
+        feed = scratch.feed
         if num_kept:
             feed[:num_kept] = request.recent[len(request.recent) - num_kept :]
             request.fresh = 0
         if tail:
             feed[num_kept:num_feed] = tail
-        num_found, match_length = self._steps.recall(
-            headers, request.cursors, feed, num_kept, num_feed, self.max_match, self._out, max_tokens
+        found = self._steps.recall(
+            headers, request.cursors, scratch.feed_at, num_kept, num_feed, self.max_match, scratch.out_at, max_tokens
         )
-        if num_found == 0:
-            return None
-        tokens, counts, totals = self._out[:, :num_found].tolist()
-        return Continuation(tokens, match_length, counts, totals)
+        return scratch.continuation(*found)
 
     # ---- the index --------------------------------------------------------------------------------------------
 

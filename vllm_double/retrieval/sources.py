@@ -6,6 +6,7 @@ from pathlib import Path
 from vllm_double.retrieval.base import Retriever
 from vllm_double.retrieval.context import ContextRetriever
 from vllm_double.retrieval.datastore import Datastore, DatastoreRetriever
+from vllm_double.retrieval.edit import EditRetriever
 from vllm_double.retrieval.history import HistoryRetriever
 
 __all__ = ["Sources"]
@@ -13,8 +14,8 @@ __all__ = ["Sources"]
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """context: a request's own text. history_tokens: of what earlier requests were answered; 0: none. share_history: requests
-    that name no tenant share a history. datastore: a file that `vllm-double datastore build` made."""
+    """context: a request's own text, with and without changes. history_tokens: of what earlier requests were answered; 0: none.
+    share_history: requests that name no tenant share a history. datastore: a file that `vllm-double datastore build` made."""
 
     context: bool = True
     history_tokens: int = 0
@@ -28,7 +29,8 @@ class Sources:
         """
         sources: list[Retriever] = []
         if self.context:
-            sources.append(ContextRetriever())
+            context = ContextRetriever()
+            sources.extend((context, EditRetriever(context)))
         if self.history_tokens:
             sources.append(HistoryRetriever(self.history_tokens, share_unnamed=self.share_history))
         if self.datastore is not None:
