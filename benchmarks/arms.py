@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.machine import has_cuda
 
-__all__ = ["ARMS", "Arm", "Choices", "default_arms", "variants"]
+__all__ = ["ARMS", "WARM", "Arm", "Choices", "default_arms", "variants"]
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,26 @@ def _draft_model(choices: Choices) -> list[dict[str, object] | None]:
     return [{"method": "draft_model", "model": str(choices.draft), "num_speculative_tokens": k} for k in choices.draft_k]
 
 
-def _suffix(choices: Choices) -> list[dict[str, object] | None]:
-    return [{"method": "suffix", "num_speculative_tokens": max(choices.double_k)}]
+def _suffix(choices: Choices, **settings: object) -> list[dict[str, object] | None]:
+    return [{"method": "suffix", "num_speculative_tokens": max(choices.double_k)} | settings]
 
+
+WARM = ("suffix-warm", "double-warm")
+"""Arms that keep what they answered, so that from the second round on they have seen every answer."""
 
 ARMS: dict[str, Callable[[Choices], list[dict[str, object] | None]]] = {
     "plain": lambda choices: [None],
     "ngram": _ngram,
     "draft_model": _draft_model,
-    "suffix": _suffix,
+    "suffix": lambda choices: _suffix(choices, suffix_decoding_max_cached_requests=0),
+    "suffix-warm": _suffix,
     "double": _double,
     "double-without-retrieval": lambda choices: _double(choices, target_retrieval=False, draft_retrieval=False),
     "double-target-side": lambda choices: _double(choices, draft_retrieval=False),
     "double-draft-side": lambda choices: _double(choices, target_retrieval=False),
     "double-without-coverage": lambda choices: _double(choices, children_per_node=1),
     "double-retrieval-only": lambda choices: _double(choices, with_draft=False),
+    "double-warm": lambda choices: _double(choices, share_history=True),
     "double-switched-off": lambda choices: _double(choices, enabled=False),
 }
 

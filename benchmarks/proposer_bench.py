@@ -1,9 +1,10 @@
-"""What a round costs on the target's side, without vLLM: a draft worker in another process's place, real logs, real retrieval.
+"""What the two sides cost without their models: a draft worker in another process's place, real logs, real retrieval.
 
     python -m benchmarks.proposer_bench
 
-Rows: p50, p99 and maximum of one `propose` in microseconds, at batch 1 and 32, with texts that partly repeat; and the longest
-round while a 16k-token prompt is being admitted and indexed.
+Rows of results/proposer.csv: p50, p99 and maximum of one `propose` in microseconds, at batch 1 to 32, with texts that partly
+repeat; and the longest round while a 16k-token prompt is being admitted and indexed. Rows of results/iteration.csv: one
+iteration of the drafting loop (commands, select, expand, publish) without its forward, by the number of paths in the forward.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from vllm_double.draft.fake_engine import FakeEngine
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.proposer import Proposer, RequestParams, Row
-from vllm_double.retrieval import ContextRetriever
 from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
 
 __all__ = ["main"]
@@ -51,34 +52,49 @@ class FastEngine(FakeEngine):
         probs = np.exp(model.logits)
         probs /= probs.sum(axis=1, keepdims=True)
         self.best, self.probs = order.astype(np.int32), np.take_along_axis(probs, order, 1).astype(np.float32)
+        self.seconds, self.num_rows = 0.0, 0  # of the latest forward
 
     def forward(self, batch, num_children):  # type: ignore[no-untyped-def]
+        started = time.perf_counter()
         states = []
         for row in batch:
             for place in range(len(row.tokens) - row.num_outputs, len(row.tokens)):
                 before = row.tokens[place - 1] if place > 0 else self._tokens[row.pages[0], 0]
                 states.append((row.tokens[place] * 31 + int(before)) % 512)
-        return self.best[states, :num_children], self.probs[states, :num_children]
+        found = self.best[states, :num_children], self.probs[states, :num_children]
+        self.seconds, self.num_rows = time.perf_counter() - started, len(batch)
+        return found
 
     def copy_slots(self, triples):  # type: ignore[no-untyped-def]
         return
 
 
-def measure(batch: int, rounds: int, turns: int, long_prompt: int = 0) -> list[float]:
-    """Seconds of each round; the worker makes ``turns`` iterations between two, as it would while the target verifies."""
+def measure(
+    batch: int, rounds: int, turns: int, long_prompt: int = 0, nodes_per_iteration: int = 8
+) -> tuple[list[float], list[float]]:
+    """Seconds of each round, and of the iterations with ``nodes_per_iteration`` paths without their forwards.
+
+    The worker makes ``turns`` iterations between two rounds, as it would while the target verifies.
+    """
     rng = random.Random(1)
     model = TableModel()
     end = SharedTargetEnd.create()
-    worker = DraftWorker(FastEngine(model), SharedWorkerEnd.attach(end.address), FrontierLimits(16))
-    proposer = Proposer(16, end, [ContextRetriever()], time.perf_counter)
+    engine, sources = FastEngine(model), Sources(history_tokens=1 << 20)
+    limits = FrontierLimits(16, nodes_per_iteration=nodes_per_iteration)
+    worker = DraftWorker(engine, SharedWorkerEnd.attach(end.address), limits, retrievers=sources.open())
+    proposer = Proposer(16, end, sources.open(), time.perf_counter)
     texts = {f"r{index}": [rng.randrange(1, 40) for _ in range(200)] for index in range(batch)}
     for name, text in texts.items():
         proposer.admit(name, np.array(text, np.int32), PARAMS)
     chains: dict[str, list[int]] = {name: [] for name in texts}
-    seconds = []
+    seconds, iterations = [], []
     for number in range(rounds):
         for _ in range(turns):
+            engine.num_rows = 0
+            started = time.perf_counter()
             worker.turn()
+            if engine.num_rows == nodes_per_iteration:
+                iterations.append(time.perf_counter() - started - engine.seconds)
         table = []
         for name, text in texts.items():
             sampled = []
@@ -101,7 +117,12 @@ def measure(batch: int, rounds: int, turns: int, long_prompt: int = 0) -> list[f
         if number == 50:
             gc.collect()
     end.close()
-    return seconds[50:]
+    return seconds[50:], iterations[50:]
+
+
+def quantiles(seconds: list[float]) -> dict[str, rows.Value]:
+    """Columns in microseconds."""
+    return {f"p{int(100 * q)}_us": 1e6 * quantile(seconds, q) for q in (0.5, 0.8, 0.99)} | {"max_us": 1e6 * max(seconds)}
 
 
 def main() -> None:
@@ -109,14 +130,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "proposer.csv")
+    parser.add_argument("--iterations", type=Path, default=rows.RESULTS / "iteration.csv")
     options = parser.parse_args()
     warm_up()
     for batch, turns, long_prompt in ((1, 16, 0), (4, 12, 0), (32, 6, 0), (1, 16, 16384)):
-        seconds = measure(batch, options.rounds, turns, long_prompt)
+        seconds, _ = measure(batch, options.rounds, turns, long_prompt)
         row: dict[str, rows.Value] = {"batch": batch, "long_prompt": long_prompt, "worker_turns": turns}
-        row |= {f"p{int(100 * q)}_us": 1e6 * quantile(seconds, q) for q in (0.5, 0.8, 0.99)} | {"max_us": 1e6 * max(seconds)}
+        row |= quantiles(seconds)
         print(row, flush=True)
         rows.append(options.output, row | {"rounds": len(seconds)} | rows.provenance("benchmarks.proposer_bench"))
+    for batch, turns, paths in ((2, 12, 16), (32, 12, 256)):
+        _, seconds = measure(batch, options.rounds // 4, turns, nodes_per_iteration=paths)
+        row = {"batch": batch, "paths": paths, "worker_turns": turns} | quantiles(seconds)
+        print(row, flush=True)
+        rows.append(options.iterations, row | {"iterations": len(seconds)} | rows.provenance("benchmarks.proposer_bench"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import rows, scripted, workload
-from benchmarks.arms import ARMS, Arm, Choices, default_arms, variants
+from benchmarks.arms import ARMS, WARM, Arm, Choices, default_arms, variants
 from benchmarks.client import Request
 from benchmarks.harness import Fleet, Series, interleave
 from benchmarks.machine import cores, parse_cores
@@ -230,7 +230,7 @@ def describe(series: Series) -> dict[str, rows.Value]:
         "acceptance": speculation.acceptance if speculation else None,
         "chain_length": speculation.chain_length if speculation else None,
         "hit_rate": speculation.hit_rate if speculation else None,
-        "caches": "cold",
+        "caches": "warm" if series.arm.name in WARM else "cold",
     }
 
 
