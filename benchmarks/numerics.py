@@ -10,6 +10,7 @@ difference of two texts the target's two best logits have to lie within it. The 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tokenizers import Tokenizer
 
 from benchmarks import rows, workload
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1, help="texts in a forward, as many as benchmarks.parity had requests")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="as many as plain vLLM's forwards have")
     parser.add_argument("--num-texts", type=int, default=16, help="texts from which the noise is measured")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--target", type=Path, default=workload.TARGET)
@@ -97,11 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
     reader = LogitReader(options.target, options.dtype, options.max_model_len)
+    torch.set_num_threads(options.threads)
     texts = []
     for prompt in workload.load_prompts(options.prompts, options.num_texts):
         text = tokenizer.encode(prompt.text, add_special_tokens=False).ids[: options.max_model_len - 1]
         texts.append((text, len(text) // 4))
-    bound = float(np.quantile(noise(reader, texts, 1 + options.k, options.batch), 0.999))
+    differences = noise(reader, texts, 1 + options.k, options.batch)
+    bound = float(np.quantile(differences, 0.999))
     gaps = []
     for line in options.divergences.read_text().splitlines():
         entry = json.loads(line)
@@ -115,8 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": options.dtype,
         "k": options.k,
         "batch": options.batch,
+        "threads": options.threads,
         "texts": len(texts),
         "noise_p999": bound,
+        "noise_max": float(differences.max()),
         "divergences": len(gaps),
         "largest_gap": max(gaps, default=0.0),
         "ok": ok,
