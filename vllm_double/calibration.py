@@ -38,15 +38,18 @@ class Calibration:
 
     def observe(self, source: str, raw: float, sampled: bool, agreed: bool) -> None:
         """Count one example: the target did (``agreed``) or did not continue with the token."""
-        curve, hits, trials = self._table(source, sampled)
-        bucket = min(int(raw * NUM_BUCKETS), NUM_BUCKETS - 1)
-        trials[bucket] += 1.0
-        hits[bucket] += agreed
-        if trials[bucket] > _DECAY_AT:
-            trials[bucket] /= 2
-            hits[bucket] /= 2
-        curve[bucket] = min(max(hits[bucket] / trials[bucket], 1e-4), 0.995)
-        curve[NUM_BUCKETS] = curve[NUM_BUCKETS - 1]
+        curve, hits, trials = self._tables.get((source, sampled)) or self._table(source, sampled)
+        bucket = int(raw * NUM_BUCKETS)
+        if bucket >= NUM_BUCKETS:
+            bucket = NUM_BUCKETS - 1
+        tried, hit = trials[bucket] + 1.0, hits[bucket] + agreed
+        if tried > _DECAY_AT:
+            tried, hit = tried / 2, hit / 2
+        trials[bucket], hits[bucket] = tried, hit
+        chance = hit / tried
+        curve[bucket] = chance if 1e-4 <= chance <= 0.995 else min(max(chance, 1e-4), 0.995)
+        if bucket == NUM_BUCKETS - 1:
+            curve[NUM_BUCKETS] = curve[bucket]
 
     def table(self) -> list[tuple[str, bool, float, float, float]]:
         """Rows (source, sampled, bucket's lower edge, observed frequency, trials) for a reliability plot."""

@@ -79,6 +79,7 @@ class _Request:
     chain: list[PathToken] = field(default_factory=list)
     # Retrieved tokens that the target did not want, each behind the tokens before it; oldest first.
     refused: dict[tuple[int, ...], None] = field(default_factory=dict)
+    refused_tokens: set[int] = field(default_factory=set)  # all that were ever among them
 
 
 class Proposer:
@@ -214,7 +215,8 @@ class Proposer:
                 self.calibration.observe(source, raw, sampled, said == token)
                 if source != DRAFT and said != token:
                     wrong.append(said)
-            if wrong or request.refused:
+            if wrong or token in request.refused_tokens:
+                request.refused_tokens.update(wrong)
                 before = row.tokens[max(0, place - _PLACE_TOKENS) : place].tolist()
                 _note_refusals(request.refused, before, wrong, token)
             trie.commit(token)
