@@ -1,10 +1,11 @@
-# make install | test | quality | demo | serve | bench | parity | cost | plots | clean
+# make install | test | quality | fuzz | demo | serve | bench | parity | cost | plots | clean
 VLLM_VERSION ?= 0.32.0
 VENV ?= .venv
 OLDER_VLLM_VERSION ?= 0.31.0
 OLDER_VENV ?= .venv31
 PYTHON ?= python3
 ARGS ?=
+FUZZ_EXAMPLES ?= 20000
 
 STAMP := $(VENV)/.installed-$(VLLM_VERSION)
 INSTALL_INPUTS := pyproject.toml scripts/install.sh $(wildcard packaging/vllm-alias/*)
@@ -13,7 +14,7 @@ SAMPLER_TESTS := tests/integration/test_patches.py tests/integration/test_cpu_me
 # What the benchmarks serve; they run on the newer version.
 BENCH_TESTS := tests/integration/test_scripted.py
 
-.PHONY: install install-older test quality demo serve bench parity cost plots clean
+.PHONY: install install-older test quality fuzz demo serve bench parity cost plots clean
 
 install: $(STAMP)
 
@@ -37,6 +38,10 @@ quality: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The state machine of both sides, for as many examples as it takes to find what `make test` does not.
+fuzz: install
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest tests/property/test_two_sides.py --timeout=0 $(ARGS)
 
 # Serves with and without double, streams the same prompts through both, compares speed and text.
 demo: install

@@ -321,7 +321,7 @@ class Proposer:
         params = request.params
         chunk = _ADMIT_TOKENS_PER_COMMAND
         empty = np.empty(0, dtype=np.int32)
-        sent = end.send(
+        if not end.send(
             Admit(
                 handle,
                 len(tokens),
@@ -331,13 +331,13 @@ class Proposer:
                 tuple(params.stop_token_ids),
                 params.tenant or "",
             )
-        )
-        for start in range(chunk, len(tokens), chunk):
-            sent = sent and end.send(Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32)))
-        request.session, request.told = end.session, len(tokens)
-        if not sent:
-            self._dismiss(request)
+        ):
             return
+        request.session, request.told = end.session, len(tokens)
+        for start in range(chunk, len(tokens), chunk):
+            if not end.send(Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32))):
+                self._dismiss(request)
+                return
         self._by_handle[handle] = request
         request.trie = self._new_trie(handle, len(tokens), params)
 
