@@ -4,23 +4,37 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from vllm_double import __version__
+from vllm_double.plan.arguments import add_arguments
 
 __all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers wrong arguments with a sentence, and without a page of usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vllm-double: {message}.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="vllm-double", description="Tools around the vLLM plug-in vllm-double.")
     parser.add_argument("--version", action="version", version=f"vllm-double {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     commands.add_parser("check", help="whether the installed vLLM is one that method double works with")
     commands.add_parser("settings", help='the settings under "double" in --speculative-config')
     _add_datastore(commands.add_parser("datastore", help="the corpus that drafts are retrieved from"))
+    add_arguments(commands.add_parser("plan", help="what speed-up to expect, of double and of other methods"))
     options = parser.parse_args(arguments)
     if options.command == "datastore":
         return _datastore(options)
+    if options.command == "plan":
+        from vllm_double.plan.command import plan
+
+        return plan(options)
     return _check() if options.command == "check" else _settings()
 
 
