@@ -140,7 +140,8 @@ class Tables:
         value = (tokens * 0x9E3779B97F4A7C15 + start) & _MASK
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-        return value ^ (value >> 31)
+        value ^= value >> 31
+        return value
 
 
 @dataclass(frozen=True, slots=True)
