@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -140,7 +140,7 @@ class Tables:
         value = (tokens * 0x9E3779B97F4A7C15 + start) & _MASK
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-        return cast(_Number, value ^ (value >> 31))
+        return value ^ (value >> 31)  # type: ignore[return-value]  # numpy: uint64 & int is uint64, its stubs say signed
 
 
 @dataclass(frozen=True, slots=True)
