@@ -1,4 +1,4 @@
-"""``vllm-double``: what an operator may want to know before the server runs."""
+"""``vllm-double``: what an operator may want to know before the server runs, and to change while it does."""
 
 import argparse
 import sys
@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("settings", help='the settings under "double" in --speculative-config')
     _add_datastore(commands.add_parser("datastore", help="the corpus that drafts are retrieved from"))
     add_arguments(commands.add_parser("plan", help="what speed-up to expect, of double and of other methods"))
+    _add_switch(commands.add_parser("switch", help="turn drafting off and on in a running server"))
     options = parser.parse_args(arguments)
+    if options.command == "switch":
+        return _switch(options)
     if options.command == "datastore":
         return _datastore(options)
     if options.command == "plan":
@@ -55,6 +58,32 @@ def _settings() -> int:
 
     for name, entry in DoubleConfig.model_fields.items():
         print(f"{name} = {entry.default!r}\n    {entry.description}")
+    return 0
+
+
+def _add_switch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("off", "on", "status"))
+    parser.add_argument("--pid", type=int, help="any process of the server; needed where several servers of yours run")
+    parser.add_argument("--port", type=int, help="port on which the server listens; likewise")
+    parser.add_argument("--reason", default="", help="for the line in the server's log")
+    parser.add_argument("--calibration", action="store_true", help="and how often each source was right, by its own figure")
+
+
+def _switch(options: argparse.Namespace) -> int:
+    from vllm_double.switch import SwitchError, find_servers, select, switch
+
+    servers, left_out = find_servers()
+    for sentence in left_out:
+        print(f"vllm-double: {sentence}", file=sys.stderr)
+    try:
+        servers = select(servers, options.pid, options.port)
+        if options.action != "status":
+            servers = [switch(servers, options.action == "on", options.reason)]
+    except SwitchError as error:
+        print(f"vllm-double: {error}", file=sys.stderr)
+        return 1
+    for server in servers:
+        print(*server.lines(options.calibration), sep="\n")
     return 0
 
 

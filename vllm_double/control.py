@@ -6,7 +6,7 @@ to be accepted, as long as each raises the expected number of tokens per second 
 
 from collections.abc import Sequence
 
-__all__ = ["StepCost", "chain_lengths"]
+__all__ = ["StepCost", "chain_lengths", "speed_up"]
 
 _DECAY = 0.98
 _PRIOR_TOKENS_FOR_DOUBLE = 24.0  # before anything is measured: so many more query tokens double a step's time
@@ -61,3 +61,16 @@ def chain_lengths(reaches: Sequence[Sequence[float]], fixed: float, per_token: f
         expected += reach
         seconds += per_token
     return [sum(reach > threshold for reach in row) for row in reaches]
+
+
+def speed_up(
+    rounds: float, rows: float, committed: float, proposed: float, propose_seconds: float, fixed: float, per_token: float
+) -> float:
+    """Tokens per second of some rounds over those of plain decoding, as far as the target's process can tell.
+
+    rounds: target forwards, over ``rows`` > 0 rows in all, which gave ``committed`` tokens. proposed: tokens to verify.
+    propose_seconds: time that proposing took. fixed, per_token: as for `chain_lengths`. What the draft takes from a target
+    that shares its machine is in ``fixed`` either way, and not seen.
+    """
+    plain = fixed * rounds + per_token * rows
+    return committed / rows * plain / (plain + per_token * proposed + propose_seconds)

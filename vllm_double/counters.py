@@ -29,6 +29,8 @@ class Counters:
     rewinds: int = 0
     resynchronisations: int = 0
     rounds_without_worker: int = 0
+    failures: int = 0
+    losses: int = 0
     offered: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     proposed_tokens: int = 0

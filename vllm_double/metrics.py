@@ -1,13 +1,9 @@
 """Our numbers on vLLM's /metrics page.
 
-The proposer lives in a worker process, the page in process 0. The worker answers each scrape on a socket in Linux's abstract
-namespace, which leaves nothing behind whoever dies; process 0 asks it through a collector of the page's own registry.
+The proposer lives in a worker process, the page in process 0: a collector of the page's own registry asks for them.
 """
 
-import json
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -16,10 +12,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from vllm_double.counters import PROPOSE_BUCKETS_S, Counters
+from vllm_double.endpoint import Address, ask
 
-__all__ = ["MetricsServer", "expose", "families", "snapshot"]
+__all__ = ["expose", "families", "snapshot"]
 
-_TIMEOUT_S = 1.0
 _COUNTERS = {
     "rounds": ("vllm:double_target_forwards", "Target forwards that drafts were proposed after."),
     "rows": (
@@ -48,20 +44,38 @@ _COUNTERS = {
         "vllm:double_rounds_without_draft",
         "Rounds that were ready without a draft worker.",
     ),
+    "failures": (
+        "vllm:double_failures",
+        "Exceptions in the proposer; drafting paused after each.",
+    ),
+    "losses": (
+        "vllm:double_losses",
+        "Times that drafting paused because it cost more time than it saved.",
+    ),
     "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
 }
 _WORKER_GAUGES = frozenset({"requests"})
 
 
 def snapshot(
-    counters: Counters, step_cost: tuple[float, float], *, worker_up: bool, worker_restarts: int, enabled: bool
+    counters: Counters,
+    step_cost: tuple[float, float],
+    *,
+    worker_up: bool,
+    worker_restarts: int,
+    enabled: bool,
+    paused_s: float,
 ) -> dict[str, Any]:
-    """A JSON-able picture of the counters and the worker's state. step_cost: StepCost.estimate, in seconds."""
+    """A JSON-able picture of the counters and the worker's state.
+
+    step_cost: StepCost.estimate, in seconds. enabled: the switch. paused_s: CircuitBreaker.paused_s.
+    """
     picture = {name: getattr(counters, name) for name in _COUNTERS if hasattr(counters, name)}
     return picture | {
         "worker_restarts": worker_restarts,
         "worker_up": int(worker_up),
         "enabled": int(enabled),
+        "paused_seconds": paused_s,
         "step_seconds": step_cost[0],
         "step_token_seconds": step_cost[1],
         "offered": dict(counters.offered),
@@ -92,9 +106,10 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
     for key, help_text in (
         ("worker_up", "1 while a draft worker answers."),
         ("enabled", "0 while drafting is switched off."),
-        ("propose_max_seconds", "Longest round so far."),
-        ("step_seconds", "A target forward as learnt: the part that does not depend on how many tokens it verifies."),
-        ("step_token_seconds", "A target forward as learnt: what another token to verify adds."),
+        ("paused_seconds", "Seconds that drafting still pauses, after an exception or because it did not pay."),
+        ("propose_max_seconds", "Longest round so far, in seconds."),
+        ("step_seconds", "Seconds of a target forward as learnt, but for what grows with the tokens that it verifies."),
+        ("step_token_seconds", "Seconds that another token to verify adds to a target forward, as learnt."),
     ):
         gauge = GaugeMetricFamily(f"vllm:double_{key}", help_text, labels=["engine"])
         for engine, picture in pictures:
@@ -102,7 +117,7 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
         yield gauge
     histogram = HistogramMetricFamily(
         "vllm:double_propose_seconds",
-        "Time between two target forwards that proposing took.",
+        "Seconds between two target forwards that proposing took.",
         labels=["engine"],
     )
     for engine, picture in pictures:
@@ -120,39 +135,6 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
         yield worker
 
 
-def _address(key: str, engine: int) -> str:
-    return f"\0vllm-double-{key}-{engine}"
-
-
-class MetricsServer:
-    """Answers every connection on the engine's socket with one snapshot, from a thread that sleeps in between."""
-
-    def __init__(self, key: str, engine: int, take: Callable[[], dict[str, Any]]) -> None:
-        self._take = take
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(_address(key, engine))
-        self._socket.listen(8)
-        threading.Thread(target=self._serve, name="double-metrics", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    connection.settimeout(_TIMEOUT_S)
-                    connection.sendall(json.dumps(self._take()).encode())
-                except OSError:
-                    continue
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-
 class _DoubleCollector(Collector):
     """Asks every engine for its snapshot when the page is scraped; an engine that does not answer is left out."""
 
@@ -167,11 +149,7 @@ class _DoubleCollector(Collector):
         pictures = []
         for engine in range(self._num_engines):
             try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                    connection.settimeout(_TIMEOUT_S)
-                    connection.connect(_address(self._key, engine))
-                    with connection.makefile("rb") as stream:
-                        pictures.append((str(engine), json.load(stream)))
+                pictures.append((str(engine), ask(Address(self._key, engine)).values))
             except (OSError, ValueError):
                 continue
         return families(pictures)

@@ -6,6 +6,7 @@ Knows neither vLLM nor Ray nor a clock: the integration hands in rows, the worke
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,7 +90,6 @@ class Proposer:
         self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self.enabled = True
         self.counters = Counters()
         self.calibration = Calibration()
         self.step_cost = StepCost()
@@ -118,11 +118,14 @@ class Proposer:
 
     def finish(self, request_id: str) -> None:
         """A request leaves, finished or aborted. Unknown ids are ignored: vLLM reports those that never ran, too."""
-        request = self._requests.pop(request_id, None)
-        if request is not None and request.params.use_drafts:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request.params.use_drafts:
             for retriever in self._retrievers:
                 retriever.stop(request.key, keep=True)
             self._dismiss(request, keep=True)
+        del self._requests[request_id]
 
     def forget_history(self) -> None:
         """The target's weights changed: nothing that it said before is offered again, by either side."""
@@ -130,6 +133,19 @@ class Proposer:
             retriever.forget()
         if Forget() not in self._to_say:  # some load weights one by one
             self._to_say.append(Forget())
+
+    def reset(self) -> dict[str, RequestParams]:
+        """Drop the state of all live requests on both sides, sound or not; returns what they are. History stays."""
+        requests, handles = self._requests, self._by_handle
+        self._requests, self._by_handle = {}, {}
+        for request in requests.values():
+            for retriever in self._retrievers:
+                with suppress(Exception):  # it may have failed in the middle of anything
+                    retriever.stop(request.key, keep=False)
+        self._to_say.extend(Release(handle, keep=False) for handle in handles)
+        with suppress(Exception):
+            self._say()
+        return {request_id: request.params for request_id, request in requests.items()}
 
     # ---- the round --------------------------------------------------------------------------------------------
 
@@ -145,7 +161,7 @@ class Proposer:
             if request is None or row.num_sampled == 0:
                 continue
             self._commit(request, row)
-            if request.params.use_drafts and self.enabled and not request.finished:
+            if request.params.use_drafts and not request.finished:
                 live.append((index, request))
         paths = [self._graft(request, rows[index].tokens) for index, request in live]
         lengths = chain_lengths([[step.reach for step in path] for path in paths], *self.step_cost.estimate())
@@ -158,6 +174,11 @@ class Proposer:
             retriever.work(_INDEX_TOKENS_PER_ROUND)
         self.counters.proposed(self._clock() - started, [request.chain for _, request in live])
         return chains
+
+    def rest(self) -> None:
+        """A round without drafts: hear the worker out, and tell it what there was no room for."""
+        self._drain()
+        self._say()
 
     def _drain(self) -> None:
         """Take in what the worker has drafted since the last round."""
@@ -321,6 +342,7 @@ class Proposer:
         params = request.params
         chunk = _ADMIT_TOKENS_PER_COMMAND
         empty = np.empty(0, dtype=np.int32)
+        self._by_handle[handle] = request  # from now on the worker may know it
         if not end.send(
             Admit(
                 handle,
@@ -332,13 +354,13 @@ class Proposer:
                 params.tenant or "",
             )
         ):
+            del self._by_handle[handle]
             return
         request.session, request.told = end.session, len(tokens)
         for start in range(chunk, len(tokens), chunk):
             if not end.send(Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32))):
                 self._dismiss(request)
                 return
-        self._by_handle[handle] = request
         request.trie = self._new_trie(handle, len(tokens), params)
 
     def _dismiss(self, request: _Request, keep: bool = False) -> None:
@@ -376,6 +398,11 @@ class Proposer:
     def _new_key(self) -> int:
         self._last_key += 1
         return self._last_key
+
+    @property
+    def num_requests(self) -> int:
+        """Live requests."""
+        return len(self._requests)
 
     def check_integrity(self) -> None:
         """Assert that tries stand where the texts end and that every handle leads to its request."""

@@ -34,6 +34,17 @@ class Probe:
         forgot, self._probe_forgot = self._probe_forgot, 0
         return forgot
 
+    def probe_fail(self) -> None:
+        """Have the next round end in an exception."""
+        inner = self.model_runner.drafter._proposer._proposer
+        propose = inner.propose
+
+        def fail(rows: Any) -> None:
+            inner.propose = propose
+            raise RuntimeError("a test's")
+
+        inner.propose = fail
+
     def probe_load_nothing(self) -> None:
         """As trainers do that bring their own worker extension: weights go straight into the model."""
         self.model_runner.model.load_weights(iter(()))

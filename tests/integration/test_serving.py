@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from vllm_double.cli import main
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +116,56 @@ def test_texts_differ_from_plain_vllm(plain: Texts) -> None:
     # How much is ready in time depends on the machine; that drafts are used at all does not.
     assert counts["tokens"] / counts["forwards"] > 1.05
     assert counts["hits_total"] / counts["harvests_total"] > 0.1
+
+
+def test_texts_change_when_drafting_is_switched_or_fails_in_the_middle(plain: Texts) -> None:
+    from vllm import SamplingParams
+
+    server = ["--pid", str(os.getpid())]
+
+    def use(llm: Any) -> Texts:
+        engine, texts = llm.llm_engine, {}
+
+        def step() -> None:
+            assert engine.has_unfinished_requests(), "the texts are too short for this test"
+            for output in engine.step():
+                texts[int(output.request_id)] = list(output.outputs[0].token_ids)
+
+        some = prompts(16)
+        asked = ["\n".join(some)[:800], some[0], some[1]]
+        params = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
+        for number, prompt in enumerate(asked):
+            engine.add_request(str(number), prompt, params)
+        while min(map(len, texts.values()), default=0) < 10 or not sample("proposed_tokens_total"):
+            step()
+        assert main(["switch", "off", *server, "--reason", "a test"]) == 0
+        assert sample("enabled") == 0
+        rounds, quiet = -1.0, 0
+        while quiet < 15:  # the engine core may have been in a round
+            step()
+            quiet = quiet + 1 if sample("target_forwards_total") == rounds else 0
+            rounds = sample("target_forwards_total")
+        assert main(["switch", "on", *server]) == 0
+        proposed = sample("proposed_tokens_total")
+        while sample("proposed_tokens_total") == proposed:
+            step()
+        llm.collective_rpc("probe_fail")
+        while not sample("failures_total"):
+            step()
+        while engine.has_unfinished_requests():
+            step()
+        deadline = time.monotonic() + 60
+        while sample("paused_seconds") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        proposed = sample("proposed_tokens_total")
+        again = llm.generate(asked[1:], params, use_tqdm=False)
+        assert sample("proposed_tokens_total") > proposed
+        found = [texts[number] for number in range(len(asked))]
+        return {"to the model's length": found, "again": [list(output.outputs[0].token_ids) for output in again]}
+
+    found = with_engine(double(), use, worker_extension_cls="tests.integration.probe.Probe")
+    expected = plain["to the model's length"]
+    assert found == {"to the model's length": expected, "again": expected[1:]}
 
 
 def test_texts_with_retrieval_alone_differ_from_plain_vllm(plain: Texts) -> None:

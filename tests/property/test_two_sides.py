@@ -221,7 +221,7 @@ class TwoSides(RuleBasedStateMachine):
         params, request = live.params, self.proposer._requests[name]
         live.chain = chain
         assert [token.token for token in request.chain] == chain
-        if not params.use_drafts or not self.proposer.enabled or live.finished:
+        if not params.use_drafts or live.finished:
             assert chain == []
         assert len(chain) <= K and (not chain or live.length + len(chain) < params.max_length)
         assert params.stop_token_ids.isdisjoint(chain[:-1])
@@ -238,7 +238,7 @@ class TwoSides(RuleBasedStateMachine):
         request = self.proposer._requests[name]
         if not live.params.use_drafts or not live.params.use_worker:
             assert request.session == 0
-        elif self.proposer.enabled and not live.finished:
+        elif not live.finished:
             if request.session != 0:
                 assert request.session == self.end.session
                 assert self.end.texts[request.handle] == bytes(live.text) and self.end.chains[request.handle] == chain
@@ -341,8 +341,14 @@ class TwoSides(RuleBasedStateMachine):
         wire.put(len(wire), bytes(frame))
 
     @rule()
-    def switch(self) -> None:
-        self.proposer.enabled = not self.proposer.enabled
+    def reset(self) -> None:
+        """Drafting was switched off, and on again."""
+        assert self.proposer.reset() == {name: live.params for name, live in self.live.items()}
+        running = {name: live for name, live in self.live.items() if not live.finished}
+        self.live = {}
+        self.both_sides_agree_on_who_is_there()
+        for name, live in running.items():
+            self.admit(name, live.text, live.params)
 
     @rule()
     def new_weights(self) -> None:

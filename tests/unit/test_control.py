@@ -4,7 +4,7 @@ import random
 import pytest
 
 from vllm_double.calibration import NUM_BUCKETS, Calibration
-from vllm_double.control import StepCost, chain_lengths
+from vllm_double.control import StepCost, chain_lengths, speed_up
 
 
 def rate(reaches: list[list[float]], lengths: tuple[int, ...], fixed: float, per_token: float) -> float:
@@ -75,3 +75,22 @@ def test_calibration_takes_certainty_without_falling_off_the_table() -> None:
     calibration = Calibration()
     calibration.observe("draft", 1.0, False, True)
     assert 0.9 < calibration.curve("draft", False)[int(1.0 * NUM_BUCKETS)] < 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_speed_up_is_not_that_of_the_two_clocks(seed: int) -> None:
+    """Steps are added up one by one, with drafts and then without for the same tokens."""
+    rng = random.Random(seed)
+    fixed, per_token, batch, steps = 0.03, rng.uniform(0.0001, 0.01), rng.randint(1, 8), 50
+    rows = committed = proposed = 0
+    drafted_seconds = propose_seconds = 0.0
+    for _ in range(steps):
+        lengths = [rng.randint(0, 6) for _ in range(batch)]
+        seconds = rng.uniform(0, 0.005)
+        drafted_seconds += fixed + per_token * (batch + sum(lengths)) + seconds
+        propose_seconds += seconds
+        rows, proposed = rows + batch, proposed + sum(lengths)
+        committed += sum(1 + rng.randint(0, length) for length in lengths)
+    plain_seconds = committed / batch * (fixed + per_token * batch)
+    found = speed_up(steps, rows, committed, proposed, propose_seconds, fixed, per_token)
+    assert found == pytest.approx(plain_seconds / drafted_seconds)

@@ -2,13 +2,20 @@
 
 import secrets
 import threading
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_double.counters import Counters
-from vllm_double.metrics import MetricsServer, _DoubleCollector, snapshot
+from vllm_double.endpoint import Address, Endpoint
+from vllm_double.metrics import _DoubleCollector, snapshot
 from vllm_double.trie import PathToken
+
+
+def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
+    said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0} | state
+    return Endpoint(Address(key, engine), lambda command, who: snapshot(counters, (0.02, 0.001), **said))
 
 
 def page(key: str, engines: int = 1) -> dict[tuple[str, str], float]:
@@ -36,7 +43,7 @@ def test_counts_arrive_on_the_page() -> None:
     counters.proposed(0.00015, [chain, []])
     counters.proposed(7.0, [[]])
     counters.worker = {"iterations": 4.0, "requests": 2.0}
-    server = MetricsServer(key, 0, lambda: snapshot(counters, (0.02, 0.001), worker_up=True, worker_restarts=3, enabled=True))
+    server = serve(key, 0, counters, worker_restarts=3)
     found = page(key)
     server.close()
     assert found["vllm:double_committed_tokens_total", ""] == 4
@@ -56,18 +63,18 @@ def test_counts_arrive_on_the_page() -> None:
 
 def test_an_engine_that_does_not_answer_is_left_out_and_the_page_stands() -> None:
     key = secrets.token_hex(8)
-    server = MetricsServer(
-        key, 1, lambda: snapshot(Counters(), (0.02, 0.001), worker_up=False, worker_restarts=0, enabled=False)
-    )
+    server = serve(key, 1, Counters(failures=2, losses=3), enabled=False, paused_s=1.5)
     found = page(key, engines=3)
     server.close()
     assert found["vllm:double_enabled", ""] == 0
+    assert found["vllm:double_failures_total", ""] == 2 and found["vllm:double_losses_total", ""] == 3
+    assert found["vllm:double_paused_seconds", ""] == 1.5
     assert page(key, engines=3).get(("vllm:double_enabled", "")) is None
 
 
 def test_two_scrapes_at_once_are_both_answered() -> None:
     key = secrets.token_hex(8)
-    server = MetricsServer(key, 0, lambda: snapshot(Counters(), (0.02, 0.001), worker_up=True, worker_restarts=0, enabled=True))
+    server = serve(key, 0, Counters())
     pages: list[dict[tuple[str, str], float]] = []
     threads = [threading.Thread(target=lambda: pages.append(page(key))) for _ in range(4)]
     for thread in threads:

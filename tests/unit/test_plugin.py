@@ -96,6 +96,7 @@ def test_the_seams_need_neither_vllm_nor_ray_nor_torch() -> None:
         "import sys\n"
         "import vllm_double.proposer, vllm_double.draft.worker, vllm_double.transport.inprocess, vllm_double.control\n"
         "import vllm_double.retrieval, vllm_double.metrics, vllm_double.draft.fake_engine, vllm_double.draft.supervisor\n"
+        "import vllm_double.guard, vllm_double.switch\n"
         "heavy = {'torch', 'vllm', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

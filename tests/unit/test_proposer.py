@@ -286,17 +286,33 @@ def test_seeded_requests_get_no_drafts_and_reach_no_worker() -> None:
     world.proposer.finish("r")
 
 
-def test_switched_off_it_proposes_nothing_and_switched_on_again_it_does() -> None:
-    world = World()
-    world.admit("r", [1, 5])
-    world.proposer.enabled = False
-    for _ in range(4):
+def test_drafts_that_do_not_pay_are_verified_for_ever_or_never_again() -> None:
+    """By what is learnt of the draft and of the step's cost, chains fade to nothing, and come back."""
+    world = World(turns=10)
+    is_right = False
+
+    def draft(context: Sequence[int]) -> np.ndarray:
+        """So sure of one token that it is drafted; of four others, which are drafted too, one is the target's."""
+        target = int(np.argmax(world.target(context)))
+        probs = np.full(VOCAB, 1e-6)
+        probs[[(target + place) % VOCAB for place in (0, 1, 3, 5)]] = 0.3 / 4
+        probs[target if is_right else (target + 2) % VOCAB] = 0.7
+        return np.log(probs)
+
+    world.draft = draft
+    world.worker = world.make_worker()
+    for num_tokens in range(5, 65):
+        world.proposer.step_cost.observe(num_tokens, 1 + 0.3 * num_tokens)
+    for index in range(3):
+        world.admit(f"r{index}", [index + 1, 5], RequestParams(0.0, 400, frozenset()))
+    proposed = []
+    for number in range(100):
+        is_right = number >= 50
         world.step()
-        assert world.chains["r"] == []
-    world.proposer.enabled = True
-    for _ in range(6):
-        world.step()
-    assert world.proposer.counters.accepted["draft"] > 0
+        proposed.append(sum(map(len, world.chains.values())))
+    assert max(proposed[:5]) > 0, "the draft is taken at its word before anything is learnt"
+    assert proposed[40:50] == [0] * 10
+    assert min(proposed[-10:]) > 0
 
 
 def test_a_prompt_longer_than_one_command_arrives_whole() -> None:

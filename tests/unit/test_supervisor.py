@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_double.back_off import BackOff
 from vllm_double.draft import processes
-from vllm_double.draft.host import EXIT_UNREACHABLE, MARK, BackOff, HostSettings
+from vllm_double.draft.host import EXIT_UNREACHABLE, MARK, HostSettings
 from vllm_double.draft.supervisor import DraftSupervisor, HostUnavailableError, child_environment
 
 LIMIT_S = 10.0

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from vllm_double.back_off import BackOff
 from vllm_double.draft.processes import kill_session, remove_openmp_marks, remove_runtime
 from vllm_double.watch import wait_for_end
 
@@ -34,7 +35,6 @@ __all__ = [
     "EXIT_LOST",
     "EXIT_UNREACHABLE",
     "MARK",
-    "BackOff",
     "HostSettings",
     "say",
 ]
@@ -91,28 +91,6 @@ class HostSettings:
         if values["draft_cores"] is not None:
             values["draft_cores"] = tuple(values["draft_cores"])
         return cls(**values)
-
-
-@dataclass(slots=True)
-class BackOff:
-    """Waiting times before restarts: ``first_s`` doubling to ``most_s``, from the start again after a healthy run.
-
-    What did come up is wanted back soon, whoever killed it: then the wait is at most ``most_after_up_s``.
-    """
-
-    first_s: float = 1.0
-    most_s: float = 60.0
-    most_after_up_s: float = 2.0
-    healthy_s: float = 60.0
-    _next_s: float = 0.0
-
-    def after(self, lasted_s: float, came_up: bool) -> float:
-        """Seconds to wait before the next start, after a run of ``lasted_s`` seconds."""
-        wait_s = self.first_s if lasted_s >= self.healthy_s or not self._next_s else self._next_s
-        if came_up:
-            wait_s = min(wait_s, self.most_after_up_s)
-        self._next_s = min(2 * wait_s, self.most_s)
-        return wait_s
 
 
 def say(level: str, text: str = "", **values: object) -> None:

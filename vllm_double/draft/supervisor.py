@@ -24,8 +24,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from vllm_double.back_off import BackOff
 from vllm_double.draft.affinity import format_cores
-from vllm_double.draft.host import EXIT_CONFIG, EXIT_LOST, EXIT_UNREACHABLE, MARK, BackOff, HostSettings
+from vllm_double.draft.host import EXIT_CONFIG, EXIT_LOST, EXIT_UNREACHABLE, MARK, HostSettings
 from vllm_double.draft.processes import RuntimeFolder, kill_session
 
 __all__ = ["DraftSupervisor", "HostProcess", "HostUnavailableError", "State", "child_environment"]

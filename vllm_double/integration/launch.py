@@ -1,4 +1,4 @@
-"""What the output rank of a target starts: the logs, the draft worker's host, the retrievers, the proposer, the metrics."""
+"""What the output rank of a target starts: the logs, the draft worker's host, the retrievers, the proposer, the endpoint."""
 
 import logging
 import os
@@ -8,11 +8,14 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from vllm_double.breaker import CircuitBreaker
 from vllm_double.config import DoubleConfig
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.supervisor import DraftSupervisor
+from vllm_double.endpoint import Address, Endpoint
+from vllm_double.guard import GuardedProposer
 from vllm_double.lifeline import hold
-from vllm_double.metrics import MetricsServer, snapshot
+from vllm_double.metrics import snapshot
 from vllm_double.proposer import Proposer
 from vllm_double.retrieval.automaton import warm_up
 from vllm_double.retrieval.sources import Sources
@@ -42,14 +45,18 @@ class Launch:
             self._supervisor = DraftSupervisor(_host_settings(vllm_config, processes), self._end.address)
         warm_up()  # compiled code is loaded now, not in the first request
         retrievers = _sources(double).open() if double.target_retrieval else []
-        self.proposer = Proposer(
-            config.num_speculative_tokens,
-            self._end,
-            retrievers,
-            time.perf_counter,
-        )
+        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter)
+        self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
         rank = vllm_config.parallel_config.data_parallel_rank
-        self._metrics = MetricsServer(config.metrics_key, rank, self._snapshot)
+        self._generation = max(len(processes) - 1, 0)  # how far this process is below the launcher
+        self._endpoint = Endpoint(Address(config.metrics_key, rank), self._answer)
+
+    def _answer(self, command: dict[str, Any], who: str) -> dict[str, Any]:
+        """How it stands, after the command {"enabled": bool, "why": str}, if there is one."""
+        if command:
+            self.proposer.switch(command["enabled"], who, command["why"])
+        said = {"paused_why": self.proposer.breaker.why, "calibration": self.proposer.calibration.table()}
+        return self._snapshot() | said | {"generation": self._generation}
 
     def _snapshot(self) -> dict[str, Any]:
         supervisor = self._supervisor
@@ -59,6 +66,7 @@ class Launch:
             worker_up=self._worker_answers(),
             worker_restarts=supervisor.restarts if supervisor is not None else 0,
             enabled=self.proposer.enabled,
+            paused_s=self.proposer.breaker.paused_s,
         )
 
     def _worker_answers(self) -> bool:

@@ -17,9 +17,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.config import ConfigError
+from vllm_double.guard import GuardedProposer
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE, SALT_ATTRIBUTE
 from vllm_double.integration.launch import Launch
-from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.proposer import RequestParams, Row
 from vllm_double.request_args import RequestArgs, digest
 
 __all__ = ["DoubleProposer"]
@@ -37,7 +38,7 @@ class DoubleProposer:
         self._max_model_len = vllm_config.model_config.max_model_len
         self._draft_seeded = vllm_config.speculative_config.double.draft_seeded_requests
         self._launch = Launch(vllm_config) if _is_output_rank() else None
-        self._proposer: Proposer | None = self._launch.proposer if self._launch is not None else None
+        self._proposer: GuardedProposer | None = self._launch.proposer if self._launch is not None else None
         self._step_started = 0.0
         self._said_unreadable = False
 
@@ -63,32 +64,36 @@ class DoubleProposer:
             proposer.finish(request_id)
         batch = runner.input_batch
         for new in scheduler_output.scheduled_new_reqs:
-            index = batch.req_id_to_index[new.req_id]
-            tokens = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]].copy()
-            proposer.admit(new.req_id, tokens, self._params(new, runner.requests[new.req_id]))
+            with proposer.guard():
+                index = batch.req_id_to_index[new.req_id]
+                tokens = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]].copy()
+                proposer.admit(new.req_id, tokens, self._params(new, runner.requests[new.req_id]))
         self._step_started = time.perf_counter()
 
     def propose_rows(self, runner: GPUModelRunner, scheduler_output: Any, sampled: list[list[int]]) -> list[list[int]]:
         """After a target forward: the chains to verify next, one per row of the batch."""
         proposer = self._proposer
+        chains: list[list[int]] = [[] for _ in sampled]
         if proposer is None:
-            return [[] for _ in sampled]
-        batch = runner.input_batch
-        verified = scheduler_output.scheduled_spec_decode_tokens
-        num_tokens = scheduler_output.total_num_scheduled_tokens
-        if num_tokens == len(sampled) + sum(map(len, verified.values())):
-            proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
-        lengths = batch.num_tokens_no_spec
-        rows = [
-            Row(
-                request_id,
-                batch.token_ids_cpu[index, : lengths[index]],
-                len(sampled[index]),
-                verified.get(request_id, ()),
-            )
-            for index, request_id in enumerate(batch.req_ids)
-        ]
-        return proposer.propose(rows)
+            return chains
+        with proposer.guard():
+            batch = runner.input_batch
+            verified = scheduler_output.scheduled_spec_decode_tokens
+            num_tokens = scheduler_output.total_num_scheduled_tokens
+            if num_tokens == len(sampled) + sum(map(len, verified.values())):
+                proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
+            lengths = batch.num_tokens_no_spec
+            rows = [
+                Row(
+                    request_id,
+                    batch.token_ids_cpu[index, : lengths[index]],
+                    len(sampled[index]),
+                    verified.get(request_id, ()),
+                )
+                for index, request_id in enumerate(batch.req_ids)
+            ]
+            chains = proposer.propose(rows)
+        return chains
 
     def _params(self, new: Any, state: Any) -> RequestParams:
         sampling = new.sampling_params
