@@ -9,7 +9,7 @@ from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.transport.inprocess import in_process_pair
-from vllm_double.transport.messages import Admit
+from vllm_double.transport.messages import Admit, Release, WorkerStats
 
 
 class _Clock:
@@ -53,3 +53,19 @@ def test_an_idle_worker_sleeps_and_a_command_wakes_it() -> None:
     assert idle[0] == pytest.approx(0.05), "a worker without requests wakes up for nothing"
     assert sum(idle) == pytest.approx(0.07, abs=0.002), "the command did not end the wait"
     assert busy and max(busy) <= 0.0011, "a worker with requests must look every millisecond"
+
+
+def test_the_worker_tells_how_much_of_the_prompts_it_had_read_before() -> None:
+    clock = _Clock()
+    target, end = in_process_pair(sleep=clock.sleep)
+    engine = FakeEngine(hashed_logits(24), vocab_size=24, num_pages=60, page_size=2, max_length=60)
+    worker = DraftWorker(engine, end, FrontierLimits(4), clock)
+    for handle in (1, 2):
+        target.send(_admit(handle))
+        worker.turn()
+        target.send(Release(handle))
+        clock.now += 1.0
+        worker.turn()
+    told = [report.values for report in target.drain(1 << 20) if isinstance(report, WorkerStats)]
+    assert [(values["prefix_cache_queries"], values["prefix_cache_hits"]) for values in told] == [(4, 0), (4, 0), (8, 2)]
+    assert told[-1]["query_tokens"] == 4 + 2

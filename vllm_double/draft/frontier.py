@@ -70,14 +70,16 @@ class Iteration:
 class Frontier:
     """All admitted requests, their trees and the pages of one draft engine."""
 
-    def __init__(self, engine: DraftEngine, limits: FrontierLimits, retrievers: Sequence[Retriever] = ()) -> None:
+    def __init__(
+        self, engine: DraftEngine, limits: FrontierLimits, retrievers: Sequence[Retriever] = (), prefix_caching: bool = True
+    ) -> None:
         if limits.children_per_node < 1:
             raise ValueError(f"children_per_node is {limits.children_per_node}, not at least 1")
         self._limits = limits
         self._max_length = engine.max_length
         self._vocab_size = engine.vocab_size
         self._page_size = engine.page_size
-        self._pool = PagePool(engine.num_pages)
+        self._pool = PagePool(engine.num_pages, prefix_caching)
         self._retrievers = list(retrievers)
         self._requests: dict[int, DraftRequest] = {}
         self._starved = False
@@ -87,6 +89,8 @@ class Frontier:
         self.num_foreseen = 0
         self.num_retrieved = 0
         self.num_confirmed = 0
+        self.num_prefix_queries = 0  # tokens at admission
+        self.num_prefix_hits = 0  # those of them that were in the prefix cache
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -109,6 +113,7 @@ class Frontier:
                 self._pool, self._page_size, command.tenant or None,
             )  # fmt: skip
             self._requests[command.handle] = request
+            self.num_prefix_queries += command.base
             self._commit(request, 0, command.tokens)
         elif request is None:
             self.num_late_commands += 1
@@ -198,6 +203,8 @@ class Frontier:
     def _catch_up(self, iteration: Iteration, tips: dict[int, _Run]) -> None:
         """Committed tokens that the draft has not read: short gaps first, so that a long prompt silences nobody."""
         waiting = [r for r in self._requests.values() if r.num_cached < len(r.text) and not self._is_idle(r)]
+        for request in waiting:
+            self.num_prefix_hits += request.match_prefix()
         waiting.sort(key=lambda request: len(request.text) - request.num_cached)
         budget = self._limits.prefill_tokens
         for request in waiting:
@@ -286,6 +293,8 @@ class Frontier:
         self, iteration: Iteration, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.void]:
         """Grow the trees by the forward's answer, int32 and float32 [outputs, children]; returns NODE_DTYPE records."""
+        for run in iteration.runs:
+            run.request.insert_prefix()
         nodes = [(run.request, node) for run in iteration.runs for node in run.nodes]
         records = np.zeros(len(nodes), dtype=NODE_DTYPE)
         if not nodes:
@@ -313,15 +322,16 @@ class Frontier:
         self._starved = False
         for request in self._requests.values():
             request.drop_tree()
-        needed = sum(
-            -(-(min(len(r.text), self._max_length) + 1) // self._page_size) - len(r.trunk.table)
-            for r in self._requests.values()
-        )
+        needed = sum(map(self._num_lacking, self._requests.values()))
         for request in reversed(list(self._requests.values())):
             if needed <= self._pool.num_free:
                 break
-            needed -= -(-(len(request.text) + 1) // self._page_size)
+            needed -= self._num_lacking(request)
             self._forget(request)
+
+    def _num_lacking(self, request: DraftRequest) -> int:
+        """Pages that the request's text and one token more need beyond those that it has."""
+        return -(-(min(len(request.text), self._max_length) + 1) // self._page_size) - len(request.trunk.table)
 
     def _forget(self, request: DraftRequest, keep: bool = False) -> None:
         """``keep``: whether the sources may offer its text to later requests."""

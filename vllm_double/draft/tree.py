@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from vllm_double.draft.pages import PagePool
+from vllm_double.draft.pages import PagePool, page_key, tenant_key
 from vllm_double.hashing import mix, seed
 
 __all__ = ["Branch", "DraftRequest", "Node"]
@@ -89,6 +89,8 @@ class DraftRequest:
         self.trunk.holders = 1
         self.root: Node | None = None  # the last committed token, once the whole text at admission is here
         self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
+        self._page_keys = [tenant_key(tenant)]  # and of the text's full pages, as far as they were asked for
+        self._num_inserted = 0  # pages of the trunk that are in the prefix cache: they are not written any more
         self._candidates: list[_Candidate] = []
         self._deferred: list[_Candidate] = []
 
@@ -128,8 +130,8 @@ class DraftRequest:
             self.root = None
         del self.text[keep:]
         del self._hashes[keep - self.base + 1 :]
-        self.num_cached = min(self.num_cached, keep)
-        self._truncate(self.trunk, self.num_cached)
+        del self._page_keys[keep // self._page_size + 1 :]
+        self._recompute_from(keep)
 
     def _move_root(self, new_root: Node | None, deepest: Node | None) -> None:
         """Re-root at ``new_root``, or at a fresh node where the text was not foreseen beyond ``deepest``."""
@@ -279,6 +281,47 @@ class DraftRequest:
 
     # ---- pages ------------------------------------------------------------------------------------------------
 
+    def match_prefix(self) -> int:
+        """Take the longest run of pages that the prefix cache has for the text at admission, from where the cached text ends.
+
+        At least its last token is left to be read. Returns how many tokens need no reading now.
+        """
+        size, before = self._page_size, self.num_cached
+        pages: list[int] = []
+        for index in range(before // size, (min(len(self.text), self.base) - 1) // size):
+            page = self._pool.lookup(self._page_key(index))
+            if page is None:
+                break
+            pages.append(page)
+        if pages:
+            self._truncate(self.trunk, before - before % size)
+            self._pool.share(pages)
+            self.trunk.table.extend(pages)
+            self._num_inserted = len(self.trunk.table)
+            self.num_cached = self.trunk.length = self._num_inserted * size
+        return self.num_cached - before
+
+    def insert_prefix(self) -> None:
+        """Put full pages of cached text into the prefix cache. No forward that writes them may be under way."""
+        while (self._num_inserted + 1) * self._page_size <= self.num_cached:
+            self._pool.insert(self._page_key(self._num_inserted), self.trunk.table[self._num_inserted])
+            self._num_inserted += 1
+
+    def _page_key(self, index: int) -> bytes:
+        size, keys = self._page_size, self._page_keys
+        while len(keys) <= index + 1:
+            end = len(keys) * size
+            keys.append(page_key(keys[-1], self.text[end - size : end]))
+        return keys[index + 1]
+
+    def _recompute_from(self, length: int) -> None:
+        """Have the committed text read again from ``length`` on, and all of a page that is in the prefix cache."""
+        if length < self._num_inserted * self._page_size:
+            self._num_inserted = length // self._page_size
+            length = self._num_inserted * self._page_size
+        self.num_cached = min(self.num_cached, length)
+        self._truncate(self.trunk, self.num_cached)
+
     def extend(self, anchor: Node | None, num_tokens: int, copies: list[tuple[int, int, int]]) -> Branch:
         """A branch on which ``num_tokens`` are going to be written behind ``anchor`` (behind the cached text where None).
 
@@ -353,8 +396,7 @@ class DraftRequest:
             self._candidates.clear()
             self._deferred.clear()
             # The root is computed again: its children went with the tree.
-            self.num_cached = min(self.num_cached, root.position)
-            self._truncate(self.trunk, self.num_cached)
+            self._recompute_from(root.position)
 
     def release(self) -> None:
         """Give back all pages, the text's too."""
@@ -363,7 +405,7 @@ class DraftRequest:
         self._let_go(self.trunk)
         self.trunk = Branch([], 0)
         self.trunk.holders = 1
-        self.num_cached = 0
+        self.num_cached = self._num_inserted = 0
         self.root = None
 
     def branches(self) -> list[Branch]:
@@ -397,6 +439,12 @@ class DraftRequest:
                     assert child.branch is None or node.branch is not None, "computed behind an uncomputed node"
                     assert child.log_prob <= node.log_prob + 1e-9
                     stack.append(child)
+        size, keys = self._page_size, [tenant_key(self.tenant)]
+        for end in range(size, self.num_cached + 1, size):
+            keys.append(page_key(keys[-1], self.text[end - size : end]))
         for branch in self.branches():
+            found = [self._pool.key_of(page) for page in branch.table]
+            assert all(key in (None, expected) for key, expected in zip(found, keys[1:], strict=False)), "text of a page"
+            assert not any(found[self._num_inserted :]), "a page of the prefix cache may be written"
             assert branch.holders == holders.get(id(branch), 0), "holders of a branch"
-            assert len(branch.table) >= math.ceil(branch.length / self._page_size), "pages of a branch"
+            assert len(branch.table) >= math.ceil(branch.length / size), "pages of a branch"

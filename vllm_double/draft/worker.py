@@ -24,9 +24,9 @@ class DraftWorker:
 
     def __init__(
         self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter,
-        retrievers: Sequence[Retriever] = (),
+        retrievers: Sequence[Retriever] = (), prefix_caching: bool = True,
     ) -> None:  # fmt: skip
-        self.frontier = Frontier(engine, limits, retrievers)
+        self.frontier = Frontier(engine, limits, retrievers, prefix_caching)
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._engine = engine
         self._end = end
@@ -83,6 +83,8 @@ class DraftWorker:
                     "foreseen_tokens": float(self.frontier.num_foreseen),
                     "retrieved_tokens": float(self.frontier.num_retrieved),
                     "confirmed_tokens": float(self.frontier.num_confirmed),
+                    "prefix_cache_queries": float(self.frontier.num_prefix_queries),
+                    "prefix_cache_hits": float(self.frontier.num_prefix_hits),
                     "requests": float(len(self.frontier)),
                 }
             )
@@ -93,7 +95,7 @@ def build(settings: dict[str, Any]) -> DraftWorker:
     """The production worker: vLLM's draft engine at one end of the shared logs.
 
     settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``retrieval`` (fields of Sources),
-    ``address`` of the logs.
+    ``prefix_caching``, ``address`` of the logs.
     """
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
     from vllm_double.retrieval.automaton import warm_up
@@ -104,4 +106,5 @@ def build(settings: dict[str, Any]) -> DraftWorker:
     limits = FrontierLimits(**settings["limits"])
     warm_up()
     retrievers = Sources(**settings["retrieval"]).open()
-    return DraftWorker(engine, SharedWorkerEnd.attach(settings["address"]), limits, retrievers=retrievers)
+    end = SharedWorkerEnd.attach(settings["address"])
+    return DraftWorker(engine, end, limits, retrievers=retrievers, prefix_caching=settings["prefix_caching"])

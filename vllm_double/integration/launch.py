@@ -121,6 +121,8 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
             "prefill_tokens": double.prefill_tokens,
             "min_path_prob": double.min_path_prob,
         },
+        # Where the target's is off, nobody shall tell from the time of an answer what others asked.
+        "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
         "retrieval": asdict(_sources(double) if double.draft_retrieval else Sources(context=False)),
     }
     return HostSettings(
