@@ -176,6 +176,7 @@ class WitnessEnd(InProcessTargetEnd):
 
     room: commands that are still taken, all where None. refused: whether one was not, since this was set to False.
     texts, chains: by handle, of the requests that the worker should know. admitted: handles that it ever knew.
+    num_resets: of the draft's prefix cache. epochs: by handle, their number when the worker was told of the request.
     outdated: by handle, how much of the text was told before the target's weights changed.
     """
 
@@ -187,6 +188,8 @@ class WitnessEnd(InProcessTargetEnd):
         self.room: int | None = None
         self.refused = False
         self.admitted: set[int] = set()
+        self.num_resets = 0
+        self.epochs: dict[int, int] = {}
         self.outdated: dict[int, int] = {}
         self._told_session = 0
         self._texts: dict[int, bytearray] = {}
@@ -214,6 +217,7 @@ class WitnessEnd(InProcessTargetEnd):
         if isinstance(command, Admit):
             assert command.handle not in self.admitted, "a handle came back"
             self.admitted.add(command.handle)
+            self.epochs[command.handle] = self.num_resets
             self._texts[command.handle], self._chains[command.handle] = bytearray(command.tokens.tolist()), []
         elif isinstance(command, Commit):
             text = self._texts[command.handle]

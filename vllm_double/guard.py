@@ -92,6 +92,10 @@ class GuardedProposer:
         with self.guard():
             self._proposer.forget_history()
 
+    def reset_prefix_cache(self) -> None:
+        """See Proposer.reset_prefix_cache."""
+        self._proposer.reset_prefix_cache()
+
     def propose(self, rows: Sequence[Row]) -> list[list[int]]:
         """See Proposer.propose; all chains are empty while there is no drafting."""
         chains: list[list[int]] = [[] for _ in rows]

@@ -102,6 +102,7 @@ class Proposer:
         self._to_say: list[Release | Forget] = []
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
         self._last_key = 0
+        self._epoch = 0  # of the draft's prefix cache
 
     # ---- lifecycle --------------------------------------------------------------------------------------------
 
@@ -133,6 +134,11 @@ class Proposer:
             retriever.forget()
         if Forget() not in self._to_say:  # some load weights one by one
             self._to_say.append(Forget())
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """What the draft has read so far is not found by requests that are admitted to it from now on."""
+        self._epoch += 1
 
     def reset(self) -> dict[str, RequestParams]:
         """Drop the state of all live requests on both sides, sound or not; returns what they are. History stays."""
@@ -352,6 +358,7 @@ class Proposer:
                 params.max_length,
                 tuple(params.stop_token_ids),
                 params.tenant or "",
+                self._epoch,
             )
         ):
             del self._by_handle[handle]

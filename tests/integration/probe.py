@@ -45,6 +45,10 @@ class Probe:
 
         inner.propose = fail
 
+    def probe_epoch(self) -> int:
+        """Of the draft's prefix cache: that in which the last request was admitted, unless the weights changed since."""
+        return int(self.model_runner.drafter._proposer._proposer._epoch)
+
     def probe_load_nothing(self) -> None:
         """As trainers do that bring their own worker extension: weights go straight into the model."""
         self.model_runner.model.load_weights(iter(()))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
@@ -203,19 +204,27 @@ def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the
 LORA = LoRARequest("french", 1, "/adapters/french")
 
 
+def _inform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NewRequestData, "from_request", NewRequestData.__dict__["from_request"])  # put back afterwards
+    monkeypatch.setattr(Scheduler, "reset_prefix_cache", Scheduler.reset_prefix_cache)
+    engine_core.inform_workers()
+    engine_core.inform_workers()
+
+
+def _sent(request: Request) -> Any:
+    return pickle.loads(pickle.dumps(NewRequestData.from_request(request, ([0],))))
+
+
 def _params(
     monkeypatch: pytest.MonkeyPatch, salt: Any = None, double: Any = None, lora: LoRARequest | None = None
 ) -> RequestParams:
     """What the worker makes of a request after its way from the scheduler."""
-    monkeypatch.setattr(NewRequestData, "from_request", NewRequestData.__dict__["from_request"])  # put back afterwards
-    engine_core.carry_salts()
-    engine_core.carry_salts()
+    _inform(monkeypatch)
     sampling = SamplingParams(max_tokens=10, extra_args={"double": double} if double is not None else None)
     request = Request("r", [1, 2], sampling, None, cache_salt=salt, lora_request=lora)
-    new = pickle.loads(pickle.dumps(NewRequestData.from_request(request, ([0],))))
     proposer = object.__new__(v1.DoubleProposer)
     proposer._max_model_len, proposer._draft_seeded, proposer._said_unreadable = 100, False, False
-    return proposer._params(new, SimpleNamespace(num_prompt_tokens=2))
+    return proposer._params(_sent(request), SimpleNamespace(num_prompt_tokens=2))
 
 
 def test_the_salt_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +247,43 @@ def test_two_that_are_not_the_same_share_a_history(monkeypatch: pytest.MonkeyPat
         _params(monkeypatch, salt="b", double={"tenant": "a"}).tenant,
     ]
     assert None not in tenants and len(set(tenants)) == len(tenants)
+
+
+def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def reset(self: Scheduler, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        if reset_running_requests:
+            raise RuntimeError("half way")
+        done.append(("vLLM's", reset_connector))
+        return False
+
+    monkeypatch.setattr(Scheduler, "reset_prefix_cache", reset)
+    _inform(monkeypatch)
+    drafter = object.__new__(v1.DoubleProposer)
+    drafter._max_model_len, drafter._draft_seeded, drafter._num_resets = 100, False, 0
+    drafter._proposer = SimpleNamespace(
+        admit=lambda request_id, tokens, params: done.append(request_id), reset_prefix_cache=lambda: done.append("ours")
+    )
+
+    def step(*ids: str) -> None:
+        batch = SimpleNamespace(
+            req_id_to_index=dict.fromkeys(ids, 0), token_ids_cpu=np.array([[1, 2]]), num_tokens_no_spec=np.array([2])
+        )
+        runner = SimpleNamespace(input_batch=batch, requests=dict.fromkeys(ids, SimpleNamespace(num_prompt_tokens=2)))
+        new = [_sent(Request(name, [1, 2], SamplingParams(max_tokens=10), None)) for name in ids]
+        drafter.follow_step(runner, SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=new))
+
+    scheduler = object.__new__(Scheduler)
+    step("a", "b")
+    assert scheduler.reset_prefix_cache(reset_connector=True) is False
+    scheduler.reset_prefix_cache()
+    step("c", "d")
+    step("e")
+    with pytest.raises(RuntimeError, match="half way"):
+        scheduler.reset_prefix_cache(True)
+    step("f")
+    assert done == ["a", "b", ("vLLM's", True), ("vLLM's", False), "ours", "c", "d", "e", "ours", "f"]
 
 
 def test_what_cannot_be_read_costs_the_request_its_drafts_and_is_said_once(

@@ -1,4 +1,4 @@
-"""What requests say about themselves, and new weights, arrive in the worker: one real engine without a draft model."""
+"""What requests say about themselves, new weights and resets arrive in the worker: one real engine without a draft model."""
 
 import gc
 import os
@@ -89,3 +89,13 @@ def test_history_outlives_the_weights(llm: Any, change: str) -> None:
     (forgot,) = llm.collective_rpc("probe_forgot")
     assert forgot > 0
     assert ask(llm) == (None, True)
+
+
+def test_the_drafts_prefix_cache_outlives_a_reset(llm: Any) -> None:
+    ask(llm)
+    (before,) = llm.collective_rpc("probe_epoch")
+    ask(llm)
+    assert llm.collective_rpc("probe_epoch") == [before]
+    assert llm.reset_prefix_cache()
+    ask(llm)
+    assert llm.collective_rpc("probe_epoch") == [before + 1]

@@ -1,4 +1,4 @@
-"""The draft's prefix cache: what was read once is not read again, and nobody reads what is another text's or tenant's."""
+"""The draft's prefix cache: what was read once is not read again, and no text, tenant or epoch reads another's."""
 
 import random
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
-from vllm_double.draft.pages import OutOfPagesError, PagePool, page_key, tenant_key
-from vllm_double.transport.messages import Admit, Commit, Forget, Release
+from vllm_double.draft.pages import OutOfPagesError, PagePool, page_key, partition_key
+from vllm_double.transport.messages import Admit, Commit, Release
 
 VOCAB = 12
 NO_TOKENS = np.empty(0, np.int32)
@@ -27,10 +27,10 @@ class World:
         self.frontier = Frontier(self.engine, chosen, prefix_caching=prefix_caching)
         self.read: dict[int, int] = {}
 
-    def admit(self, handle: int, text: Sequence[int], tenant: str = "", base: int = 0) -> None:
+    def admit(self, handle: int, text: Sequence[int], tenant: str = "", base: int = 0, epoch: int = 0) -> None:
         self.read[handle] = 0
         tokens = np.array(text, np.int32)
-        self.frontier.apply(Admit(handle, base or len(text), tokens, 0.0, 250, (), tenant))
+        self.frontier.apply(Admit(handle, base or len(text), tokens, 0.0, 250, (), tenant, epoch))
         self.frontier.check_integrity()
 
     def commit(self, handle: int, keep: int, tokens: Sequence[int]) -> None:
@@ -151,14 +151,36 @@ def test_tenants_share_nothing_and_the_unnamed_share_with_each_other_only() -> N
     assert world.read == {1: 41, 2: 41, 3: 41, 4: 1, 5: 1, 6: 1}
 
 
-def test_new_weights_of_the_target_leave_what_the_draft_has_read() -> None:
+def test_an_epoch_finds_nothing_of_another() -> None:
     world = World()
-    for handle in (1, 2):
-        world.admit(handle, text_of(0, 41))
+    for handle, epoch in enumerate([0, 1, 1, 2, 0], 1):
+        world.admit(handle, text_of(0, 41), epoch=epoch)
         world.read_all()
         world.release(handle)
-        world.frontier.apply(Forget())
-    assert world.read == {1: 41, 2: 1}
+    assert world.read == {1: 41, 2: 41, 3: 1, 4: 41, 5: 1}
+
+
+def test_who_still_runs_keeps_his_pages_and_shares_them_with_no_later_epoch() -> None:
+    world = World()
+    text = text_of(0, 16)
+    world.admit(1, text)
+    world.answer(1, text_of(1, 9))
+    world.admit(2, text + text_of(1, 9), epoch=1)
+    world.read_all()
+    assert world.read[2] == 25
+    world.answer(1, text_of(2, 12))  # pages that fill after the reset belong to the old epoch, too
+    world.admit(3, text + text_of(1, 9) + text_of(2, 12), epoch=1)
+    world.read_all()
+    assert world.read[3] == 37 - 24
+
+
+def test_pages_of_an_older_epoch_make_room_for_those_of_the_new() -> None:
+    world = World(num_pages=21, nodes_per_iteration=1, children_per_node=1)
+    for handle, epoch in enumerate([0, 1, 1, 2, 2], 1):
+        world.admit(handle, text_of(0, 60), epoch=epoch)
+        world.read_all()
+        world.release(handle)
+    assert world.read == {1: 60, 2: 60, 3: 4, 4: 60, 5: 4}
 
 
 def test_a_text_that_is_taken_back_does_not_write_what_others_read() -> None:
@@ -246,12 +268,12 @@ class ObviousPool:
 @settings(deadline=None, max_examples=150)
 @given(rng=st.randoms(use_true_random=False), num_pages=st.sampled_from([3, 8, 20]))
 def test_the_pool_keeps_and_evicts_what_its_obvious_twin_does(rng: random.Random, num_pages: int) -> None:
-    """Holders take tables, share what they find, fill pages in order, and let go; texts are of two tenants and two tokens."""
+    """Holders take tables, share what they find, fill pages in order, and let go; there are two tenants, epochs and tokens."""
     pool, twin = PagePool(num_pages), ObviousPool(num_pages)
-    held: list[tuple[str, list[int], list[int]]] = []  # tenant, tokens of a page that stand for its text, pages
+    held: list[tuple[tuple[str, int], list[int], list[int]]] = []  # partition, a token for each page, pages
 
-    def key_of(tenant: str, text: Sequence[int]) -> bytes:
-        key = tenant_key(tenant)
+    def key_of(partition: tuple[str, int], text: Sequence[int]) -> bytes:
+        key = partition_key(*partition)
         for token in text:
             key = page_key(key, [token] * 4)
         return key
@@ -259,20 +281,20 @@ def test_the_pool_keeps_and_evicts_what_its_obvious_twin_does(rng: random.Random
     for _ in range(80):
         action = rng.choice(["admit", "admit", "grow", "grow", "release"])
         if action == "admit":
-            tenant, text = rng.choice("ab"), [rng.randrange(2) for _ in range(rng.randint(1, 4))]
+            partition, text = (rng.choice("ab"), rng.randrange(2)), [rng.randrange(2) for _ in range(rng.randint(1, 4))]
             pages: list[int] = []
             for end in range(1, len(text) + 1):
-                page = pool.lookup(key_of(tenant, text[:end]))
-                assert page == next((p for known, p in twin.cached if known == (tenant, *text[:end])), None)
+                page = pool.lookup(key_of(partition, text[:end]))
+                assert page == next((p for known, p in twin.cached if known == (partition, *text[:end])), None)
                 if page is None:
                     break
                 pages.append(page)
             pool.share(pages)
             for page in pages:
                 twin.holders[page] += 1
-            held.append((tenant, text[: len(pages)], pages))
+            held.append((partition, text[: len(pages)], pages))
         elif action == "grow" and held:
-            tenant, text, pages = rng.choice(held)
+            partition, text, pages = rng.choice(held)
             try:
                 (page,) = pool.take(1)
             except OutOfPagesError:
@@ -282,16 +304,16 @@ def test_the_pool_keeps_and_evicts_what_its_obvious_twin_does(rng: random.Random
             text.append(rng.randrange(2))
             pages.append(page)
             if rng.random() < 0.8:
-                pool.insert(key_of(tenant, text), page)
-                if all(known != (tenant, *text) for known, _ in twin.cached):
-                    twin.cached.append(((tenant, *text), page))
+                pool.insert(key_of(partition, text), page)
+                if all(known != (partition, *text) for known, _ in twin.cached):
+                    twin.cached.append(((partition, *text), page))
         elif action == "release" and held:
             _, _, pages = held.pop(rng.randrange(len(held)))
             pool.release(pages)
             twin.release(pages)
         pool.check_integrity([pages for _, _, pages in held])
         assert pool.num_free == sum(count == 0 for count in twin.holders.values())
-        assert {key_of(str(text[0]), text[1:]): page for text, page in twin.cached} == pool._pages  # type: ignore[arg-type]
+        assert {key_of(text[0], text[1:]): page for text, page in twin.cached} == pool._pages  # type: ignore[arg-type]
 
 
 def test_a_page_that_is_free_cannot_be_shared_nor_released() -> None:
@@ -305,22 +327,22 @@ def test_a_page_that_is_free_cannot_be_shared_nor_released() -> None:
 
 
 class KnownTexts:
-    """What a prefix cache of unlimited room must find: every full page that was read, by tenant and the whole text up to it."""
+    """What a prefix cache of unlimited room must find: every full page that was read, by partition and whole text up to it."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self.known: set[tuple[str, tuple[int, ...]]] = set()
+        self.known: set[tuple[tuple[str, int], tuple[int, ...]]] = set()
 
-    def hit(self, tenant: str, text: Sequence[int], start: int) -> int:
+    def hit(self, partition: tuple[str, int], text: Sequence[int], start: int) -> int:
         """Tokens from ``start`` on that need not be read of a prompt; its last one is."""
         end = start - start % self.page_size
-        while end + self.page_size < len(text) and (tenant, tuple(text[: end + self.page_size])) in self.known:
+        while end + self.page_size < len(text) and (partition, tuple(text[: end + self.page_size])) in self.known:
             end += self.page_size
         return max(end - start, 0)
 
-    def learn(self, tenant: str, text: Sequence[int]) -> None:
+    def learn(self, partition: tuple[str, int], text: Sequence[int]) -> None:
         for end in range(self.page_size, len(text) + 1, self.page_size):
-            self.known.add((tenant, tuple(text[:end])))
+            self.known.add((partition, tuple(text[:end])))
 
 
 @settings(deadline=None, max_examples=80)
@@ -339,16 +361,16 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
     twin = KnownTexts(page_size)
     texts: dict[int, list[int]] = {}
     bases: dict[int, int] = {}
-    tenants: dict[int, str] = {}
+    partitions: dict[int, tuple[str, int]] = {}
     past: list[list[int]] = [[]]
     hits = 0
-    last = 0
+    last = epoch = 0
 
     def enter(text: list[int], tenant: str, first: int) -> None:
         nonlocal last
         last += 1
-        world.admit(last, text[:first], tenant, base=len(text))
-        texts[last], bases[last], tenants[last] = list(text[:first]), len(text), tenant
+        world.admit(last, text[:first], tenant, base=len(text), epoch=epoch)
+        texts[last], bases[last], partitions[last] = list(text[:first]), len(text), (tenant, epoch)
         if first < len(text):
             if rng.random() < 0.5:
                 step()
@@ -362,9 +384,9 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
         was_starved = world.frontier._starved
         seen = world.turn()
         if not was_starved:
-            hits += sum(twin.hit(tenants[h], texts[h][: bases[h]], start) for h, start in before.items())
+            hits += sum(twin.hit(partitions[h], texts[h][: bases[h]], start) for h, start in before.items())
         for handle in seen:
-            twin.learn(tenants[handle], texts[handle][: world.frontier._requests[handle].num_cached])
+            twin.learn(partitions[handle], texts[handle][: world.frontier._requests[handle].num_cached])
 
     def leave(handle: int) -> None:
         past.append(texts.pop(handle))
@@ -372,13 +394,15 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
 
     for _ in range(50):
         live = [handle for handle in texts if handle in world.frontier._requests]
-        action = rng.choice(["admit", "turn", "turn", "turn", "commit", "commit", "release", "again", "rewind"])
+        action = rng.choice(["admit", "turn", "turn", "turn", "commit", "commit", "release", "again", "rewind", "reset"])
         if action == "admit" and len(live) < 6:
             start = rng.choice(past)
             text = start[: rng.randint(0, len(start))] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))]
             enter(text[:90], rng.choice(["", "", "a"]), rng.randint(1, min(len(text), 90)))
         elif action == "turn":
             step()
+        elif action == "reset":
+            epoch += rng.random() < 0.3
         elif not live:
             continue
         elif action == "commit":
@@ -394,7 +418,7 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
             leave(rng.choice(live))
         elif action == "again":  # how the target takes back a text that shrank
             handle = rng.choice(live)
-            text, tenant = texts[handle], tenants[handle]
+            text, (tenant, _) = texts[handle], partitions[handle]
             leave(handle)
             enter(text[: rng.randint(1, len(text))], tenant, 1)
         else:

@@ -23,11 +23,11 @@ PROBS = st.floats(0, 1, width=32)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
 
 
-@given(U64, U32, TOKENS, st.floats(0, 1e6), U32, st.lists(I32, max_size=20), TEXT)
-def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops, tenant):
-    sent = Admit(handle, base, tokens, temperature, max_length, tuple(stops), tenant)
+@given(U64, U32, TOKENS, st.floats(0, 1e6), U32, st.lists(I32, max_size=20), TEXT, U32)
+def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops, tenant, epoch):
+    sent = Admit(handle, base, tokens, temperature, max_length, tuple(stops), tenant, epoch)
     got = decode_command(*messages.encode(sent))
-    for name in ("handle", "base", "temperature", "max_length", "stop_token_ids", "tenant"):
+    for name in ("handle", "base", "temperature", "max_length", "stop_token_ids", "tenant", "epoch"):
         assert getattr(got, name) == getattr(sent, name)
     np.testing.assert_array_equal(got.tokens, tokens)
 

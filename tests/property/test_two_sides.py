@@ -264,6 +264,7 @@ class TwoSides(RuleBasedStateMachine):
         texts = self.end.texts
         for handle, request in frontier._requests.items():
             assert self.worker_end.superseded or bytes(request.text) == texts[handle]
+            assert request.epoch == self.end.epochs[handle], "it finds what was read before a reset"
         for handle, text in texts.items():
             # A request is given up where pages ran out, or where the draft does not know a token.
             assert handle in frontier._requests or self.starved or VOCAB in text
@@ -354,6 +355,12 @@ class TwoSides(RuleBasedStateMachine):
     def new_weights(self) -> None:
         self.proposer.forget_history()
         self.end.outdate()
+        self.end.num_resets += 1
+
+    @rule()
+    def reset_cache(self) -> None:
+        self.proposer.reset_prefix_cache()
+        self.end.num_resets += 1
 
     @rule()
     def everyone_leaves(self) -> None:

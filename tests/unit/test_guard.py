@@ -464,3 +464,9 @@ def test_a_state_that_an_exception_left_behind_is_used_again() -> None:
     world.step()
     assert len(world.chains["r"]) >= 4
     retriever.check_integrity()
+
+
+def test_a_reset_of_the_prefix_cache_stops_at_the_guard() -> None:
+    world = Guarded()
+    world.guarded.reset_prefix_cache()
+    assert world.inner._epoch == 1

@@ -391,6 +391,23 @@ def test_new_weights_clear_the_workers_history_too() -> None:
     assert worker_side.num_tokens == 0
 
 
+@pytest.mark.parametrize(("call", "num_hits"), [(None, 20), ("reset_prefix_cache", 0), ("forget_history", 0)])
+def test_a_reset_or_new_weights_leave_the_draft_what_it_read_before(call: str | None, num_hits: int) -> None:
+    world = World()
+    world.admit("r", [index % 7 for index in range(21)])
+    world.step()
+    world.proposer.finish("r")
+    world.texts.clear()
+    if call is not None:
+        getattr(world.proposer, call)()
+    world.admit("s", [index % 7 for index in range(21)])
+    world.step()
+    assert world.worker.frontier.num_prefix_hits == num_hits
+    world.admit("t", [index % 7 for index in range(21)])
+    world.step()
+    assert world.worker.frontier.num_prefix_hits == num_hits + 20, "and finds what it has read since"
+
+
 def test_history_is_kept_when_the_weights_change() -> None:
     class Remembering(ContextRetriever):
         forgot = 0

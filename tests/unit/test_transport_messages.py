@@ -46,6 +46,7 @@ def admit(**changes):
         "max_length": 4096,
         "stop_token_ids": (2, -1),
         "tenant": "Grüße",
+        "epoch": 2**32 - 1,
     }
     return Admit(**(fields | changes))
 
@@ -75,7 +76,7 @@ def test_admit_loses_nothing_on_the_wire(tokens, stops, tenant):
     assert got.tokens.dtype == np.int32
     np.testing.assert_array_equal(got.tokens, tokens)
     assert (got.handle, got.base, got.temperature, got.max_length) == (2**64 - 1, 5, 0.7, 4096)
-    assert (got.stop_token_ids, got.tenant) == (stops, tenant)
+    assert (got.stop_token_ids, got.tenant, got.epoch) == (stops, tenant, 2**32 - 1)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 6])

@@ -110,7 +110,7 @@ class Frontier:
                 return
             request = DraftRequest(
                 command.handle, command.base, command.temperature, command.max_length, command.stop_token_ids,
-                self._pool, self._page_size, command.tenant or None,
+                self._pool, self._page_size, command.tenant or None, command.epoch,
             )  # fmt: skip
             self._requests[command.handle] = request
             self.num_prefix_queries += command.base

@@ -5,24 +5,24 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-__all__ = ["OutOfPagesError", "PagePool", "page_key", "tenant_key"]
+__all__ = ["OutOfPagesError", "PagePool", "page_key", "partition_key"]
 
 
 class OutOfPagesError(Exception):
     """No free page is left; the caller drafts less or lets an idle request go."""
 
 
-def tenant_key(tenant: str | None) -> bytes:
-    """What the keys of a tenant's pages begin with, 16 bytes.
+def partition_key(tenant: str | None, epoch: int) -> bytes:
+    """What the keys of a tenant's pages begin with in an epoch of the cache, 16 bytes: no other partition's pages are found.
 
     Who finds a page gets his drafts sooner, and would learn what another sent: tenants share none. Requests that name no tenant
     share theirs, as they do in vLLM's own prefix cache, which tells as much.
     """
-    return blake2b((tenant or "").encode(), digest_size=16, person=b"tenant").digest()
+    return blake2b(epoch.to_bytes(8, "little") + (tenant or "").encode(), digest_size=16, person=b"partition").digest()
 
 
 def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Key of a full page: of its tokens, behind the page (or tenant) with the key ``before``.
+    """Key of a full page: of its tokens, behind the page (or partition) with the key ``before``.
 
     A hash of 128 bits, so the tokens are not kept for comparison: a collision could only make wrong drafts, which the target
     rejects.
@@ -36,8 +36,8 @@ class PagePool:
     Page 0 is never handed out: vLLM's kernels may write padding there. A page of the prefix cache is not written any more. When
     nobody holds it, it stays until a page is needed; the one that was released first goes first.
 
-    What it holds depends on the draft's weights alone, and these change only with the worker: nothing is dropped when the
-    target's do. ``prefix_caching``: False keeps no page.
+    Nothing is dropped at once when the cache is reset: nobody asks for pages of an older epoch, and they go like others.
+    ``prefix_caching``: False keeps no page.
     """
 
     def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:

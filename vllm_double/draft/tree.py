@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from vllm_double.draft.pages import PagePool, page_key, tenant_key
+from vllm_double.draft.pages import PagePool, page_key, partition_key
 from vllm_double.hashing import mix, seed
 
 __all__ = ["Branch", "DraftRequest", "Node"]
@@ -71,10 +71,11 @@ class DraftRequest:
 
     def __init__(
         self, handle: int, base: int, temperature: float, max_length: int, stop_token_ids: Sequence[int], pool: PagePool,
-        page_size: int, tenant: str | None = None,
+        page_size: int, tenant: str | None = None, epoch: int = 0,
     ) -> None:  # fmt: skip
         self.handle = handle
         self.tenant = tenant
+        self.epoch = epoch
         self.base = base
         self.temperature = temperature
         self.max_length = max_length
@@ -89,7 +90,7 @@ class DraftRequest:
         self.trunk.holders = 1
         self.root: Node | None = None  # the last committed token, once the whole text at admission is here
         self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
-        self._page_keys = [tenant_key(tenant)]  # and of the text's full pages, as far as they were asked for
+        self._page_keys = [partition_key(tenant, epoch)]  # and of the text's full pages, as far as they were asked for
         self._num_inserted = 0  # pages of the trunk that are in the prefix cache: they are not written any more
         self._candidates: list[_Candidate] = []
         self._deferred: list[_Candidate] = []
@@ -439,7 +440,7 @@ class DraftRequest:
                     assert child.branch is None or node.branch is not None, "computed behind an uncomputed node"
                     assert child.log_prob <= node.log_prob + 1e-9
                     stack.append(child)
-        size, keys = self._page_size, [tenant_key(self.tenant)]
+        size, keys = self._page_size, [partition_key(self.tenant, self.epoch)]
         for end in range(size, self.num_cached + 1, size):
             keys.append(page_key(keys[-1], self.text[end - size : end]))
         for branch in self.branches():

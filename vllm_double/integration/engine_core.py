@@ -8,7 +8,8 @@ equal shares hands it half of a core that the draft needs, and the engine core h
 ``wait_asleep`` leaves that core to the draft. And the kernel moves the engine core to the target's core, where every
 millisecond of it is one that the target stands still: ``receive_drafts`` keeps it away from there.
 
-A request's ``cache_salt`` ends in the scheduler; ``carry_salts`` takes it on to the workers.
+A request's ``cache_salt`` ends in the scheduler, and so does a reset of the prefix cache: ``inform_workers`` takes both on to
+the workers.
 """
 
 import functools
@@ -24,10 +25,11 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_double.draft.affinity import bind_all_threads
 
-__all__ = ["DRAFTS_ATTRIBUTE", "SALT_ATTRIBUTE", "carry_salts", "receive_drafts", "wait_asleep"]
+__all__ = ["DRAFTS_ATTRIBUTE", "RESETS_ATTRIBUTE", "SALT_ATTRIBUTE", "inform_workers", "receive_drafts", "wait_asleep"]
 
 DRAFTS_ATTRIBUTE = "double_draft_token_ids"  # of a ModelRunnerOutput: what the worker's take_draft_token_ids would return
 SALT_ATTRIBUTE = "double_cache_salt"  # of a NewRequestData, which is pickled into the workers: the request's cache_salt
+RESETS_ATTRIBUTE = "double_num_cache_resets"  # of the same: how often the prefix cache had been reset before
 _MARK = "_vllm_double_wrapped"
 _LOOK_EVERY_MS = 1  # a notification can be lost: then the message is seen so much later
 
@@ -86,17 +88,26 @@ def receive_drafts(target_cores: Iterable[int]) -> None:
     MultiprocExecutor.take_draft_token_ids = take_draft_token_ids
 
 
-def carry_salts() -> None:
-    """Have this process tell the workers each new request's ``cache_salt``. Once."""
-    original = NewRequestData.from_request.__func__
+def inform_workers() -> None:
+    """Have this process tell the workers each new request's ``cache_salt``, and how many resets went before it. Once."""
+    original, reset = NewRequestData.from_request.__func__, Scheduler.reset_prefix_cache
     if getattr(original, _MARK, False):
         return
+    num_resets = 0
+
+    @functools.wraps(reset)
+    def reset_prefix_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_resets
+        num_resets += 1  # even if vLLM refuses, or resets a part: a cold draft is only slower
+        return reset(self, *args, **kwargs)
 
     @functools.wraps(original)
     def from_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         new = original(cls, request, *args, **kwargs)
         setattr(new, SALT_ATTRIBUTE, request.cache_salt)
+        setattr(new, RESETS_ATTRIBUTE, num_resets)
         return new
 
     setattr(from_request, _MARK, True)
     NewRequestData.from_request = classmethod(from_request)
+    Scheduler.reset_prefix_cache = reset_prefix_cache

@@ -17,7 +17,7 @@ from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
-from vllm_double.integration.engine_core import carry_salts, receive_drafts, wait_asleep
+from vllm_double.integration.engine_core import inform_workers, receive_drafts, wait_asleep
 from vllm_double.integration.front_end import refuse_malformed
 from vllm_double.integration.tokenizers import check_datastore, check_same_tokenizer
 
@@ -122,7 +122,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
 def _follow_requests() -> None:
     """In every process with our configuration: any of them can be a front end or hold the scheduler, and most are neither."""
     refuse_malformed(DoubleSpeculativeConfig)
-    carry_salts()
+    inform_workers()
 
 
 def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.config import ConfigError
 from vllm_double.guard import GuardedProposer
-from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE, SALT_ATTRIBUTE
+from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE, RESETS_ATTRIBUTE, SALT_ATTRIBUTE
 from vllm_double.integration.launch import Launch
 from vllm_double.proposer import RequestParams, Row
 from vllm_double.request_args import RequestArgs, digest
@@ -40,6 +40,7 @@ class DoubleProposer:
         self._launch = Launch(vllm_config) if _is_output_rank() else None
         self._proposer: GuardedProposer | None = self._launch.proposer if self._launch is not None else None
         self._step_started = 0.0
+        self._num_resets = 0
         self._said_unreadable = False
 
     def load_model(self, target_model: Any) -> None:
@@ -64,6 +65,10 @@ class DoubleProposer:
             proposer.finish(request_id)
         batch = runner.input_batch
         for new in scheduler_output.scheduled_new_reqs:
+            num_resets = getattr(new, RESETS_ATTRIBUTE, 0)
+            if num_resets != self._num_resets:
+                self._num_resets = num_resets
+                proposer.reset_prefix_cache()
             with proposer.guard():
                 index = batch.req_id_to_index[new.req_id]
                 tokens = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]].copy()

@@ -180,10 +180,18 @@ HOOKS: tuple[Entry, ...] = (
     Entry(
         name="new-request",
         target="vllm.v1.core.sched.output:NewRequestData.from_request",
-        what="wrapped: carries the request's cache_salt as an attribute",
-        why="history is kept per tenant, and the workers are not told the salt",
+        what="wrapped: carries the request's cache_salt, and the number of prefix cache resets, as attributes",
+        why="history is kept per tenant, and the workers are told neither",
         upstream=_lines("vllm/v1/core/sched/output.py", 59, 59),
         expected=(Signature("cls, request, block_ids, prefill_token_ids=None, uses_mrope=False"),),
+    ),
+    Entry(
+        name="prefix-cache-reset",
+        target="vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache",
+        what="wrapped: counts the resets",
+        why="the draft's prefix cache is to be cold when the target's is",
+        upstream=_lines("vllm/v1/core/sched/scheduler.py", 2774, 2840),
+        expected=(Signature("self, reset_running_requests=False, reset_connector=False"),),
     ),
     Entry(
         name="request-verification",

@@ -65,8 +65,8 @@ STATS: Final = 5
 FORGET: Final = 6
 
 # Each is followed by its arrays in the order of the counts.
-# handle, base, max_length, temperature, #tokens, #stop tokens, #bytes of the tenant
-_ADMIT: Final = struct.Struct("<QIIdIHH")
+# handle, base, max_length, epoch, temperature, #tokens, #stop tokens, #bytes of the tenant
+_ADMIT: Final = struct.Struct("<QIIIdIHH")
 _COMMIT: Final = struct.Struct("<QIII")  # handle, keep, #tokens, #chain
 _RELEASE: Final = struct.Struct("<Q?")  # handle, keep
 
@@ -85,7 +85,7 @@ class Admit:
 
     ``tokens``: int32 [<= MAX_TOKENS], the first chunk of its text (the rest follows as Commits); ``base``:
     length of the whole text at admission; ``temperature``: 0 is greedy; ``max_length``: the text never grows
-    beyond.
+    beyond. ``epoch``: of the prefix cache; what was read for a request of another one is not to be found.
     """
 
     handle: int
@@ -95,6 +95,7 @@ class Admit:
     max_length: int
     stop_token_ids: tuple[int, ...]
     tenant: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,6 +214,7 @@ def _encode_admit(message: Admit) -> bytes:
         message.handle,
         message.base,
         message.max_length,
+        message.epoch,
         message.temperature,
         len(message.tokens),
         len(message.stop_token_ids),
@@ -223,7 +225,7 @@ def _encode_admit(message: Admit) -> bytes:
 
 
 def _decode_admit(payload: Buffer) -> Admit:
-    handle, base, max_length, temperature, num_tokens, num_stops, num_bytes = _ADMIT.unpack_from(payload)
+    handle, base, max_length, epoch, temperature, num_tokens, num_stops, num_bytes = _ADMIT.unpack_from(payload)
     if num_tokens > MAX_TOKENS or len(payload) != _ADMIT.size + 4 * (num_tokens + num_stops) + num_bytes:
         raise ValueError("sizes do not add up")
     if not 0.0 <= temperature < math.inf:
@@ -231,7 +233,7 @@ def _decode_admit(payload: Buffer) -> Admit:
     tokens = _array(payload, _INT, num_tokens, _ADMIT.size)
     stops = struct.unpack_from(f"<{num_stops}i", payload, _ADMIT.size + 4 * num_tokens)
     tenant = bytes(payload[len(payload) - num_bytes :]).decode()
-    return Admit(handle, base, tokens, temperature, max_length, stops, tenant)
+    return Admit(handle, base, tokens, temperature, max_length, stops, tenant, epoch)
 
 
 def _encode_commit(message: Commit) -> bytes:
