@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from statistics import median
 
-__all__ = ["first_difference", "is_looping", "median_ratio", "quantile", "share"]
+__all__ = ["first_difference", "is_looping", "median_ratio", "quantile", "quiet_median", "share"]
 
 LOOP_WINDOW = 64
 LOOP_PERIOD = 16
@@ -22,6 +23,18 @@ def quantile(values: Sequence[float], fraction: float) -> float:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def quiet_median(values: Sequence[float], blocks: int = 40) -> float:
+    """The median while the machine is quiet: of the medians of consecutive blocks the one at the tenth percentile.
+
+    A virtual core runs at two speeds, 1.8 apart, as the other half of its physical core is used by somebody or not;
+    the median of everything tells how often that was. ValueError with fewer values than blocks.
+    """
+    if len(values) < blocks:
+        raise ValueError(f"{blocks} blocks need as many values, not {len(values)}")
+    bounds = [len(values) * index // blocks for index in range(blocks + 1)]
+    return quantile([median(values[start:end]) for start, end in itertools.pairwise(bounds)], 0.1)
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ from benchmarks.parity import divergences
 from benchmarks.plots import USUAL, latest
 from benchmarks.run import portable
 from benchmarks.server import MARK, Server, ServerConfig, ServerError, family
-from benchmarks.stats import first_difference, is_looping, median_ratio, quantile, share
+from benchmarks.stats import first_difference, is_looping, median_ratio, quantile, quiet_median, share
 from benchmarks.workload import load_prompts
 
 CHOICES = Choices(Path("/models/draft"), (0, 1), ngram_k=(2, 4), draft_k=(3,), double_k=(16,))
@@ -37,6 +37,14 @@ def completion(tokens: list[int], text: str = "", finish_reason: str = "length")
 @pytest.mark.parametrize(("fraction", "wanted"), [(0, 1), (0.2, 1.8), (0.5, 3), (0.8, 4.2), (1, 5)])
 def test_quantile_interpolates_between_order_statistics(fraction: float, wanted: float) -> None:
     assert quantile([5, 1, 4, 2, 3], fraction) == pytest.approx(wanted)
+
+
+def test_quiet_median_leaves_out_when_the_machine_was_slow() -> None:
+    values = [1.8] * 300 + [1.0, 9.0] * 100 + [1.0] * 100 + [1.8] * 200
+    assert quiet_median(values) == 1.0
+    assert quiet_median([1.8] * 400) == 1.8
+    with pytest.raises(ValueError, match="40 blocks"):
+        quiet_median([1.0] * 39)
 
 
 def test_quantile_of_nothing_and_outside_of_0_to_1_is_refused() -> None:
