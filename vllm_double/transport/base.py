@@ -95,8 +95,8 @@ class WorkerEnd(Protocol):
         """Raise the heartbeat."""
 
     def wait(self, timeout_s: float) -> None:
-        """Idle in naps of at most 1 ms until a command is there, the end is superseded, or the naps add
-        up."""
+        """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the end is
+        superseded, or the naps add up."""
 
     def close(self) -> None:
         """Detach: the target sees session 0, unless another worker has taken over. May be called twice."""

@@ -27,6 +27,7 @@ __all__ = ["RecordTargetEnd", "RecordWorkerEnd", "new_session", "stamp"]
 _RECEIVE_BYTES: Final = 1 << 20
 _SHORTEST_NAP_S: Final = 50e-6
 _LONGEST_NAP_S: Final = 1e-3
+_LONGEST_NAP_SHARE: Final = 0.1  # of a wait, where that is more
 
 
 class _Producer(Protocol):
@@ -153,14 +154,14 @@ class RecordWorkerEnd(ABC):
 
     def wait(self, timeout_s: float) -> None:
         # Polling, because "sleep unless the head moved" can lose the wake-up. Naps grow while nothing
-        # happens, over many calls too: quick answers to a busy target, a thousand cheap looks a second for an
-        # idle one.
-        left = timeout_s
+        # happens, over many calls too: quick answers to a busy target, two hundred cheap looks a second for an idle one, whose
+        # first request reads a prompt for longer than a nap.
+        left, longest = timeout_s, max(_LONGEST_NAP_S, _LONGEST_NAP_SHARE * timeout_s)
         while left > 0 and not self.superseded and not self._commands.pending:
             nap = min(self._nap_s, left)
             self._sleep(nap)
             left -= nap
-            self._nap_s = min(2 * self._nap_s, _LONGEST_NAP_S)
+            self._nap_s = min(2 * self._nap_s, longest)
 
 
 def _push(producer: _Producer, session: int, message: Command | Report, stats: TransportStats) -> bool:
