@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,7 +264,9 @@ def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(m
     drafter = object.__new__(v1.DoubleProposer)
     drafter._max_model_len, drafter._draft_seeded, drafter._num_resets = 100, False, 0
     drafter._proposer = SimpleNamespace(
-        admit=lambda request_id, tokens, params: done.append(request_id), reset_prefix_cache=lambda: done.append("ours")
+        admit=lambda request_id, tokens, params: done.append(request_id),
+        reset_prefix_cache=lambda: done.append("ours"),
+        guard=nullcontext,
     )
 
     def step(*ids: str) -> None:
