@@ -13,6 +13,9 @@ RUN := $(VENV)/bin/python
 SAMPLER_TESTS := tests/integration/test_patches.py tests/integration/test_cpu_mends.py
 # What the benchmarks serve; they run on the newer version.
 BENCH_TESTS := tests/integration/test_scripted.py
+# vLLM's V2 model runner works without a GPU where Triton interprets its kernels and has a backend that is called cpu.
+V2_TESTS := tests/integration/test_v2.py
+INTERPRETED := TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/integration/interpreted
 
 .PHONY: install install-older test quality fuzz demo serve bench parity cost plots clean
 
@@ -28,10 +31,11 @@ install-older:
 # have imported. ARGS goes to pytest.
 test: install install-older
 	$(OLDER_VENV)/bin/python -m pytest $(SAMPLER_TESTS) $(ARGS)
-	$(OLDER_VENV)/bin/python -m pytest tests/integration $(SAMPLER_TESTS:%=--ignore=%) $(BENCH_TESTS:%=--ignore=%) $(ARGS)
+	$(OLDER_VENV)/bin/python -m pytest tests/integration $(SAMPLER_TESTS:%=--ignore=%) $(BENCH_TESTS:%=--ignore=%) $(V2_TESTS:%=--ignore=%) $(ARGS)
 	$(RUN) -m pytest $(SAMPLER_TESTS) $(ARGS)
 	$(RUN) -m pytest tests/parity $(ARGS)
-	$(RUN) -m pytest tests/integration tests/chaos $(SAMPLER_TESTS:%=--ignore=%) $(ARGS)
+	$(RUN) -m pytest tests/integration tests/chaos $(SAMPLER_TESTS:%=--ignore=%) $(V2_TESTS:%=--ignore=%) $(ARGS)
+	$(INTERPRETED) $(RUN) -m pytest $(V2_TESTS) $(ARGS)
 	$(RUN) -m pytest tests/unit tests/property kernels/tests $(ARGS)
 
 quality: install

@@ -3,6 +3,7 @@
     python -m benchmarks.chaos sigstop            # the worker stopped for 5 s under load
     python -m benchmarks.chaos kills --kills 20   # SIGKILL of the worker, each when it is up, during >= 200 requests
     python -m benchmarks.chaos exits              # SIGTERM of the server; SIGKILL of each process, one server each
+    python -m benchmarks.chaos exits --tensor-parallel-size 2 --roles worker0 worker1
 
 Texts are greedy and float32: each has to be that of plain vLLM. The exit status is 1 if anything is not as it should be.
 """
@@ -19,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -42,6 +43,7 @@ FORWARDS = "vllm:double_request_forwards_total"
 DRAFT_ACCEPTED = 'vllm:double_accepted_tokens_total{engine="0",source="draft"}'
 EXIT_S = 15.0
 ROLES = ("api", "engine", "worker", "actor", "raylet")
+RANKS = ("worker0", "worker1")  # of a target with tensor parallelism
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=["sigstop", "kills", "exits"])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--roles", nargs="+", choices=("server", *ROLES), default=("server", *ROLES), help="ends of exits")
+    parser.add_argument(
+        "--roles", nargs="+", choices=("server", *ROLES, *RANKS), default=("server", *ROLES), help="ends of exits"
+    )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the target, one core to a rank")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -64,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-double-chaos-") as folder:
         target = workload.inflated(options.target, options.layers, Path(folder))
         base = ServerConfig(target, tuple(options.cores), max_model_len=1024)
+        if options.tensor_parallel_size > 1:
+            bind = "|".join(map(str, options.cores[: options.tensor_parallel_size]))
+            base = replace(base, threads=bind, extra=("--tensor-parallel-size", str(options.tensor_parallel_size)))
         prompts = workload.load_prompts(options.prompts, options.num_prompts)
         requests = workload.requests(prompts, options.max_tokens, 0.0)
         if options.scenario == "exits":
@@ -210,7 +218,7 @@ def exits(
     base: ServerConfig, speculative: dict[str, object] | None, requests: Sequence[Request], logs: Path, roles: Sequence[str]
 ) -> Iterator[dict[str, rows.Value]]:
     """Ends a server in every way, each under load, and waits until nothing of it is left."""
-    ends = [("server", signal.SIGTERM), *((role, signal.SIGKILL) for role in ROLES)]
+    ends = [("server", signal.SIGTERM), *((role, signal.SIGKILL) for role in (*ROLES, *RANKS))]
     for role, number in [end for end in ends if end[0] in roles]:
         before = leftovers()
         server = Server(f"exit-{role}-{number.name}", ServerConfig(**{**vars(base), "speculative": speculative}), logs)
@@ -265,7 +273,8 @@ async def _ask(server: Server, requests: Sequence[Request]) -> None:
 def pid_of(server: Server, role: str) -> int:
     """The process of a role: server and api (what was started), engine, worker (vLLM's), actor (the draft's), raylet."""
     signs = {
-        "engine": "VLLM::EngineCore", "worker": "VLLM::Worker", "actor": "ray::DraftActor", "raylet": "raylet/raylet"
+        "engine": "VLLM::EngineCore", "worker": "VLLM::Worker", "actor": "ray::DraftActor", "raylet": "raylet/raylet",
+        "worker0": "VLLM::Worker_TP0", "worker1": "VLLM::Worker_TP1",
     }  # fmt: skip
     if role in ("server", "api"):
         return server.pid

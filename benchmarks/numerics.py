@@ -9,6 +9,7 @@ difference of two texts the target's two best logits have to lie within it. The 
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -84,6 +85,22 @@ def noise(reader: LogitReader, texts: Sequence[tuple[list[int], int]], chunk: in
     return np.concatenate(parts)
 
 
+def long_texts(
+    tokenizer: Tokenizer, prompts: Sequence[workload.Prompt], count: int, length: int
+) -> list[tuple[list[int], int]]:
+    """(text, first place to look at) as long as the model reads: rounding errors grow along a text."""
+    texts: list[tuple[list[int], int]] = []
+    text: list[int] = []
+    for prompt in itertools.cycle(prompts):
+        text += tokenizer.encode(prompt.text, add_special_tokens=False).ids
+        if len(text) >= length:
+            texts.append((text[:length], length // 4))
+            text = []
+        if len(texts) == count:
+            return texts
+    raise ValueError("there are no prompts")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Appends one row; 0 if rounding explains every difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,10 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
     reader = LogitReader(options.target, options.dtype, options.max_model_len)
     torch.set_num_threads(options.threads)
-    texts = []
-    for prompt in workload.load_prompts(options.prompts, options.num_texts):
-        text = tokenizer.encode(prompt.text, add_special_tokens=False).ids[: options.max_model_len - 1]
-        texts.append((text, len(text) // 4))
+    texts = long_texts(tokenizer, workload.load_prompts(options.prompts, 128), options.num_texts, options.max_model_len - 1)
     differences = noise(reader, texts, 1 + options.k, options.batch)
     bound = float(np.quantile(differences, 0.999))
     gaps = []
@@ -113,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = entry["prompt"]
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
         text = [*ids, *entry["common"]]
-        best = np.sort(reader.read([(text, len(text) - 1)], 1)[0][-1])[-2:]
+        # As plain vLLM comes there: the prompt in one forward, and then token by token.
+        best = np.sort(reader.read([(text, len(ids))], 1)[0][-1])[-2:]
         gaps.append(float(best[1] - best[0]))
     ok = all(gap <= bound for gap in gaps)
     row: dict[str, rows.Value] = {

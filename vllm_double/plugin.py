@@ -66,6 +66,8 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         if config is None:
             _logger.info('method double is switched off ("enabled": false): this is plain vLLM')
             return None
+        # Not every vLLM turns it off by itself for a speculator of its V2 runner that it does not know.
+        engine_args.async_scheduling = False
         _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
         expose(config.metrics_key, target_parallel_config.data_parallel_size)
         return config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker, shared_memory
 from typing import Any
 
 from vllm_double.transport.shared import SharedWorkerEnd
@@ -35,3 +37,19 @@ def build_with_openmp(settings: dict[str, Any]) -> BeatingWorker:
 
 def refuse(settings: dict[str, Any]) -> BeatingWorker:
     raise ValueError("the draft model is not there")
+
+
+class WaitingFollower:
+    """A rank that leads nothing: it maps a segment of shared memory, as vLLM's ranks do, and waits."""
+
+    def __init__(self) -> None:
+        self._segment = shared_memory.SharedMemory(create=True, size=4096)
+        resource_tracker.unregister(self._segment._name, "shared_memory")  # type: ignore[attr-defined]  # nobody cleans up
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        while not should_stop():
+            time.sleep(0.05)
+
+
+def build_rank(settings: dict[str, Any]) -> BeatingWorker | WaitingFollower:
+    return build(settings) if settings["rank"] == 0 else WaitingFollower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,27 @@ def test_a_killed_process_of_ours_comes_back_and_its_kin_are_gone(start_target: 
         assert target.process.poll() is None, f"the target died with the {role}"
         before = now
     assert len([path for path in target.left_behind() if path.count("/") == 2]) == 1, target.left_behind()
+
+
+def test_the_death_of_either_rank_starts_both_again_and_leaves_no_segment(start_target: StartTarget) -> None:
+    segments, before_all = Path("/dev/shm"), set(Path("/dev/shm").iterdir())
+    target = start_target(factory="chaos_factory:build_rank", num_ranks=2, draft_cores=(0, max(os.sched_getaffinity(0))))
+    before = target.wait_for(beating, START_S)
+    for victim in (0, 1):
+        old = sorted(target.run.by_role("actor"), key=lambda process: process.pid != before["actor_pid"])
+        assert len(old) == 2
+        os.kill(old[victim].pid, signal.SIGKILL)
+
+        def back(seen: dict[str, Any], old_session: int = before["session"]) -> bool:
+            return beating(seen) and seen["session"] not in (0, old_session)
+
+        before = target.wait_for(back, START_S)
+        _wait_until_gone(old, f"rank {victim}")
+        assert before["starts"] == 1, "the host was started again"
+    target.process.terminate()
+    target.process.wait(END_S)
+    target.run.wait_until_gone(END_S)
+    wait_for(lambda: not set(segments.iterdir()) - before_all, END_S, lambda: f"left: {set(segments.iterdir()) - before_all}")
 
 
 def _wait_until_gone(processes: list[Process], role: str) -> None:

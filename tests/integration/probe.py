@@ -8,8 +8,21 @@ class Probe:
 
     model_runner: Any
 
+    @property
+    def _rank(self) -> Any:
+        """What of ours the runner has, V1 or V2."""
+        return getattr(self.model_runner, "drafter", None) or self.model_runner.speculator
+
+    def probe_runner(self) -> str:
+        """The module of the model runner."""
+        return type(self.model_runner).__module__
+
+    def probe_proposes(self) -> bool:
+        """Whether retrieval, the logs and the draft worker are this rank's."""
+        return self._rank._proposer is not None
+
     def probe_start(self) -> None:
-        proposer = self.model_runner.drafter._proposer
+        proposer = self._rank._proposer
         self._probe_admitted: list[tuple[str | None, bool]] = []
         self._probe_forgot = 0
         admit, forget = proposer.admit, proposer.forget_history
@@ -36,7 +49,7 @@ class Probe:
 
     def probe_fail(self) -> None:
         """Have the next round end in an exception."""
-        inner = self.model_runner.drafter._proposer._proposer
+        inner = self._rank._proposer._proposer
         propose = inner.propose
 
         def fail(rows: Any) -> None:
@@ -45,9 +58,27 @@ class Probe:
 
         inner.propose = fail
 
+    def probe_watch_steps(self) -> None:
+        """Note of every step how many query tokens it has, and how many of each request are drafts."""
+        self._probe_steps: list[tuple[int, dict[str, int]]] = []
+        execute = self.model_runner.execute_model
+
+        def noted(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            drafts = scheduled.scheduled_spec_decode_tokens
+            counts = {name: len(drafts.get(name, ())) for name in scheduled.num_scheduled_tokens}
+            self._probe_steps.append((scheduled.total_num_scheduled_tokens, counts))
+            return execute(scheduled, *args, **kwargs)
+
+        self.model_runner.execute_model = noted
+
+    def probe_steps(self) -> list[tuple[int, dict[str, int]]]:
+        """(query tokens, drafts by request) of the steps since the last call."""
+        steps, self._probe_steps = self._probe_steps, []
+        return steps
+
     def probe_epoch(self) -> int:
         """Of the draft's prefix cache: that in which the last request was admitted, unless the weights changed since."""
-        return int(self.model_runner.drafter._proposer._proposer._epoch)
+        return int(self._rank._proposer._proposer._epoch)
 
     def probe_load_nothing(self) -> None:
         """As trainers do that bring their own worker extension: weights go straight into the model."""

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.draft.affinity import CoreSplit
-from vllm_double.integration import engine_core, front_end, speculative_config, v1
+from vllm_double.integration import engine_core, front_end, rank, speculative_config, v1
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
 from vllm_double.proposer import RequestParams
 
@@ -192,7 +192,7 @@ def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the
     monkeypatch: pytest.MonkeyPatch, cores: CoreSplit | None, launcher: int, expected: list[Any]
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(speculative_config, "_follow_requests", lambda: calls.append("requests"))
+    monkeypatch.setattr(speculative_config, "_teach_process", lambda: calls.append("requests"))
     monkeypatch.setattr(speculative_config, "wait_asleep", lambda: calls.append("wait"))
     monkeypatch.setattr(speculative_config, "receive_drafts", lambda cores: calls.append(set(cores)))
     config = object.__new__(DoubleSpeculativeConfig)
@@ -225,7 +225,7 @@ def _params(
     request = Request("r", [1, 2], sampling, None, cache_salt=salt, lora_request=lora)
     proposer = object.__new__(v1.DoubleProposer)
     proposer._max_model_len, proposer._draft_seeded, proposer._said_unreadable = 100, False, False
-    return proposer._params(_sent(request), SimpleNamespace(num_prompt_tokens=2))
+    return proposer._params(_sent(request))
 
 
 def test_the_salt_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(m
         batch = SimpleNamespace(
             req_id_to_index=dict.fromkeys(ids, 0), token_ids_cpu=np.array([[1, 2]]), num_tokens_no_spec=np.array([2])
         )
-        runner = SimpleNamespace(input_batch=batch, requests=dict.fromkeys(ids, SimpleNamespace(num_prompt_tokens=2)))
+        runner = SimpleNamespace(input_batch=batch)
         new = [_sent(Request(name, [1, 2], SamplingParams(max_tokens=10), None)) for name in ids]
         drafter.follow_step(runner, SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=new))
 
@@ -328,8 +328,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     for name in ("reload_weights", "update_weights", "finish_weight_update", "sleep", "add_lora"):
         monkeypatch.setattr(Worker, name, act)
-    v1._wrap_worker()
-    v1._wrap_worker()
+    rank.wrap_worker()
+    rank.wrap_worker()
     worker = object.__new__(Worker)
     worker.fails, worker.forgot = False, 0
 

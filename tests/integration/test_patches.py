@@ -64,7 +64,7 @@ def test_source_reader_disagrees_with_inspect(entry: patches.Entry) -> None:
     function = getattr(function, "__func__", function)  # a class method's own parameters
     parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
     named = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
-    assert entry.expected[-1].parameters == ", ".join(map(str, named))
+    assert ", ".join(map(str, named)) in [signature.parameters for signature in entry.expected]
 
 
 def test_model_runner_takes_another_custom_proposer_factory() -> None:

@@ -26,12 +26,12 @@ def prompts(count: int) -> list[str]:
     return [json.loads(line)["prompt"] for line in lines[:count]]
 
 
-def with_engine(speculative: dict[str, Any] | None, use: Callable[[Any], Texts], **arguments: Any) -> Texts:
-    """What ``use`` gives on a fresh engine, with drafts ready where there is a draft model."""
+def with_engine(speculative: dict[str, Any] | None, use: Callable[[Any], Texts], bind: str = "auto", **arguments: Any) -> Texts:
+    """What ``use`` gives on a fresh engine, with drafts ready where there is a draft model. bind: cores of its ranks."""
     from vllm import LLM
 
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": MAX_LEN, "max_num_seqs": 8} | arguments
     llm = LLM(str(PAIR / "target"), speculative_config=speculative, disable_log_stats=False, **settings)
     try:

@@ -20,11 +20,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from vllm_double.draft.affinity import bind_all_threads
 from vllm_double.draft.host import HostSettings
-from vllm_double.draft.processes import note_process
+from vllm_double.draft.processes import note_process, note_segments, remove_segments
 from vllm_double.watch import ProcessWatch
 
 __all__ = ["Cluster", "ClusterLostError", "DraftActor", "UnreachableError"]
@@ -50,20 +51,26 @@ class DraftActor:
     answered.
     """
 
-    def __init__(self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str) -> None:
+    def __init__(
+        self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str, rank: int, meeting: str
+    ) -> None:
         self._settings = HostSettings.from_json(settings_json)
         self._address = address
+        self._rank = rank
+        self._meeting = meeting
+        self._cores = self._settings.cores_of(rank)
         self._target = ProcessWatch(target_pid)
         self._state = "building"
+        self._runtime_dir = runtime_dir
         note_process(runtime_dir)
         _join_log(log_path)
-        if self._settings.draft_cores is not None:
-            bind_all_threads(self._settings.draft_cores)  # those that Ray has started, too
         # A cluster's workers have its raylet's environment, not our host's.
-        if self._settings.visible_devices is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self._settings.visible_devices
-        if self._settings.draft_cores is not None:
-            os.environ["OMP_NUM_THREADS"] = str(len(self._settings.draft_cores))
+        devices = self._settings.devices_of(rank)
+        if devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices
+        if self._cores is not None:
+            bind_all_threads(self._cores)  # those that Ray has started, too
+            os.environ["OMP_NUM_THREADS"] = str(len(self._cores))
 
     @ray.method(concurrency_group="control")
     def ping(self) -> str:
@@ -86,10 +93,12 @@ class DraftActor:
         try:
             module, _, name = self._settings.factory.partition(":")
             build = getattr(importlib.import_module(module), name)
-            if self._settings.draft_cores is not None and (torch := sys.modules.get("torch")) is not None:
+            if self._cores is not None and (torch := sys.modules.get("torch")) is not None:
                 # In this thread: OpenMP keeps the number of threads per thread.
-                torch.set_num_threads(len(self._settings.draft_cores))
-            worker = build({**self._settings.worker, "address": self._address})
+                torch.set_num_threads(len(self._cores))
+            worker = build({**self._settings.worker, "address": self._address, "rank": self._rank, "meeting": self._meeting})
+            if self._settings.num_ranks > 1:
+                note_segments(self._runtime_dir)
             self._state = "up"
             worker.run(lambda: not self._target.alive())
         finally:
@@ -100,10 +109,12 @@ class DraftActor:
 class Cluster:
     """The driver's side: an embedded Ray, or a connection to one that is there."""
 
-    def __init__(self, settings: HostSettings, node_id: str, daemons: list[ProcessWatch]) -> None:
+    def __init__(self, settings: HostSettings, node: dict[str, Any], daemons: list[ProcessWatch]) -> None:
+        """node: of this machine, as Ray describes it ("node_id", "node_ip_address")."""
         self._settings = settings
-        self._node_id = node_id
+        self._node = node
         self._daemons = daemons
+        self._num_starts = 0
 
     @classmethod
     def connect(cls, settings: HostSettings, runtime_dir: str) -> Cluster:
@@ -111,19 +122,35 @@ class Cluster:
         context = _join(settings.ray_address) if settings.ray_address else _embed(settings, runtime_dir)
         # The gcs server and the raylet: Ray's driver may take minutes to notice that one is gone.
         daemons = [ProcessWatch(pid) for pid in _children()] if settings.ray_address is None else []
-        return cls(settings, context.address_info["node_id"], daemons)
+        return cls(settings, context.address_info, daemons)
 
     def run_actor(self, address: str, target_pid: int, runtime_dir: str, on_state: Callable[[str, int], None]) -> str:
-        """Starts one actor and stays with it to its end; returns why it ended. Raises ClusterLostError."""
+        """Starts the draft's actor, one for each of its ranks, and stays with them until the first ends; returns why it ended.
+        The others are ended then, too. Raises ClusterLostError.
+        """
+        settings = self._settings
+        remove_segments(runtime_dir)  # of ranks that were killed
+        self._num_starts += 1
+        meeting = str(Path(runtime_dir, f"ranks-{self._num_starts}"))
         log_path = f"/proc/{os.getpid()}/fd/1"
         actor_class: Any = DraftActor
-        handle = actor_class.options(
-            num_cpus=self._settings.ray_num_cpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(self._node_id, soft=False),
-        ).remote(self._settings.to_json(), address, target_pid, runtime_dir, log_path)
+        group, handles = None, []
         try:
-            pid = self._await(handle.info.remote(), self._settings.start_timeout_s)["pid"]
-            return self._stay(handle, pid, on_state)
+            strategies: list[Any] = [NodeAffinitySchedulingStrategy(self._node["node_id"], soft=False)]
+            if settings.num_ranks > 1:
+                here = {"CPU": settings.ray_num_cpus, f"node:{self._node['node_ip_address']}": 0.001}
+                group = placement_group([here] * settings.num_ranks, strategy="STRICT_PACK")
+                if not group.wait(settings.start_timeout_s):
+                    raise GetTimeoutError
+                strategies = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(settings.num_ranks)]
+            handles = [
+                actor_class.options(num_cpus=settings.ray_num_cpus, scheduling_strategy=strategy).remote(
+                    settings.to_json(), address, target_pid, runtime_dir, log_path, rank, meeting
+                )
+                for rank, strategy in enumerate(strategies)
+            ]
+            leader, *_ = [self._await(handle.info.remote(), settings.start_timeout_s) for handle in handles]
+            return self._stay(handles, leader["pid"], on_state)
         except GetTimeoutError:
             return "it does not answer"
         except RayTaskError as error:
@@ -135,7 +162,10 @@ class Cluster:
             raise ClusterLostError(f"Ray is lost: {_first_sentence(error)}.") from error
         finally:
             if all(daemon.alive() for daemon in self._daemons):
-                ray.kill(handle)
+                for handle in handles:
+                    ray.kill(handle)
+                if group is not None:
+                    remove_placement_group(group)
 
     def close(self) -> None:
         """Gives back what is held in somebody else's cluster; an embedded Ray is killed with the host's
@@ -144,20 +174,21 @@ class Cluster:
         if self._settings.ray_address is not None:
             ray.shutdown()
 
-    def _stay(self, handle: Any, pid: int, on_state: Callable[[str, int], None]) -> str:
-        done = handle.run.remote()
+    def _stay(self, handles: list[Any], pid: int, on_state: Callable[[str, int], None]) -> str:
+        runs = [handle.run.remote() for handle in handles]
         state = ""
         next_ping = 0.0
-        while not ray.wait([done], timeout=_LOOK_EVERY_S)[0]:
+        while not (ended := ray.wait(runs, timeout=_LOOK_EVERY_S)[0]):
             self._check_daemons()
             if time.monotonic() >= next_ping:
-                seen = self._await(handle.ping.remote(), _PING_TIMEOUT_S)
+                # The first is up when all others are.
+                seen, *_ = [self._await(handle.ping.remote(), _PING_TIMEOUT_S) for handle in handles]
                 if seen != state:
                     state = seen
                     on_state(state, pid)
                 if state == "up":
                     next_ping = time.monotonic() + _PING_EVERY_S
-        return str(ray.get(done))
+        return str(ray.get(ended[0]))
 
     def _await(self, reference: Any, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -175,7 +206,7 @@ class Cluster:
 def _embed(settings: HostSettings, runtime_dir: str) -> Any:
     _leave_out_unused_daemons()
     return ray.init(
-        num_cpus=max(1, math.ceil(settings.ray_num_cpus)),
+        num_cpus=max(1, math.ceil(settings.ray_num_cpus * settings.num_ranks)),
         num_gpus=0,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,

@@ -71,6 +71,8 @@ class VllmDraftEngine:
             if num_outputs < common.num_actual_tokens:
                 hidden = hidden[self._batch.output_indices(rows)]
             logits = self._model.compute_logits(hidden)
+        if logits is None:
+            return _no_outputs(num_children)  # of several ranks the first has them
         tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._batch.temperatures(rows))
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 

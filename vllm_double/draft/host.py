@@ -70,7 +70,9 @@ class HostSettings:
     target_cores: str = ""
     """For the log only."""
     visible_devices: str | None = None
-    """The draft's CUDA_VISIBLE_DEVICES; None keeps the target's."""
+    """The draft's CUDA_VISIBLE_DEVICES, one for each of several ranks; None keeps the target's."""
+    num_ranks: int = 1
+    """Devices that share the draft model, or equal parts of ``draft_cores``; an actor to each."""
     ray_address: str | None = None
     """``host:port`` of a cluster that spans this machine; None starts an embedded Ray."""
     ray_num_cpus: float = 1.0
@@ -80,6 +82,19 @@ class HostSettings:
     """An actor that has not answered after so many seconds is given up."""
     require: bool = False
     """Whether the supervisor's constructor waits for Ray and raises when it cannot be had."""
+
+    def cores_of(self, rank: int) -> tuple[int, ...] | None:
+        """The rank's part of ``draft_cores``."""
+        if self.draft_cores is None:
+            return None
+        each = len(self.draft_cores) // self.num_ranks
+        return self.draft_cores[rank * each : (rank + 1) * each]
+
+    def devices_of(self, rank: int) -> str | None:
+        """The rank's CUDA_VISIBLE_DEVICES."""
+        if not self.visible_devices or self.num_ranks == 1:
+            return self.visible_devices
+        return self.visible_devices.split(",")[rank]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

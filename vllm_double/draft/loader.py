@@ -6,7 +6,9 @@ here.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ class EngineConfig:
         forks cheap.
     num_pages: pages of the key/value cache; None is what kv_cache_bytes has room for.
     vocab_size: of the target; token ids from there on are never answered. None is the draft's own.
-    tensor_parallel_size: must be 1, a draft engine drives one device.
+    tensor_parallel_size: devices that share the model; this engine drives one of them, number ``rank``.
+    rendezvous: file through which the ranks find each other, which does not exist before; of no use to a single one.
     """
 
     model: str
@@ -63,18 +66,22 @@ class EngineConfig:
     kv_cache_bytes: int = 256 << 20
     vocab_size: int | None = None
     tensor_parallel_size: int = 1
+    rank: int = 0
+    rendezvous: str = ""
     trust_remote_code: bool = False
     seed: int = 0
     load_format: str = "auto"
     enforce_eager: bool = True
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: a draft engine drives one device")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and field.name not in ("seed", "rank") and value < 1:
                 raise ValueError(f"{field.name} is {value}, it must be positive")
+        if not 0 <= self.rank < self.tensor_parallel_size:
+            raise ValueError(f"rank is {self.rank}, of {self.tensor_parallel_size}")
+        if self.tensor_parallel_size > 1 and not self.rendezvous:
+            raise ValueError(f"{self.tensor_parallel_size} ranks need a file to meet at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ def load(config: EngineConfig) -> LoadedModel:
     vllm_config.kernel_config.ir_op_priority.set_default()
     set_default_torch_wrap(vllm_config.compilation_config.ir_enable_torch_wrap)
     with set_current_vllm_config(vllm_config):
-        _init_distributed(vllm_config, device)
+        _init_distributed(vllm_config, device, config)
         model = get_model(vllm_config=vllm_config)
         if device.type != "cpu":
             init_workspace_manager(device)
@@ -153,6 +160,8 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
         "num_gpu_blocks_override": config.num_pages,
         # Nothing may be spawned, and a Ray worker that we run in is not to be taken for vLLM's.
         "distributed_executor_backend": "uni",
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "disable_custom_all_reduce": config.tensor_parallel_size > 1,  # each rank sees one device, by the same number
     }
     if config.page_size is not None:
         args["block_size"] = config.page_size
@@ -188,17 +197,18 @@ def _check_drafts(vllm_config: VllmConfig) -> None:
             raise ValueError(f"{model_config.model} cannot draft: it {why}")
 
 
-def _init_distributed(vllm_config: VllmConfig, device: torch.device) -> None:
-    backend = current_platform.dist_backend
+def _init_distributed(vllm_config: VllmConfig, device: torch.device, config: EngineConfig) -> None:
+    backend, size = current_platform.dist_backend, config.tensor_parallel_size
     if not torch.distributed.is_initialized():
-        # vLLM joins the group that is there; this one needs no port and no file.
-        torch.distributed.init_process_group(
-            backend=backend,
-            store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
-            rank=0,
-            world_size=1,
-        )
-    init_worker_distributed_environment(vllm_config, 0, None, device.index or 0, backend)
+        # vLLM joins the group that is there; this one needs no port.
+        store: Any
+        if size == 1:
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        else:
+            store = torch.distributed.FileStore(config.rendezvous, size)  # type: ignore[attr-defined]
+            os.environ["VLLM_DIST_IDENT"] = Path(config.rendezvous).name  # by which vLLM's CPU ranks find their shared memory
+        torch.distributed.init_process_group(backend=backend, store=store, rank=config.rank, world_size=size)
+    init_worker_distributed_environment(vllm_config, config.rank, None, device.index or 0, backend)
 
 
 def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config: EngineConfig) -> LoadedModel:

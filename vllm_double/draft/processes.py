@@ -21,9 +21,11 @@ __all__ = [
     "is_gone",
     "kill_session",
     "note_process",
+    "note_segments",
     "parent",
     "remove_openmp_marks",
     "remove_runtime",
+    "remove_segments",
     "remove_stale",
     "session_members",
 ]
@@ -31,6 +33,7 @@ __all__ = [
 _PREFIX = "vllm-double-ray-"
 _LONGEST = 38  # Ray's sockets below it must fit into the 107 characters of a socket's path.
 _NOTE = "process-"
+_SEGMENTS = "segments-"
 _DEAD = (b"Z", b"X")  # states of the dead that nobody has waited for
 
 
@@ -92,8 +95,28 @@ def remove_openmp_marks(pids: Iterable[int]) -> None:
             Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink(missing_ok=True)
 
 
+def note_segments(folder: str) -> None:
+    """Leaves word in the runtime folder which shared-memory segments this process maps: vLLM's ranks leave theirs."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    names = {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    try:
+        Path(folder, f"{_SEGMENTS}{os.getpid()}").write_text("\n".join(sorted(names)))
+    except OSError:
+        pass  # as above
+
+
+def remove_segments(folder: str) -> None:
+    """Removes the segments that are noted there of processes that are gone."""
+    for note in Path(folder).glob(f"{_SEGMENTS}*"):
+        if is_gone(int(note.name.removeprefix(_SEGMENTS))):
+            for name in note.read_text().splitlines():
+                Path(name).unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+
+
 def remove_runtime(folder: str) -> None:
-    """Removes the folder, and the OpenMP marks of the processes that are noted there."""
+    """Removes the folder, and the OpenMP marks and shared-memory segments of the processes that are noted there."""
+    remove_segments(folder)
     remove_openmp_marks(int(note.name.removeprefix(_NOTE)) for note in Path(folder).glob(f"{_NOTE}*"))
     rmtree(folder, ignore_errors=True)
 

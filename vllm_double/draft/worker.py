@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_double.draft.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.draft.ranks import Follower, Meeting
 from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.base import WorkerEnd
 from vllm_double.transport.messages import WorkerStats
@@ -91,18 +92,23 @@ class DraftWorker:
         )
 
 
-def build(settings: dict[str, Any]) -> DraftWorker:
-    """The production worker: vLLM's draft engine at one end of the shared logs.
+def build(settings: dict[str, Any]) -> DraftWorker | Follower:
+    """The production worker: vLLM's draft engine at one end of the shared logs; of several ranks the first one's.
 
     settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``retrieval`` (fields of Sources),
-    ``prefix_caching``, ``address`` of the logs.
+    ``prefix_caching``, ``address`` of the logs; ``rank``, and ``meeting``: path in the runtime folder, new for each start.
     """
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
     from vllm_double.retrieval.automaton import warm_up
     from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedWorkerEnd
 
-    engine = VllmDraftEngine(EngineConfig(**settings["engine"]))
+    meeting = Meeting(settings["meeting"], settings["rank"], settings["engine"].get("tensor_parallel_size", 1))
+    engine: DraftEngine = VllmDraftEngine(EngineConfig(**settings["engine"], rank=meeting.rank, rendezvous=meeting.file))
+    if meeting.rank > 0:
+        return meeting.follow(engine)
+    if meeting.num_ranks > 1:
+        engine = meeting.lead(engine)
     limits = FrontierLimits(**settings["limits"])
     warm_up()
     retrievers = Sources(**settings["retrieval"]).open()

@@ -94,8 +94,10 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
         device = vllm_config.device_config.device_type
     # A draft on the CPU beside a target on a GPU must not find one.
     visible: str | None = "" if device == "cpu" else None
+    num_ranks: int = draft["draft_tensor_parallel_size"]
     if device.startswith("cuda:"):
-        visible, device = _physical_device(int(device.partition(":")[2])), "cuda:0"
+        first = int(device.partition(":")[2])
+        visible, device = ",".join(map(_physical_device, range(first, first + num_ranks))), "cuda:0"
     cores = config.cores
     worker = {
         "engine": {
@@ -108,7 +110,8 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
             "longest_text": target.max_model_len,
             "vocab_size": target.get_vocab_size(),
             "device": device,
-            "num_threads": len(cores.draft) if cores is not None else 1,
+            "num_threads": len(cores.draft) // num_ranks if cores is not None else 1,
+            "tensor_parallel_size": num_ranks,
             "page_size": double.draft_page_size,
             "kv_cache_bytes": int(double.draft_kv_cache_gib * 2**30),
             "trust_remote_code": target.trust_remote_code,
@@ -131,6 +134,7 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
         draft_cores=cores.draft if cores is not None else None,
         target_cores=cores.bind if cores is not None else "",
         visible_devices=visible,
+        num_ranks=num_ranks,
         ray_address=double.ray_address,
         ray_num_cpus=double.ray_num_cpus,
         engine_pids=tuple(engine_pids),

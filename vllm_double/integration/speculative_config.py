@@ -19,9 +19,12 @@ from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
 from vllm_double.integration.engine_core import inform_workers, receive_drafts, wait_asleep
 from vllm_double.integration.front_end import refuse_malformed
+from vllm_double.integration.runners import allow_v2
 from vllm_double.integration.tokenizers import check_datastore, check_same_tokenizer
 
 __all__ = ["DoubleSpeculativeConfig", "build"]
+
+MAX_DRAFT_RANKS = 64
 
 PROPOSER_PATH = "vllm_double.integration.v1.DoubleProposer"
 
@@ -64,7 +67,7 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _follow_requests()
+        _teach_process()
         if os.getppid() == self.launcher:  # this is the engine core
             on_cpu = self.cores is not None
             receive_drafts({core for rank in self.cores.target for core in rank} if on_cpu else ())
@@ -105,8 +108,8 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         check_datastore(target, double.datastore)
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
-    cores = _bind_cores(double, parallel.tensor_parallel_size) if draft else None
-    _follow_requests()
+    cores = _bind_cores(double, parallel.tensor_parallel_size, draft["draft_tensor_parallel_size"]) if draft else None
+    _teach_process()
     return DoubleSpeculativeConfig(
         num_speculative_tokens=num_tokens,
         target_model_config=target,
@@ -119,10 +122,11 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
     )
 
 
-def _follow_requests() -> None:
-    """In every process with our configuration: any of them can be a front end or hold the scheduler, and most are neither."""
+def _teach_process() -> None:
+    """In every process with our configuration: any can be a front end, hold the scheduler or run the model."""
     refuse_malformed(DoubleSpeculativeConfig)
     inform_workers()
+    allow_v2(DoubleSpeculativeConfig)
 
 
 def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:
@@ -146,8 +150,9 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if looks_like_path and not Path(model).expanduser().is_dir():
         raise ConfigError(f'The draft model "{model}" does not exist.')
-    if draft.get("draft_tensor_parallel_size", 1) != 1:
-        raise ConfigError('"draft_tensor_parallel_size" above 1 is not supported: the draft runs on one device.')
+    size = draft.setdefault("draft_tensor_parallel_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_DRAFT_RANKS:
+        raise ConfigError(f'"draft_tensor_parallel_size" is {size!r}, and must be a whole number from 1 to {MAX_DRAFT_RANKS}.')
     for key in ("kv_cache_dtype", "attention_backend", "moe_backend", "draft_load_config"):
         if draft.pop(key, None) not in (None, "auto"):
             raise ConfigError(f'"{key}" cannot be set for the draft of method "double".')
@@ -157,13 +162,19 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     length = draft.get("max_model_len")
     if length is not None and (not isinstance(length, int) or not 1 <= length <= target.max_model_len):
         raise ConfigError(f'"max_model_len" is {length!r}, and must be from 1 to the target\'s {target.max_model_len}.')
-    _check_device(double.draft_device)
+    _check_device(double.draft_device, size)
     if double.ray_address is not None:
         _check_reachable(double.ray_address)
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, num_ranks: int) -> None:
+    from vllm.platforms import current_platform
+
     if not device.startswith("cuda"):
+        if num_ranks > 1 and device == "auto" and not current_platform.is_cpu():
+            raise ConfigError(
+                '"draft_tensor_parallel_size" needs a "draft_device" such as "cuda:4": the first of as many devices.'
+            )
         return
     import torch
 
@@ -172,6 +183,8 @@ def _check_device(device: str) -> None:
     if index >= count:
         there = f"there are {count} of them" if count else "there is none"
         raise ConfigError(f'"draft_device" is "{device}", but no such CUDA device exists: {there}.')
+    if index + num_ranks > count:
+        raise ConfigError(f'"draft_device": "{device}" leaves {count - index} CUDA device(s) for a draft on {num_ranks}.')
 
 
 def _check_reachable(address: str) -> None:
@@ -182,7 +195,7 @@ def _check_reachable(address: str) -> None:
         raise ConfigError(f'No Ray cluster answers at "ray_address" {address}: {error}.') from None
 
 
-def _bind_cores(double: DoubleConfig, num_ranks: int) -> CoreSplit | None:
+def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> CoreSplit | None:
     """On CPU the target's and the draft's cores are disjoint; decided before the executor spawns its workers.
 
     Sets VLLM_CPU_OMP_THREADS_BIND, from which the target's workers take their cores.
@@ -200,9 +213,12 @@ def _bind_cores(double: DoubleConfig, num_ranks: int) -> CoreSplit | None:
             os.sched_getaffinity(0),
             draft=double.draft_cores,
             target=envs.VLLM_CPU_OMP_THREADS_BIND if current_platform.is_cpu() else "nobind",
+            num_draft=num_draft_ranks,
             num_ranks=num_ranks,
             topology=read_topology(),
         )
+        if len(split.draft) % num_draft_ranks:
+            raise ValueError(f"{len(split.draft)} core(s) cannot be divided among {num_draft_ranks} draft ranks.")
     except ValueError as error:
         raise ConfigError(f'"draft_cores": {error}') from None
     if current_platform.is_cpu():

@@ -16,11 +16,23 @@ from vllm_double.patches.registry import Entry, Signature
 
 _CPU_KERNELS = "vllm.utils.cpu_triton_utils"
 _MODEL_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 _WORKER = "vllm.v1.worker.gpu_worker"
 
 
 def _lines(path: str, line_031: int, line_032: int) -> dict[str, str]:
     return {"0.31": f"{path}:{line_031}", "0.32": f"{path}:{line_032}"}
+
+
+def _v2(name: str, method: str, lines: tuple[int, int], signature: str, what: str, why: str) -> Entry:
+    return Entry(
+        name=name,
+        target=f"{_V2_RUNNER}:GPUModelRunner.{method}",
+        what=what,
+        why=why,
+        upstream=_lines("vllm/v1/worker/gpu/model_runner.py", *lines),
+        expected=(Signature(signature),),
+    )
 
 
 def _weights(name: str, method: str, lines: tuple[int, int], signature: str, when: str = "") -> Entry:
@@ -200,6 +212,78 @@ HOOKS: tuple[Entry, ...] = (
         why="the worker must not fail for one request's mistake",
         upstream=_lines("vllm/sampling_params.py", 838, 901),
         expected=(Signature("self, model_config, speculative_config, structured_outputs_config, tokenizer"),),
+    ),
+    Entry(
+        name="v2-supported",
+        target="vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
+        what="wrapped: method double is not among them",
+        why="vLLM chooses its model runner by this list, and custom proposers are on it",
+        upstream=_lines("vllm/config/vllm.py", 3051, 2914),
+        expected=(Signature("self"),),
+    ),
+    Entry(
+        name="v2-speculator",
+        target="vllm.v1.worker.gpu.spec_decode:init_speculator",
+        what="wrapped: builds our speculator",
+        why="this is how the V2 runner comes to have it",
+        upstream=_lines("vllm/v1/worker/gpu/spec_decode/__init__.py", 8, 13),
+        expected=(Signature("vllm_config, device"), Signature("vllm_config, device, req_states")),
+    ),
+    Entry(
+        name="v2-propose",
+        target="vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose",
+        what="implemented: gives what stands on the device until the next chains are written there",
+        why="the V2 runner asks before what was sampled is known on the host",
+        upstream=_lines("vllm/v1/worker/gpu/spec_decode/speculator.py", 73, 74),
+        expected=tuple(
+            Signature(
+                "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
+                f"num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, {sync}=None, dummy_run=False, "
+                f"skip_attn_for_dummy_run=False, mm_inputs=None, is_profile=False{last}"
+            )
+            for sync, last in (("dp_sync", ""), ("dp_sync_state", ", num_speculative_tokens=None"))
+        ),
+    ),
+    _v2(
+        "v2-update-requests",
+        "update_requests",
+        (1196, 1236),
+        "self, scheduler_output",
+        "wrapped: sees requests that ended or are new, and writes what is to be verified to the device",
+        "the speculator is told neither, and V2 reads drafts from the device",
+    ),
+    _v2(
+        "v2-execute-model",
+        "execute_model",
+        (1676, 1719),
+        "self, scheduler_output, intermediate_tensors=None, dummy_run=False, skip_attn_for_dummy_run=False, "
+        "is_profile=False, context_len=0, valid_dummy_state_slots=False, randomize_inputs=False",
+        "wrapped: samples at once where there is no grammar to wait for",
+        "the engine core asks for the samples in a second round trip, while the target stands still",
+    ),
+    _v2(
+        "v2-sample-tokens",
+        "sample_tokens",
+        (2050, 2088),
+        "self, grammar_output",
+        "wrapped: proposes, and its output carries the drafts",
+        "the speculator is asked before what was sampled is known on the host",
+    ),
+    _v2(
+        "v2-worker-drafts",
+        "take_draft_token_ids",
+        (2244, 2282),
+        "self",
+        "wrapped: tells the scheduler the real chains",
+        "V2 tells it as many placeholders for every request, which the target would then verify",
+    ),
+    Entry(
+        name="v2-output",
+        target="vllm.v1.worker.gpu.async_utils:AsyncOutput.get_output",
+        what="called after sampling: waits for what was sampled",
+        why="chains are proposed behind it",
+        upstream=_lines("vllm/v1/worker/gpu/async_utils.py", 173, 173),
+        expected=(Signature("self"),),
     ),
     _weights("reload-weights", "reload_weights", (566, 629), "self, *args, **kwargs"),
     _weights("update-weights", "update_weights", (1486, 1550), "self, update_info"),

@@ -1,0 +1,237 @@
+"""Method double on vLLM's V2 model runner, whose Triton kernels are interpreted here (`make test` says how)."""
+
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.integration.test_serving import MAX_LEN, Texts, ask, double, prompts, sample, with_engine
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: see the Makefile"),
+]
+
+SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+def on_v2(speculative: dict[str, Any] | None, use: Callable[[Any], Texts], **arguments: Any) -> Texts:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "1")
+        return with_engine(speculative, use, **arguments)
+
+
+@pytest.fixture(scope="module")
+def v1_texts() -> Texts:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "0")
+        return with_engine(None, ask)
+
+
+def test_texts_differ_from_those_of_plain_vllm_on_v1(v1_texts: Texts) -> None:
+    def use(llm: Any) -> Texts:
+        assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
+        found = ask(llm)
+        assert sample("accepted_tokens_total") > 0
+        assert sample("committed_tokens_total") / sample("request_forwards_total") > 1.05
+        assert sample("failures_total") == 0
+        return found
+
+    found = on_v2(double(), use, worker_extension_cls="tests.integration.probe.Probe")
+    # Seeded draws are each runner's own.
+    assert {name: texts for name, texts in found.items() if name != "seeded"} == {
+        name: texts for name, texts in v1_texts.items() if name != "seeded"
+    }
+
+
+def test_texts_differ_under_preemption_or_a_row_without_drafts_costs_query_tokens(v1_texts: Texts) -> None:
+    # vLLM's kernel for the masks of grammars cannot be interpreted, so structured output is not among these.
+    from vllm import SamplingParams
+
+    some = prompts(16)
+    long = "\n".join(some)[:800]
+
+    def use(llm: Any) -> Texts:
+        until_full = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
+        full = llm.generate([long, some[0], some[1]], until_full, use_tqdm=False)
+        llm.collective_rpc("probe_watch_steps")
+        without = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args={"double": {"enabled": False}})
+        with_drafts = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        llm.generate(some[1:3], [without, with_drafts], use_tqdm=False)
+        decoding = [step for step in llm.collective_rpc("probe_steps")[0] if len(step[1]) == 2 and sum(step[1].values())]
+        assert decoding, "the two never ran side by side"
+        for num_tokens, drafts in decoding:
+            assert num_tokens == len(drafts) + sum(drafts.values()), "a query token that is neither sampled nor drafted"
+            assert min(drafts.values()) == 0, "drafts for who declined them"
+        assert len({sum(drafts.values()) for _, drafts in decoding}) > 1, "chains are not ragged"
+        return {"to the model's length": [list(one.token_ids) for output in full for one in output.outputs]}
+
+    settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
+    found = on_v2(double(), use, worker_extension_cls="tests.integration.probe.Probe", **settings)
+    assert found["to the model's length"] == v1_texts["to the model's length"]
+
+
+# Without an engine
+
+
+@pytest.fixture
+def v2(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The adapter's module; the runner's methods are put back afterwards."""
+    module = importlib.import_module("vllm_double.integration.v2")
+    for name in ("update_requests", "execute_model", "sample_tokens", "take_draft_token_ids"):
+        monkeypatch.setattr(module.GPUModelRunner, name, getattr(module.GPUModelRunner, name))
+    return module
+
+
+class FakeProposer:
+    """Notes what it is told; proposes the last token again, as often as its text is odd."""
+
+    def __init__(self) -> None:
+        self.admitted: dict[str, list[int]] = {}
+        self.finished: list[str] = []
+        self.step_cost = SimpleNamespace(observe=lambda tokens, seconds: None)
+
+    def admit(self, request_id: str, tokens: Any, params: Any) -> None:
+        self.admitted[request_id] = tokens.tolist()
+
+    def finish(self, request_id: str) -> None:
+        self.finished.append(request_id)
+
+    def guard(self) -> Any:
+        return nullcontext()
+
+    def propose(self, rows: Any) -> list[list[int]]:
+        self.rows = [(row.request_id, row.tokens.tolist(), row.num_sampled, list(row.verified)) for row in rows]
+        return [[int(row.tokens[-1])] * (len(row.tokens) % 2) for row in rows]
+
+
+def speculator(module: Any, proposer: Any) -> Any:
+    from vllm_double.integration.rank import TargetRank
+
+    made = object.__new__(module.DoubleSpeculator)
+    made.__dict__.update(
+        _proposer=proposer, _num_resets=0, _max_model_len=64, _draft_seeded=False, _num_tokens=3, _texts={}, _step=None,
+        _drafts=None, _watches_weights=True, _step_started=0.0,
+    )  # fmt: skip
+    assert isinstance(made, TargetRank)
+    return made
+
+
+def scheduled(new: dict[str, list[int]], drafts: dict[str, list[int]], finished: tuple[str, ...] = ()) -> Any:
+    from vllm.sampling_params import SamplingParams
+
+    requests = [
+        SimpleNamespace(
+            req_id=name, prefill_token_ids=tokens, prompt_token_ids=tokens[:2], prompt_len=2, prompt_embeds=None,
+            sampling_params=SamplingParams(max_tokens=10), lora_request=None, mm_features=[],
+        )
+        for name, tokens in new.items()
+    ]  # fmt: skip
+    return SimpleNamespace(
+        finished_req_ids=finished, scheduled_new_reqs=requests, scheduled_spec_decode_tokens=drafts,
+        total_num_scheduled_tokens=0,
+    )  # fmt: skip
+
+
+def states(*ids: str) -> Any:
+    index = {name: place for place, name in enumerate(ids)}
+    return SimpleNamespace(req_id_to_index=index, draft_tokens=torch.full((len(ids) + 1, 3), 77))
+
+
+def output(**sampled: list[int]) -> Any:
+    return SimpleNamespace(req_ids=list(sampled), sampled_token_ids=list(sampled.values()))
+
+
+def test_what_was_scheduled_is_not_what_the_forward_reads(v2: Any) -> None:
+    made, device = speculator(v2, FakeProposer()), states("a", "b", "c")
+    made.follow_step(SimpleNamespace(req_states=device), scheduled({}, {"c": [5, 6], "a": [-1, -1, -1]}))
+    assert device.draft_tokens.tolist() == [[0, 0, 0], [77, 77, 77], [5, 6, 0], [77, 77, 77]]
+
+
+def test_chains_are_padded_or_told_twice(v2: Any) -> None:
+    made = speculator(v2, FakeProposer())
+    made.follow_step(SimpleNamespace(req_states=states("a", "b")), scheduled({"a": [1, 2], "b": [1, 2, 3]}, {}))
+    drafts = made.propose_rows(output(b=[4, 9], a=[7]))
+    assert (drafts.req_ids, drafts.draft_token_ids) == (["b", "a"], [[9], [7]])
+    assert made._proposer.rows == [("b", [1, 2, 3, 4, 9], 2, []), ("a", [1, 2, 7], 1, [])]
+    assert made.take_drafts() is drafts and made.take_drafts() is None
+
+
+def test_a_request_that_was_preempted_is_admitted_anew_only_with_another_text(v2: Any) -> None:
+    proposer = FakeProposer()
+    made, runner = speculator(v2, proposer), SimpleNamespace(req_states=states("a"))
+    made.follow_step(runner, scheduled({"a": [1, 2]}, {}))
+    made.propose_rows(output(a=[7]))
+    proposer.admitted.clear()
+    made.follow_step(runner, scheduled({"a": [1, 2, 7]}, {}))
+    assert proposer.admitted == {}
+    made.propose_rows(output(a=[8]))
+    made.follow_step(runner, scheduled({"a": [1, 2, 8]}, {}))
+    assert proposer.admitted == {"a": [1, 2, 8]}
+    made.follow_step(runner, scheduled({}, {}, finished=("a",)))
+    assert proposer.finished == ["a"] and made._texts == {}
+
+
+def test_a_rank_that_does_not_propose_keeps_texts_or_verifies_something_else(v2: Any) -> None:
+    made, device = speculator(v2, None), states("a")
+    made.follow_step(SimpleNamespace(req_states=device), scheduled({"a": [1, 2]}, {"a": [5]}))
+    assert device.draft_tokens[0].tolist() == [5, 0, 0] and made._texts == {}
+    assert made.propose_rows(output(a=[7])).draft_token_ids == [[]]
+
+
+def test_long_texts_are_cut(v2: Any) -> None:
+    text, expected = v2._Text([1, 2]), [1, 2]
+    for number in range(400):
+        text.extend([number] * (number % 5))
+        expected += [number] * (number % 5)
+    assert text.tokens.dtype == np.int32 and text.tokens.tolist() == expected
+
+
+def test_another_speculator_is_changed(v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(v2.GPUModelRunner, "execute_model", lambda self, scheduled, dummy_run=False: None)
+    monkeypatch.setattr(v2.GPUModelRunner, "sample_tokens", lambda self, grammar: "sampled")
+    monkeypatch.setattr(v2.GPUModelRunner, "take_draft_token_ids", lambda self: "vLLM's")
+    v2._wrap_runner()
+    runner = object.__new__(v2.GPUModelRunner)
+    runner.speculator = object()
+    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False)) is None
+    assert runner.sample_tokens(None) == "sampled"
+    assert runner.take_draft_token_ids() == "vLLM's"
+    runner.speculator = speculator(v2, None)
+    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False), dummy_run=True) is None
+    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=True)) is None
+    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False)) == "sampled"
+
+
+def test_vllm_chooses_another_runner_or_speculator_for_other_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu import spec_decode
+
+    from vllm_double.integration import runners
+
+    class Ours:
+        pass
+
+    built = lambda config, device, *args: "vLLM's"  # noqa: E731
+    monkeypatch.setattr(spec_decode, "init_speculator", built)
+    features = lambda self: ["speculative method 'custom_class'", "dual batch overlap"]  # noqa: E731
+    monkeypatch.setattr(VllmConfig, "_get_v2_model_runner_unsupported_features", features)
+    runners.allow_v2(Ours)
+    runners.allow_v2(Ours)
+    made = importlib.import_module("vllm_double.integration.v2")
+    monkeypatch.setattr(made, "DoubleSpeculator", lambda config, device: "ours")
+    for speculative, unsupported, speculator_ in (
+        (Ours(), ["dual batch overlap"], "ours"),
+        (SimpleNamespace(method="custom_class"), features(None), "vLLM's"),
+        (None, features(None), "vLLM's"),
+    ):
+        config = object.__new__(VllmConfig)
+        object.__setattr__(config, "speculative_config", speculative)
+        assert config._get_v2_model_runner_unsupported_features() == unsupported
+        assert spec_decode.init_speculator(config, "cpu") == speculator_

@@ -1,0 +1,60 @@
+"""One rank leads, the others repeat."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_double.draft.base import Row
+from vllm_double.draft.host import HostSettings
+from vllm_double.draft.ranks import Meeting
+
+
+class NotingEngine:
+    page_size, num_pages, max_length, vocab_size = 4, 8, 64, 10
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def forward(self, rows: Any, num_children: int) -> Any:
+        self.calls.append(("forward", list(rows), num_children))
+        return np.zeros((len(rows), num_children), np.int32), np.ones((len(rows), num_children), np.float32)
+
+    def copy_slots(self, triples: Any) -> None:
+        self.calls.append(("copy_slots", triples))
+
+
+def test_followers_do_something_else_or_outlive_their_leader(tmp_path: Path) -> None:
+    engines = [NotingEngine() for _ in range(3)]
+    meetings = [Meeting(str(tmp_path / "ranks"), rank, 3) for rank in range(3)]
+    followers = [
+        threading.Thread(target=lambda rank=rank: meetings[rank].follow(engines[rank]).run(lambda: False)) for rank in (1, 2)
+    ]
+    for follower in followers:
+        follower.start()
+    leader = meetings[0].lead(engines[0])
+    tokens, _ = leader.forward([Row([1, 2], 3, [5, 6], 1, 0.5), Row(range(3, 5), 0, (1,), 0, 0.0)], 3)
+    assert tokens.shape == (2, 3)
+    leader.copy_slots([(1, 2, 3)])
+    assert (leader.page_size, leader.num_pages, leader.max_length, leader.vocab_size) == (4, 8, 64, 10)
+    for connection in leader._followers:
+        connection.close()
+    for follower in followers:
+        follower.join(30)
+        assert not follower.is_alive()
+    assert engines[1].calls == engines[2].calls == engines[0].calls != []
+    assert not (tmp_path / "ranks").exists(), "the socket stays"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "devices", "expected"),
+    [(1, None, [((2, 3, 4, 5), None)]), (1, "1", [((2, 3, 4, 5), "1")]), (2, "6,7", [((2, 3), "6"), ((4, 5), "7")])],
+)
+def test_ranks_share_a_core_or_a_device(num_ranks: int, devices: str | None, expected: list[Any]) -> None:
+    settings = HostSettings(draft_cores=(2, 3, 4, 5), num_ranks=num_ranks, visible_devices=devices)
+    assert [(settings.cores_of(rank), settings.devices_of(rank)) for rank in range(num_ranks)] == expected
+    again = HostSettings.from_json(settings.to_json())
+    assert again == settings
+    assert HostSettings(num_ranks=2).cores_of(1) is None

@@ -1,0 +1,168 @@
+"""One rank of the target, whichever of vLLM's model runners runs it: requests in, rows in, chains out.
+
+The adapters to the runners (``v1``, ``v2``) say which requests there are, what their texts are and what was sampled.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_double.config import ConfigError
+from vllm_double.guard import GuardedProposer
+from vllm_double.integration.engine_core import RESETS_ATTRIBUTE, SALT_ATTRIBUTE
+from vllm_double.integration.launch import Launch
+from vllm_double.proposer import RequestParams, Row
+from vllm_double.request_args import RequestArgs, digest
+
+__all__ = ["MARK", "TargetRank", "then", "wrap_worker"]
+
+_logger = logging.getLogger(__name__)
+MARK = "_vllm_double_wrapped"
+"""Attribute of a function of vLLM that was wrapped already."""
+
+
+class TargetRank:
+    """What each target worker has. Only the output rank proposes; every rank verifies the chains that the scheduler sends."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        wrap_worker()
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._draft_seeded = vllm_config.speculative_config.double.draft_seeded_requests
+        self._launch = Launch(vllm_config) if _is_output_rank() else None
+        self._proposer: GuardedProposer | None = self._launch.proposer if self._launch is not None else None
+        self._step_started = 0.0
+        self._num_resets = 0
+        self._said_unreadable = False
+
+    def watch_weights(self, target_model: Any) -> None:
+        """Trainers load weights straight into the target: that is seen here."""
+        target_model.load_weights = then(target_model.load_weights, lambda *args, **kwargs: self.forget_history())
+
+    def forget_history(self) -> None:
+        """The target's weights changed."""
+        if self._proposer is not None:
+            self._proposer.forget_history()
+
+    def begin_step(self, scheduler_output: Any, text_of: Callable[[Any], npt.NDArray[np.int32] | None]) -> None:
+        """Before a target forward: requests that ended, requests that are new.
+
+        text_of: the text of a new request, int32 [n], the caller's no more; None where it goes on with the text that it had.
+        """
+        proposer = self._proposer
+        if proposer is None:
+            return
+        for request_id in scheduler_output.finished_req_ids:
+            proposer.finish(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            num_resets = getattr(new, RESETS_ATTRIBUTE, 0)
+            if num_resets != self._num_resets:
+                self._num_resets = num_resets
+                proposer.reset_prefix_cache()
+            with proposer.guard():
+                text = text_of(new)
+                if text is not None:
+                    proposer.admit(new.req_id, text, self._params(new))
+        self._step_started = time.perf_counter()
+
+    def end_step(self, scheduler_output: Any, num_rows: int, rows_of: Callable[[], list[Row]]) -> list[list[int]]:
+        """After a target forward and its sampling: the chains to verify next, one per row of the batch."""
+        proposer = self._proposer
+        chains: list[list[int]] = [[] for _ in range(num_rows)]
+        if proposer is None:
+            return chains
+        with proposer.guard():
+            verified = scheduler_output.scheduled_spec_decode_tokens
+            num_tokens = scheduler_output.total_num_scheduled_tokens
+            if num_tokens == num_rows + sum(map(len, verified.values())):
+                proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
+            chains = proposer.propose(rows_of())
+        return chains
+
+    def _params(self, new: Any) -> RequestParams:
+        sampling = new.sampling_params
+        if sampling is None:
+            return RequestParams(0.0, 0, frozenset(), use_drafts=False)
+        stops = set(sampling.stop_token_ids or ())
+        if sampling.eos_token_id is not None and not sampling.ignore_eos:
+            stops.add(sampling.eos_token_id)
+        max_tokens = sampling.max_tokens if sampling.max_tokens is not None else self._max_model_len
+        has_text = new.prompt_embeds is None and new.prompt_token_ids is not None
+        # A seeded request is reproducible in plain vLLM; with drafts the draws would depend on when they were ready.
+        is_seeded = sampling.seed is not None and sampling.temperature > 0
+        args = self._args(sampling)
+        # Both count: who may choose a tenant must not reach behind another's salt. And what speaks through another adapter
+        # foretells this one badly.
+        salt, lora = getattr(new, SALT_ATTRIBUTE, None), new.lora_request
+        adapter = (lora.lora_name, lora.lora_int_id, lora.lora_path) if lora is not None else None
+        is_named = bool(salt or args.tenant)
+        return RequestParams(
+            temperature=sampling.temperature,
+            max_length=min(self._max_model_len, new.prompt_len + max_tokens),
+            stop_token_ids=frozenset(stops),
+            tenant=digest(salt, args.tenant, adapter) if is_named else None,
+            use_drafts=has_text and args.enabled and (self._draft_seeded or not is_seeded),
+            use_worker=not new.mm_features,
+        )
+
+    def _args(self, sampling: Any) -> RequestArgs:
+        """What the request says. The front end refuses what cannot be read; where it did not, there are no drafts."""
+        try:
+            return RequestArgs.parse(sampling.extra_args)
+        except ConfigError as error:
+            if not self._said_unreadable:
+                self._said_unreadable = True
+                _logger.warning("a request goes without drafts, and so will others like it: %s", error)
+            return RequestArgs(enabled=False)  # whoever it names, its text stays out of everybody's history
+
+
+def _is_output_rank() -> bool:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return bool(get_tensor_model_parallel_rank() == 0)
+
+
+def wrap_worker() -> None:
+    """Wrap the methods of the worker's class that change the target's weights, once per process: history is forgotten then."""
+    if getattr(Worker.reload_weights, MARK, False):
+        return
+
+    def forget(worker: Any, *args: Any, **kwargs: Any) -> None:
+        for name in ("drafter", "speculator"):  # the V1 runner's and the V2 runner's
+            rank = getattr(worker.model_runner, name, None)
+            if isinstance(rank, TargetRank):
+                rank.forget_history()
+
+    def forget_if_lost(worker: Any, level: int = 1) -> None:
+        if level > 1:
+            forget(worker)
+
+    def forget_if_replaced(worker: Any, lora_request: Any) -> None:
+        if lora_request.load_inplace:
+            forget(worker)
+
+    Worker.reload_weights = then(Worker.reload_weights, forget)
+    Worker.update_weights = then(Worker.update_weights, forget)
+    Worker.finish_weight_update = then(Worker.finish_weight_update, forget)
+    Worker.sleep = then(Worker.sleep, forget_if_lost)
+    Worker.add_lora = then(Worker.add_lora, forget_if_replaced)
+
+
+def then(change: Callable[..., Any], follow: Callable[..., None]) -> Callable[..., Any]:
+    """``change`` and then ``follow`` with the same arguments, even where it fails: it may have done half of its work."""
+
+    @functools.wraps(change)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return change(*args, **kwargs)
+        finally:
+            follow(*args, **kwargs)
+
+    setattr(changed, MARK, True)
+    return changed

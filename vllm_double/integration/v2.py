@@ -1,0 +1,186 @@
+"""The adapter to vLLM's V2 model runner.
+
+V2 keeps texts on the device, lets a speculator write drafts there, and tells the scheduler only how many there are: as many
+for every request. Here the scheduler is told the real, ragged chains, and what it schedules is written to the device before the
+next forward, on every rank: rows without drafts cost no query token, and a chain that the scheduler cut is what is verified.
+
+Four methods of the runner are wrapped; each does what it did before unless the runner's speculator is ours.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_double.config import ConfigError
+from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
+from vllm_double.integration.rank import MARK, TargetRank
+from vllm_double.proposer import Row
+
+__all__ = ["DoubleSpeculator"]
+
+
+class _Text:
+    """The tokens of a request on the host, where the V2 runner keeps none."""
+
+    __slots__ = ("_buffer", "_length")
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._length = len(tokens)
+        self._buffer = np.empty(1 << (self._length + 64).bit_length(), np.int32)
+        self._buffer[: self._length] = tokens
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        end = self._length + len(tokens)
+        if end > len(self._buffer):
+            self._buffer = np.concatenate([self.tokens, np.empty(end, np.int32)])
+        self._buffer[self._length : end] = tokens
+        self._length = end
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """int32 [n], a view that is good until the next ``extend``."""
+        return self._buffer[: self._length]
+
+
+class DoubleSpeculator(TargetRank, BaseSpeculator):
+    """What the wrapped ``init_speculator`` builds in each target worker."""
+
+    supports_mm_inputs = False
+    draft_logits = None  # a chain is a deterministic proposal: it is accepted with the target's own probability
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        if getattr(vllm_config, "watermark_config", None) is not None:
+            raise ConfigError('Method "double" does not support watermarking.')
+        _wrap_runner()
+        super().__init__(vllm_config)
+        num_tokens = vllm_config.speculative_config.num_speculative_tokens
+        # What stands on the device until the next chains are written there. It is a valid token wherever it could be read.
+        self._filler = torch.zeros((vllm_config.scheduler_config.max_num_seqs, num_tokens), dtype=torch.int64, device=device)
+        self._num_tokens = num_tokens
+        self._texts: dict[str, _Text] = {}  # of live requests, on the output rank
+        self._step: Any = None  # the scheduler's output of the step that is being computed
+        self._drafts: DraftTokenIds | None = None
+        self._watches_weights = False
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """See BaseSpeculator: nothing of ours runs in the target's stream."""
+
+    def capture(self) -> None:
+        """See BaseSpeculator."""
+
+    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """int64 [requests, num_speculative_tokens]. vLLM asks before what was sampled is known here: see ``propose_rows``."""
+        return self._filler[: input_batch.num_reqs]
+
+    def follow_step(self, runner: GPUModelRunner, scheduler_output: Any) -> None:
+        """Before a target forward."""
+        if not self._watches_weights:
+            self._watches_weights = True
+            self.watch_weights(runner.model)
+        self._step = scheduler_output
+        fresh = self._follow_texts(scheduler_output) if self._proposer is not None else set()
+        self.begin_step(scheduler_output, lambda new: self._texts[new.req_id].tokens.copy() if new.req_id in fresh else None)
+        self._write_drafts(runner.req_states, scheduler_output.scheduled_spec_decode_tokens)
+
+    def _follow_texts(self, scheduler_output: Any) -> set[str]:
+        """Keep the texts of live requests; returns whose are new.
+
+        V2 calls a request new when it was preempted, too: its text is then the one that it had.
+        """
+        texts, fresh = self._texts, set()
+        for request_id in scheduler_output.finished_req_ids:
+            texts.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            known = texts.get(new.req_id)
+            if known is None or not np.array_equal(known.tokens, new.prefill_token_ids):
+                texts[new.req_id] = _Text(new.prefill_token_ids)
+                fresh.add(new.req_id)
+        return fresh
+
+    def _write_drafts(self, states: Any, scheduled: dict[str, list[int]]) -> None:
+        """Put the tokens that are to be verified where the forward reads them."""
+        if not scheduled:
+            return
+        drafts = np.zeros((len(scheduled), self._num_tokens), np.int64)
+        for row, tokens in zip(drafts, scheduled.values(), strict=True):
+            row[: len(tokens)] = tokens
+        np.maximum(drafts, 0, out=drafts)  # the scheduler's own placeholders are -1
+        device = states.draft_tokens.device
+        index = torch.tensor([states.req_id_to_index[request_id] for request_id in scheduled], device=device)
+        states.draft_tokens[index] = torch.from_numpy(drafts).to(device)
+
+    def propose_rows(self, output: ModelRunnerOutput) -> DraftTokenIds:
+        """After a target forward: the chains to verify next, one per row of the batch."""
+        scheduler_output, sampled, texts = self._step, output.sampled_token_ids, self._texts
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        if self._proposer is not None:
+            for request_id, tokens in zip(output.req_ids, sampled, strict=True):
+                texts[request_id].extend(tokens)
+
+        def rows() -> list[Row]:
+            return [
+                Row(request_id, texts[request_id].tokens, len(tokens), verified.get(request_id, ()))
+                for request_id, tokens in zip(output.req_ids, sampled, strict=True)
+            ]
+
+        self._drafts = DraftTokenIds(output.req_ids, self.end_step(scheduler_output, len(sampled), rows))
+        return self._drafts
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """The chains of the last step, once."""
+        drafts, self._drafts = self._drafts, None
+        return drafts
+
+
+def _wrap_runner() -> None:
+    """Wrap the methods of the runner's class, once per process."""
+    if getattr(GPUModelRunner.sample_tokens, MARK, False):
+        return
+    update = GPUModelRunner.update_requests
+    execute = GPUModelRunner.execute_model
+    sample = GPUModelRunner.sample_tokens
+    take = GPUModelRunner.take_draft_token_ids
+
+    @functools.wraps(update)
+    def update_requests(self: Any, scheduler_output: Any) -> Any:
+        result = update(self, scheduler_output)
+        if isinstance(self.speculator, DoubleSpeculator):
+            self.speculator.follow_step(self, scheduler_output)
+        return result
+
+    @functools.wraps(execute)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        output = execute(self, scheduler_output, *args, dummy_run=dummy_run, **kwargs)
+        if output is not None or dummy_run or scheduler_output.has_structured_output_requests:
+            return output  # nothing to sample, or the engine core still makes the grammar's bitmask
+        return self.sample_tokens(None) if isinstance(self.speculator, DoubleSpeculator) else None
+
+    @functools.wraps(sample)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = sample(self, *args, **kwargs)
+        speculator = self.speculator
+        if not isinstance(speculator, DoubleSpeculator) or not isinstance(output, AsyncOutput):
+            return output
+        # Scheduling is synchronous: the engine core waits for this output, whoever makes it.
+        output = output.get_output()
+        setattr(output, DRAFTS_ATTRIBUTE, speculator.propose_rows(output))
+        return output
+
+    @functools.wraps(take)
+    def take_draft_token_ids(self: Any) -> Any:
+        return self.speculator.take_drafts() if isinstance(self.speculator, DoubleSpeculator) else take(self)
+
+    setattr(sample_tokens, MARK, True)
+    GPUModelRunner.update_requests = update_requests
+    GPUModelRunner.execute_model = execute_model
+    GPUModelRunner.sample_tokens = sample_tokens
+    GPUModelRunner.take_draft_token_ids = take_draft_token_ids
