@@ -17,10 +17,6 @@ class Probe:
         """The module of the model runner."""
         return type(self.model_runner).__module__
 
-    def probe_proposes(self) -> bool:
-        """Whether retrieval, the logs and the draft worker are this rank's."""
-        return self._rank._proposer is not None
-
     def probe_start(self) -> None:
         proposer = self._rank._proposer
         self._probe_admitted: list[tuple[str | None, bool]] = []
