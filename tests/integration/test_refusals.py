@@ -70,6 +70,7 @@ def other_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"use_heterogeneous_vocab": True}, "another vocabulary"),
         ({"prompt_lookup_max": 4}, "has no meaning"),
         ({"draft_tensor_parallel_size": 0}, "draft_tensor_parallel_size"),
+        ({"draft_tensor_parallel_size": 2, "double": {"draft_device": "cuda"}}, "the first of as many devices"),
         ({"draft_tensor_parallel_size": 2, "double": {"draft_cores": "0"}}, "cannot be divided among 2 draft ranks"),
         ({"max_model_len": 4096}, "max_model_len"),
         ({"double": {"draft_device": "cuda:7"}}, "no such CUDA device"),

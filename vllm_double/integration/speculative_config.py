@@ -170,11 +170,10 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
 def _check_device(device: str, num_ranks: int) -> None:
     from vllm.platforms import current_platform
 
+    on_cpu = device == "cpu" or (device == "auto" and current_platform.is_cpu())
+    if num_ranks > 1 and not on_cpu and ":" not in device:
+        raise ConfigError('"draft_tensor_parallel_size" needs a "draft_device" such as "cuda:4": the first of as many devices.')
     if not device.startswith("cuda"):
-        if num_ranks > 1 and device == "auto" and not current_platform.is_cpu():
-            raise ConfigError(
-                '"draft_tensor_parallel_size" needs a "draft_device" such as "cuda:4": the first of as many devices.'
-            )
         return
     import torch
 
