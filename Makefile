@@ -1,4 +1,4 @@
-# make install | test | quality | fuzz | demo | serve | bench | parity | cost | plots | clean
+# make install | test | test-gpu | quality | fuzz | demo | serve | bench | bench-gpu | parity | cost | plots | clean
 VLLM_VERSION ?= 0.32.0
 VENV ?= .venv
 OLDER_VLLM_VERSION ?= 0.31.0
@@ -6,18 +6,22 @@ OLDER_VENV ?= .venv31
 PYTHON ?= python3
 ARGS ?=
 FUZZ_EXAMPLES ?= 20000
+# For the kernels on a GPU: any Python with torch, triton, numpy, numba, tqdm, pytest and pytest-timeout. vLLM isn't needed.
+GPU_PYTHON ?= python3
 
 STAMP := $(VENV)/.installed-$(VLLM_VERSION)
 INSTALL_INPUTS := pyproject.toml scripts/install.sh $(wildcard packaging/vllm-alias/*)
 RUN := $(VENV)/bin/python
 SAMPLER_TESTS := tests/integration/test_patches.py tests/integration/test_cpu_mends.py
 # What the benchmarks serve; they run on the newer version.
-BENCH_TESTS := tests/integration/test_scripted.py
+BENCH_TESTS := tests/integration/test_scripted.py tests/integration/test_data_parallel.py
+# Run on the V1 model runner like the others, and on V2.
+BOTH_TESTS := tests/integration/test_target_ranks.py
 # vLLM's V2 model runner works without a GPU where Triton interprets its kernels and has a backend that is called cpu.
 V2_TESTS := tests/integration/test_v2.py
 INTERPRETED := TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/integration/interpreted
 
-.PHONY: install install-older test quality fuzz demo serve bench parity cost plots clean
+.PHONY: install install-older test test-gpu quality fuzz demo serve bench bench-gpu parity cost plots clean
 
 install: $(STAMP)
 
@@ -28,15 +32,25 @@ install-older:
 	@$(MAKE) --no-print-directory install VENV=$(OLDER_VENV) VLLM_VERSION=$(OLDER_VLLM_VERSION)
 
 # Everything that needs no GPU. Tests that run vLLM's code have processes of their own: vLLM looks into all modules that others
-# have imported. ARGS goes to pytest.
+# have imported. So have the kernels: triton's interpreter is chosen for a whole process. ARGS goes to pytest.
 test: install install-older
 	$(OLDER_VENV)/bin/python -m pytest $(SAMPLER_TESTS) $(ARGS)
 	$(OLDER_VENV)/bin/python -m pytest tests/integration $(SAMPLER_TESTS:%=--ignore=%) $(BENCH_TESTS:%=--ignore=%) $(V2_TESTS:%=--ignore=%) $(ARGS)
 	$(RUN) -m pytest $(SAMPLER_TESTS) $(ARGS)
 	$(RUN) -m pytest tests/parity $(ARGS)
 	$(RUN) -m pytest tests/integration tests/chaos $(SAMPLER_TESTS:%=--ignore=%) $(V2_TESTS:%=--ignore=%) $(ARGS)
-	$(INTERPRETED) $(RUN) -m pytest $(V2_TESTS) $(ARGS)
-	$(RUN) -m pytest tests/unit tests/property kernels/tests $(ARGS)
+	$(INTERPRETED) $(RUN) -m pytest $(V2_TESTS) $(BOTH_TESTS) $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest kernels/tests $(ARGS)
+	$(RUN) -m pytest tests/unit tests/property $(ARGS)
+
+# The kernels compiled, each 100 times bit for bit; then under compute-sanitizer, where it is installed.
+test-gpu:
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no GPU here")'
+	$(GPU_PYTHON) -m pytest kernels/tests $(ARGS)
+	@if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+			$(GPU_PYTHON) -m pytest kernels/tests/test_repetition.py --timeout=0 || exit 1; done; \
+	else echo 'compute-sanitizer is not installed: not run'; fi
 
 quality: install
 	$(RUN) -m ruff check .
@@ -58,6 +72,10 @@ serve: install
 # ARGS: see `python -m benchmarks.run --help`.
 bench: install
 	@$(RUN) -m benchmarks.run $(ARGS)
+
+# The kernels against their references, against torch's own operators, and against what the device can do.
+bench-gpu:
+	@$(GPU_PYTHON) -m benchmarks.kernel_bench $(ARGS)
 
 # Greedy text of double and of plain vLLM, token by token.
 parity: install

@@ -31,8 +31,16 @@ def parse_cores(text: str) -> list[int]:
 
 
 def has_cuda() -> bool:
-    """Whether vLLM here is a CUDA build on a machine with a device."""
-    return not version("vllm").endswith("+cpu") and any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this machine has a device that vLLM, if it is installed, was built for."""
+    return not _vllm_version().endswith("+cpu") and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _vllm_version() -> str:
+    """Empty where there is none: the kernels are measured without it."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return ""
 
 
 def preload() -> str:

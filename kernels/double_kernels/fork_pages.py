@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["fork_pages"]
+__all__ = ["fork_pages", "fork_pages_reference"]
 
 
 def fork_pages(
@@ -29,6 +29,9 @@ def fork_pages(
 
     Raises ValueError for a page or a count out of range, destinations that clash, or caches of different
     sizes.
+
+    On a GPU the kernel of triton_fork_pages does it: it runs behind what is under way on the current stream,
+    and nothing waits for it. On a CPU the reference does.
     """
     if not triples:
         return
@@ -43,6 +46,18 @@ def fork_pages(
         if not 0 <= used <= page_size:
             raise ValueError(f"copy of {used} slots, a page has {page_size}")
 
+    if caches[0].is_cuda:
+        from double_kernels.triton_fork_pages import fork_pages_triton  # here: a CPU needs no triton
+
+        fork_pages_triton(caches, triples, slot_dim=slot_dim)
+    else:
+        fork_pages_reference(caches, triples, slot_dim=slot_dim)
+
+
+def fork_pages_reference(
+    caches: Sequence[torch.Tensor], triples: Sequence[tuple[int, int, int]], *, slot_dim: int | None
+) -> None:
+    """`fork_pages` in plain torch, on any device; its arguments are not checked."""
     for source, destination, used in triples:
         if used == 0:
             continue
@@ -62,6 +77,8 @@ def _check(caches: Sequence[torch.Tensor], page_size: int, slot_dim: int | None)
     for cache in caches:
         if cache.shape[0] != num_pages:
             raise ValueError(f"caches have {num_pages} and {cache.shape[0]} pages")
+        if cache.device != caches[0].device:
+            raise ValueError(f"caches lie on {caches[0].device} and {cache.device}")
         if slot_dim is not None:
             if not 1 <= slot_dim < cache.ndim:
                 raise ValueError(f"slot_dim is {slot_dim}, a cache has {cache.ndim} dimensions, the first for pages")

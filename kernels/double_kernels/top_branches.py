@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["top_branches"]
+__all__ = ["top_branches", "top_branches_reference"]
 
 _BLOCK = 64
 _MANY_SCORES = 1 << 16
@@ -25,8 +25,21 @@ def top_branches(
     is in float32.
 
     Raises ValueError for a wrong shape, dtype or count. A row with NaN, with +inf or without a finite logit
-    gives NaN probabilities.
+    gives NaN probabilities; the tokens of a row with NaN are distinct, and nothing else is said of them.
+
+    On a GPU the kernels of triton_top_branches do it, without a host synchronisation, up to their bounds of
+    vocabulary and children. Beyond them, and on a CPU, the reference does.
     """
+    _check(logits, num_children, temperatures)
+    if logits.is_cuda:
+        from double_kernels import triton_top_branches  # here: a CPU needs no triton
+
+        if triton_top_branches.is_supported(logits, num_children):
+            return triton_top_branches.top_branches_triton(logits, num_children, temperatures)
+    return top_branches_reference(logits, num_children, temperatures)
+
+
+def _check(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None) -> None:
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [rows, vocab], not {logits.dtype} {tuple(logits.shape)}")
     num_rows, vocab_size = logits.shape
@@ -35,6 +48,12 @@ def top_branches(
     if temperatures is not None and temperatures.shape != (num_rows,):
         raise ValueError(f"temperatures must be [{num_rows}], not {tuple(temperatures.shape)}")
 
+
+def top_branches_reference(
+    logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_branches` in plain torch, on any device; its arguments are not checked."""
+    vocab_size = logits.shape[1]
     scores = logits.float()
     # One more than is wanted tells whether the cut falls between equal logits: topk then takes any of them.
     best_scores, tokens = _topk(scores, min(num_children + 1, vocab_size))
@@ -80,6 +99,6 @@ def _topk(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def _lowest_ids_first(scores: torch.Tensor, cut: torch.Tensor, num_children: int) -> torch.Tensor:
     """Best tokens int64 [num_children] of one row, whose `num_children`-th best score is `cut`."""
-    candidates = (scores >= cut).nonzero().flatten()
+    candidates = (~(scores < cut)).nonzero().flatten()  # NaN is among the best, as in topk
     order = scores[candidates].argsort(descending=True, stable=True)
     return candidates[order[:num_children]]

@@ -92,7 +92,7 @@ def test_rejecting_padding_changes_other_rows_or_arguments(cpu_kernels: Any) -> 
     assert sample_rows(cpu_kernels, unpadded, lengths, probs) == rows
 
 
-def test_greedy_kernel_accepts_padding_or_loses_the_bonus(cpu_kernels: Any) -> None:
+def test_greedy_kernel_accepts_no_padding_and_keeps_the_bonus(cpu_kernels: Any) -> None:
     output = torch.full((4, 3), -1, dtype=torch.int32)
     cpu_kernels._rejection_greedy_sample_kernel_impl(
         output,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from double_kernels import fork_pages, top_branches
+from double_kernels import fork_pages, insert_guidance, top_branches
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -83,9 +84,9 @@ class VllmDraftEngine:
 
 
 class _Batch:
-    """Lays the rows of a forward out as vLLM's flat tensors.
+    """Lays the rows of a forward out as vLLM's flat tensors: guidance behind which nothing is cached.
 
-    The arrays are kept from call to call and grow; on a CPU the tensors are views of them, so at most one
+    The block table is kept from call to call and grows; on a CPU the tensor is a view of it, so at most one
     forward may be under way.
     """
 
@@ -97,37 +98,40 @@ class _Batch:
     def lay_out(self, rows: Sequence[Row]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
         """Attention metadata with int64 positions and slots [tokens], and token ids int64 [tokens]."""
         num_rows = len(rows)
-        lengths = np.fromiter((len(row.tokens) for row in rows), dtype=np.int32, count=num_rows)
-        starts = np.fromiter((row.start for row in rows), dtype=np.int32, count=num_rows)
-        query_start = np.zeros(num_rows + 1, dtype=np.int32)
-        np.cumsum(lengths, out=query_start[1:])
-        num_tokens = int(query_start[-1])
+        lengths = [len(row.tokens) for row in rows]
+        starts = [row.start for row in rows]
+        query_start = [0, *accumulate(lengths)]
+        num_tokens = query_start[-1]
         token_ids = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=num_tokens)
         if num_rows > len(self._block_table):
             self._block_table = np.zeros((2 * num_rows, self._block_table.shape[1]), dtype=np.int32)
         table = self._block_table
         for index, row in enumerate(rows):
             table[index, : len(row.pages)] = row.pages
-        row_of_token = np.repeat(np.arange(num_rows), lengths)
-        positions = np.arange(num_tokens) + (starts - query_start[:-1])[row_of_token]
-        pages, slots = np.divmod(positions, self._page_size)
-        slot_mapping = table[row_of_token, pages].astype(np.int64) * self._page_size + slots
-        seq_lens = starts + lengths
-        query_start_cpu = torch.from_numpy(query_start)
+        block_table = self._tensor(table[:num_rows])
+        query_start_cpu = torch.from_numpy(np.array(query_start, dtype=np.int32))
+        batch = insert_guidance(
+            self._tensor(token_ids),
+            query_start_cpu.to(self._device, non_blocking=True),
+            self._tensor(np.array(starts, dtype=np.int32)),
+            block_table,
+            page_size=self._page_size,
+        )
+        seq_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
         common = CommonAttentionMetadata(
-            query_start_loc=query_start_cpu.to(self._device),
+            query_start_loc=batch.query_start_loc,
             query_start_loc_cpu=query_start_cpu,
-            seq_lens=self._tensor(seq_lens),
+            seq_lens=batch.seq_lens,
             num_reqs=num_rows,
             num_actual_tokens=num_tokens,
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(seq_lens.max()),
-            block_table_tensor=self._tensor(table[:num_rows]),
-            slot_mapping=self._tensor(slot_mapping),
-            positions=self._tensor(positions),
-            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
+            max_query_len=max(lengths),
+            max_seq_len=max(seq_lens),
+            block_table_tensor=block_table,
+            slot_mapping=batch.slot_mapping,
+            positions=batch.positions,
+            seq_lens_cpu_upper_bound=torch.from_numpy(np.array(seq_lens, dtype=np.int32)),
         )
-        return common, self._tensor(token_ids)
+        return common, batch.input_ids
 
     def output_indices(self, rows: Sequence[Row]) -> torch.Tensor:
         """Flat indices int64 [outputs] of the query tokens whose next-token distribution is wanted."""
@@ -136,17 +140,18 @@ class _Batch:
         for row in rows:
             end += len(row.tokens)
             indices.extend(range(end - row.num_outputs, end))
-        return torch.tensor(indices, device=self._device)
+        return self._tensor(np.array(indices, dtype=np.int64))
 
     def temperatures(self, rows: Sequence[Row]) -> torch.Tensor | None:
         """float32 [outputs], or None if all are 1."""
         if all(row.temperature in (0.0, 1.0) for row in rows):
             return None
         values = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+        return self._tensor(np.array(values, dtype=np.float32))
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        # The array may change afterwards: from memory that is not pinned CUDA takes what it copies before it returns.
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 def _no_outputs(num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

@@ -1,0 +1,73 @@
+"""The draft's own operations on a CPU, where their references are production code: one iteration of some paths.
+
+    python -m benchmarks.reference_bench
+
+Rows of results/references.csv: quantiles in microseconds of each op, with the shapes of the bundled draft (2 layers, 4 heads of
+32, float32, pages of 32 slots, 3,072 tokens), on one thread. Every path is one token; ``forks``: how many leave a shared page.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from double_kernels.fork_pages import fork_pages
+from double_kernels.insert_guidance import insert_guidance
+from double_kernels.top_branches import top_branches
+
+from benchmarks import rows
+from benchmarks.stats import quantile
+
+__all__ = ["main"]
+
+VOCAB, CHILDREN, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 3072, 32, 32, 1024, 64
+
+
+def ops(paths: int, forks: int) -> dict[str, Callable[[], object]]:
+    """The calls of one iteration with ``paths`` paths."""
+    generator = torch.Generator().manual_seed(0)
+    caches = [torch.rand(NUM_PAGES, 4, PAGE_SIZE, 64, generator=generator) for _ in range(2)]
+    triples = [(index, paths + index, 1 + index % PAGE_SIZE) for index in range(forks)]
+    tokens = torch.randint(VOCAB, (paths,), generator=generator)
+    starts = torch.arange(paths + 1, dtype=torch.int32)
+    computed = torch.randint(TABLE_WIDTH * PAGE_SIZE, (paths,), dtype=torch.int32, generator=generator)
+    table = torch.randint(NUM_PAGES, (paths, TABLE_WIDTH), dtype=torch.int32, generator=generator)
+    logits = 4 * torch.randn(paths, VOCAB, generator=generator)
+    return {
+        "fork_pages": lambda: fork_pages(caches, triples, page_size=PAGE_SIZE, slot_dim=None),
+        "insert_guidance": lambda: insert_guidance(tokens, starts, computed, table, page_size=PAGE_SIZE),
+        "top_branches": lambda: top_branches(logits, CHILDREN),
+    }
+
+
+def measure(run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call, after some that are not counted."""
+    seconds = []
+    for number in range(repeats + 50):
+        started = time.perf_counter()
+        run()
+        if number >= 50:
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Appends a row per op and number of paths."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=rows.RESULTS / "references.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for paths, forks in ((1, 1), (16, 4), (256, 64)):
+        for name, run in ops(paths, forks).items():
+            seconds = measure(run, options.repeats)
+            row: dict[str, rows.Value] = {"op": name, "paths": paths, "forks": forks if name == "fork_pages" else None}
+            row |= {f"p{int(100 * q)}_us": 1e6 * quantile(seconds, q) for q in (0.2, 0.5, 0.8, 0.99)}
+            print(row, flush=True)
+            rows.append(options.output, row | {"repeats": options.repeats} | rows.provenance("benchmarks.reference_bench"))
+
+
+if __name__ == "__main__":
+    main()

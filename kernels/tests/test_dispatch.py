@@ -1,0 +1,67 @@
+"""Which implementation an op takes, and that a machine without triton can do without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from double_kernels import (
+    fork_pages,
+    insert_guidance,
+    top_branches,
+    triton_fork_pages,
+    triton_insert_guidance,
+    triton_top_branches,
+)
+
+START = torch.tensor([0, 2], dtype=torch.int32)
+COMPUTED = torch.tensor([3], dtype=torch.int32)
+TABLE = torch.tensor([[5, 6]], dtype=torch.int32)
+CALLS = {
+    "fork_pages": lambda: fork_pages([torch.zeros(3, 4)], [(0, 1, 2)], page_size=4, slot_dim=1),
+    "insert_guidance": lambda: insert_guidance(torch.tensor([1, 2]), START, COMPUTED, TABLE, page_size=4),
+    "top_branches": lambda: top_branches(torch.zeros(2, 9), 3),
+}
+KERNELS = {
+    "fork_pages": triton_fork_pages,
+    "insert_guidance": triton_insert_guidance,
+    "top_branches": triton_top_branches,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_the_device_chooses_the_implementation(name: str, is_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    def launcher(*args: Any, **kwargs: Any) -> str:
+        launched.append((args, kwargs))
+        return "kernel"
+
+    monkeypatch.setattr(KERNELS[name], f"{name}_triton", launcher)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda, raising=False)
+    result = CALLS[name]()
+    assert len(launched) == is_cuda
+    assert (result == "kernel") if is_cuda and name != "fork_pages" else (result != "kernel")
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from double_kernels import fork_pages, insert_guidance, top_branches
+cache = torch.arange(12.0).view(3, 4)
+fork_pages([cache], [(0, 1, 2)], page_size=4, slot_dim=1)
+assert cache[1].tolist() == [0, 1, 6, 7]
+start, computed, table = (torch.tensor(value, dtype=torch.int32) for value in ([0, 2], [3], [[5, 6]]))
+assert insert_guidance(torch.tensor([1, 2]), start, computed, table, page_size=4).slot_mapping.tolist() == [23, 24]
+assert top_branches(torch.tensor([[0.0, 2.0, 1.0]]), 2)[0].tolist() == [[1, 2]]
+others = {name.partition(".")[0] for name in sys.modules} & {"vllm", "vllm_double", "ray"}
+assert not others, others
+"""
+    path = [entry for entry in sys.path if entry]
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"], check=True)

@@ -1,0 +1,284 @@
+"""Pages, frontier and kernels together, without vLLM: a small paged Llama in plain torch, random weights, float32.
+
+The same rows go to an engine on the kernels (on the GPU where there is one) and to one on the references on the CPU. Every
+answer must be the same, and that of a forward of the whole text without a cache: what pages hold after forks and commits is
+what the text says. On a GPU thousands of rounds, under the interpreter a few dozen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from double_kernels.fork_pages import fork_pages_reference
+from double_kernels.insert_guidance import GuidanceBatch, insert_guidance_reference
+from double_kernels.top_branches import top_branches_reference
+from double_kernels.triton_fork_pages import fork_pages_triton
+from double_kernels.triton_insert_guidance import insert_guidance_triton
+from double_kernels.triton_top_branches import top_branches_triton
+
+from vllm_double.draft.base import Row, count_outputs
+from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.transport.messages import Admit, Commit, Release
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUM_ROUNDS = 3000 if DEVICE == "cuda" else 24
+NUM_CHILDREN = 6
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 67, 32, 4, 2, 8, 2
+PAGE_SIZE, NUM_PAGES, MAX_LENGTH = 4, 96, 80
+# float32 sums in another order, through two layers and a softmax; also how close two probabilities are that may change places.
+TOLERANCE = 2e-5
+
+
+class Llama:
+    """RMS norms, rotary positions, grouped queries, SwiGLU; keys and values as [layers, pages, 2, slots, heads, dim]."""
+
+    def __init__(self, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def weights(*shape: int) -> torch.Tensor:
+            return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device)
+
+        self.embedding, self.head = 2 * weights(VOCAB, HIDDEN), 3 * weights(VOCAB, HIDDEN)
+        sizes = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "gate": 48, "up": 48}
+        self.layers = [
+            {name: weights(size, HIDDEN) for name, size in sizes.items()}
+            | {"o": weights(HIDDEN, HEADS * HEAD_DIM), "down": weights(HIDDEN, 48)}
+            for _ in range(LAYERS)
+        ]
+        # Garbage that would show in every answer if an unwritten slot were read.
+        self.cache = torch.full((LAYERS, NUM_PAGES, 2, PAGE_SIZE, KV_HEADS, HEAD_DIM), 1e3, device=device)
+
+    def whole(self, text: Sequence[int]) -> torch.Tensor:
+        """Logits [len(text), vocab] without a cache."""
+        device = self.cache.device
+        positions = torch.arange(len(text), device=device)
+        return self._run(torch.tensor(text, device=device), positions, lambda layer, q, k, v: _attend(q, k, v, positions))
+
+    def paged(self, batch: GuidanceBatch, block_table: torch.Tensor) -> torch.Tensor:
+        """Logits [tokens, vocab]; rows of padding are meaningless."""
+        is_real = batch.slot_mapping >= 0
+        slots = batch.slot_mapping[is_real]
+        starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            cache = self.cache[layer]
+            cache[slots // PAGE_SIZE, 0, slots % PAGE_SIZE] = k[is_real]
+            cache[slots // PAGE_SIZE, 1, slots % PAGE_SIZE] = v[is_real]
+            outputs = torch.zeros_like(q)
+            for request, length in enumerate(lengths):
+                rows = slice(starts[request], starts[request + 1])
+                pages = cache[block_table[request, : -(-length // PAGE_SIZE)].long()]
+                keys, values = (pages[:, part].flatten(0, 1)[:length] for part in (0, 1))
+                outputs[rows] = _attend(q[rows], keys, values, batch.positions[rows])
+            return outputs
+
+        return self._run(batch.input_ids, batch.positions, attend)
+
+    def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+        hidden = self.embedding[input_ids]
+        for index, layer in enumerate(self.layers):
+            x = _norm(hidden)
+            q, k, v = ((x @ layer[name].T).unflatten(-1, (-1, HEAD_DIM)) for name in "qkv")
+            attended = attend(index, _rotate(q, positions), _rotate(k, positions), v)
+            hidden = hidden + attended.flatten(1) @ layer["o"].T
+            x = _norm(hidden)
+            hidden = hidden + (torch.nn.functional.silu(x @ layer["gate"].T) * (x @ layer["up"].T)) @ layer["down"].T
+        return _norm(hidden) @ self.head.T
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def _rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotary positions of [tokens, heads, dim]."""
+    frequencies = 100.0 ** (-torch.arange(0, HEAD_DIM, 2, device=x.device) / HEAD_DIM)
+    angles = (positions[:, None] * frequencies)[:, None]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Causal attention of q [queries, heads, dim] at these positions on k, v [tokens, kv heads, dim] from 0 on."""
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD_DIM**0.5
+    hidden_from = torch.arange(len(k), device=q.device)[None, :] > positions[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden_from, -torch.inf).softmax(-1), v)
+
+
+class LlamaEngine:
+    """DraftEngine on the paged Llama and one implementation of the ops."""
+
+    page_size, num_pages, max_length, vocab_size = PAGE_SIZE, NUM_PAGES, MAX_LENGTH, VOCAB
+
+    def __init__(
+        self, device: str, insert: Callable[..., GuidanceBatch], fork: Callable[..., None], top: Callable[..., Any]
+    ) -> None:
+        self.llama = Llama(device)
+        self._device, self._insert, self._fork, self._top = device, insert, fork, top
+
+    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        ends = np.cumsum([len(row.tokens) for row in rows])
+        table = np.zeros((len(rows), MAX_LENGTH // PAGE_SIZE), dtype=np.int32)
+        for index, row in enumerate(rows):
+            table[index, : len(row.pages)] = row.pages
+        block_table = self._tensor(table, np.int32)
+        batch = self._insert(
+            self._tensor([token for row in rows for token in row.tokens], np.int64),
+            self._tensor([0, *ends], np.int32),
+            self._tensor([row.start for row in rows], np.int32),
+            block_table,
+            page_size=PAGE_SIZE,
+        )
+        logits = self.llama.paged(batch, block_table)
+        outputs = [index for row, end in zip(rows, ends, strict=True) for index in range(end - row.num_outputs, end)]
+        temperatures = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
+        tokens, probs = self._top(logits[outputs], num_children, self._tensor(temperatures, np.float32))
+        return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
+
+    def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
+        self._fork(list(self.llama.cache.unbind(0)), triples, slot_dim=2)
+
+    def _tensor(self, values: Any, dtype: Any) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=dtype)).to(self._device)
+
+
+class TwinEngine(LlamaEngine):
+    """The kernels' engine; its answers are compared with the references' engine and with the Llama without a cache."""
+
+    def __init__(self) -> None:
+        super().__init__(DEVICE, insert_guidance_triton, fork_pages_triton, top_branches_triton)
+        self._twin = LlamaEngine("cpu", insert_guidance_reference, fork_pages_reference, top_branches_reference)
+        self._texts = np.full((NUM_PAGES, PAGE_SIZE), -1)  # which token each slot holds
+        self.num_outputs = 0
+
+    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        sizes = {"page_size": PAGE_SIZE, "num_pages": NUM_PAGES, "max_length": MAX_LENGTH, "vocab_size": VOCAB}
+        self.num_outputs += count_outputs(rows, **sizes)
+        found, expected = super().forward(rows, num_children), self._twin.forward(rows, num_children)
+        same_answers(found, expected)
+        self._check_texts(rows, found)
+        return found
+
+    def _check_texts(self, rows: Sequence[Row], found: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]) -> None:
+        tokens, probs = [], []
+        for row in rows:
+            for position, token in enumerate(row.tokens, start=row.start):
+                self._texts[row.pages[position // PAGE_SIZE], position % PAGE_SIZE] = token
+            length = row.start + len(row.tokens)
+            text = self._texts[list(row.pages)].flatten()[:length].tolist()
+            logits = self._twin.llama.whole(text)[length - row.num_outputs :] / (row.temperature or 1.0)
+            best = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+            tokens.append(best.indices[:, : found[0].shape[1]].numpy())
+            probs.append(best.values[:, : found[0].shape[1]].numpy())
+        same_answers(found, (np.concatenate(tokens), np.concatenate(probs)))
+
+    def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
+        super().copy_slots(triples)
+        self._twin.copy_slots(triples)
+        for source, destination, used in triples:
+            self._texts[destination, :used] = self._texts[source, :used]
+
+
+def same_answers(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    """The same probabilities, and the same tokens unless two are equally probable."""
+    np.testing.assert_allclose(found[1], expected[1], rtol=TOLERANCE)
+    for line, place in np.argwhere(found[0] != expected[0]):
+        others = np.delete(expected[1][line], place)
+        last = place == expected[1].shape[1] - 1  # its equal may be the first that is not listed
+        assert last or np.isclose(others, expected[1][line, place], rtol=TOLERANCE).any(), f"token {place} of output {line}"
+
+
+@pytest.fixture(autouse=True)
+def _exact_arithmetic() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.timeout(1800)
+@torch.inference_mode()
+def test_drafting_on_the_kernels_is_that_on_the_references() -> None:
+    rng = random.Random(0)
+    engine = TwinEngine()
+    frontier = Frontier(engine, FrontierLimits(6, nodes_per_iteration=6, children_per_node=NUM_CHILDREN, prefill_tokens=16))
+    texts: dict[int, list[int]] = {}
+    no_chain = np.empty(0, np.int32), np.empty(0, np.float32)
+    num_copies = 0
+    for number in range(NUM_ROUNDS):
+        if len(texts) < 3:
+            text = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 24))]
+            texts[number] = text
+            frontier.apply(Admit(number, len(text), np.array(text, np.int32), rng.choice([0.0, 1.3]), MAX_LENGTH, (), ""))
+        iteration = frontier.select()
+        if iteration.runs:
+            engine.copy_slots(iteration.copies)
+            num_copies += len(iteration.copies)
+            frontier.expand(iteration, *engine.forward(iteration.rows, NUM_CHILDREN))
+        if number % 2:
+            continue  # a target step takes as long as two draft forwards
+        for handle, text in list(texts.items()):
+            request = frontier._requests.get(handle)
+            if request is None or len(text) > MAX_LENGTH - 12:
+                frontier.apply(Release(handle))
+                del texts[handle]
+                continue
+            node, accepted = request.root, []
+            for _ in range(rng.randint(1, 3)):
+                drafted = node.alternatives if node is not None else []
+                token = drafted[0] if drafted and rng.random() < 0.8 else rng.randrange(VOCAB)
+                node = node.children.get(token) if node is not None else None
+                accepted.append(token)
+            frontier.apply(Commit(handle, len(text), np.array(accepted, np.int32), *no_chain))
+            text += accepted
+        frontier.check_integrity()
+    assert engine.num_outputs > 4 * NUM_ROUNDS
+    assert num_copies > NUM_ROUNDS / 4
+
+
+@pytest.mark.parametrize(
+    ("device", "insert"),
+    [
+        pytest.param("cpu", insert_guidance_reference, id="reference"),
+        pytest.param(DEVICE, insert_guidance_triton, id="kernel"),
+    ],
+)
+@torch.inference_mode()
+def test_guidance_behind_a_drafted_path_gets_the_whole_texts_logits(device: str, insert: Callable[..., GuidanceBatch]) -> None:
+    """What guidance and path have in common is not computed again, and the text is read as if it had been."""
+    rng = random.Random(1)
+    llama = Llama(device)
+    requests = []
+    for common, path_length, guidance_length in ((0, 5, 4), (3, 7, 6), (6, 6, 6), (2, 2, 9), (0, 0, 3), (4, 9, 5)):
+        text, path, guidance = (
+            [rng.randrange(VOCAB) for _ in range(n)] for n in (rng.randint(1, 9), path_length, guidance_length)
+        )
+        guidance[:common] = path[:common]
+        if common < min(path_length, guidance_length):
+            guidance[common] = (path[common] + 1) % VOCAB
+        requests.append((text, path, guidance))
+
+    def tensor(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def flat(lists: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return tensor([token for some in lists for token in some]), tensor([0, *np.cumsum([len(some) for some in lists])])
+
+    block_table = tensor([[6 * index + page + 1 for page in range(6)] for index in range(len(requests))])
+    drafted = flat([[*text, *path] for text, path, _ in requests])
+    llama.paged(insert(*drafted, tensor([0] * len(requests)), block_table, page_size=PAGE_SIZE), block_table)
+    path, path_start_loc = flat([path for _, path, _ in requests])
+    batch = insert(
+        *flat([guidance for _, _, guidance in requests]), tensor([len(text) for text, _, _ in requests]), block_table,
+        page_size=PAGE_SIZE, path=path, path_start_loc=path_start_loc,
+    )  # fmt: skip
+    logits = llama.paged(batch, block_table)
+    ends, num_kept = batch.query_start_loc.tolist(), batch.num_kept.tolist()
+    assert num_kept == [0, 3, 5, 2, 0, 4]
+    for index, (text, _, guidance) in enumerate(requests):
+        expected = llama.whole([*text, *guidance])[len(text) + num_kept[index] :]
+        torch.testing.assert_close(logits[ends[index] : ends[index + 1]], expected, rtol=1e-4, atol=1e-4)
