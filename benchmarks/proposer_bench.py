@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=Path, default=rows.RESULTS / "iteration.csv")
     options = parser.parse_args()
     warm_up()
+    gc.collect()
+    gc.freeze()  # as the draft worker does
     for batch, turns, long_prompt in ((1, 16, 0), (4, 12, 0), (32, 6, 0), (1, 16, 16384)):
         seconds, _ = measure(batch, options.rounds, turns, long_prompt)
         row: dict[str, rows.Value] = {"batch": batch, "long_prompt": long_prompt, "worker_turns": turns}

@@ -1,5 +1,6 @@
 """The frontier against a fake engine whose pages notice every wrong share, under random targets and commands."""
 
+import gc
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.draft.tree import Node
 from vllm_double.hashing import mix, seed
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
 from vllm_double.transport.messages import Admit, Commit, Forget, Release
@@ -87,7 +89,7 @@ def test_the_most_probable_path_is_worked_on_first() -> None:
         left = [
             parent.log_prob + log_prob - request.root.log_prob
             for parent in _nodes(request.root)
-            for token, log_prob in parent.alternatives
+            for token, log_prob in zip(parent.alternatives, parent.alternative_log_probs, strict=True)
             if token not in parent.children
         ]
         assert left
@@ -192,6 +194,28 @@ def test_what_survives_a_commit_is_not_drafted_again() -> None:
     assert request.num_cached == 4
 
 
+def test_what_falls_away_is_freed_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        engine, frontier = make()
+        text = [1, 2, 3]
+        admit(frontier, 7, text)
+        request = frontier._requests[7]
+        for number in range(30):
+            for _ in range(4):
+                turn(engine, frontier)
+            assert request.root is not None
+            token = (request.root.alternatives[0] + number % 2) % VOCAB
+            commit(frontier, 7, len(text), [token])
+            text.append(token)
+        known = {id(node) for node in _nodes(request.root)}
+        known |= {id(node) for _, _, node, _ in (*request._candidates, *request._deferred)}
+        assert {id(found) for found in gc.get_objects() if isinstance(found, Node)} <= known
+    finally:
+        gc.enable()
+
+
 def test_every_request_is_served_between_two_commits_though_one_is_sure_of_itself() -> None:
     engine, frontier = make(nodes_per_iteration=2)
     for handle in range(6):
@@ -277,7 +301,7 @@ def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
                 continue
             node, tokens = frontier._requests[handle].root, []
             for _ in range(rng.randint(0, 5)):
-                options = [*node.children, *(t for t, _ in node.alternatives)] if node is not None else []
+                options = [*node.children, *node.alternatives] if node is not None else []
                 token = rng.choice(options) if options and rng.random() < 0.8 else rng.randrange(VOCAB)
                 node = node.children.get(token) if node is not None else None
                 tokens.append(token)

@@ -410,7 +410,7 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
             root = world.frontier._requests[handle].root
             tokens = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
             if root is not None and root.alternatives and rng.random() < 0.7:
-                tokens[0] = root.alternatives[0][0]
+                tokens[0] = root.alternatives[0]
             if len(texts[handle]) < 90:
                 world.commit(handle, len(texts[handle]), tokens)
                 texts[handle] += tokens

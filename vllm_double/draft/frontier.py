@@ -59,8 +59,13 @@ class Iteration:
     """One draft forward: copies of tail pages to make first, then its rows."""
 
     runs: list[_Run] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    tail_copies: dict[int, tuple[int, int]] = field(default_factory=dict)  # source page and used slots, by destination page
     fresh: set[int] = field(default_factory=set)  # identities of the nodes that this forward computes
+
+    @property
+    def copies(self) -> list[tuple[int, int, int]]:
+        """(source page, destination page, used slots), to be copied before the forward."""
+        return [(source, destination, used) for destination, (source, used) in self.tail_copies.items()]
 
     @property
     def rows(self) -> list[Row]:
@@ -214,7 +219,7 @@ class Frontier:
             end = min(len(request.text), start + budget, self._max_length)
             reads_root = request.root is not None and end == len(request.text)
             try:
-                branch = request.extend(None, end - start, iteration.copies)
+                branch = request.extend(None, end - start, iteration.tail_copies)
             except OutOfPagesError:
                 self._starved = True
                 break
@@ -245,7 +250,7 @@ class Frontier:
         if run is not None:
             # A path that is already given (a chain with retrieved tokens) is read in one forward.
             try:
-                request.extend(parent, 1, iteration.copies)
+                request.extend(parent, 1, iteration.tail_copies)
             except OutOfPagesError:
                 tips[id(parent)] = run
                 raise
@@ -254,7 +259,7 @@ class Frontier:
             put_back.append((request, node))  # its parent's keys and values come with this very forward
             return 0
         else:
-            run = _Run(request, request.extend(parent, 1, iteration.copies), node.position, [node.token], [])
+            run = _Run(request, request.extend(parent, 1, iteration.tail_copies), node.position, [node.token], [])
             iteration.runs.append(run)
         run.nodes.append(node)
         request.computed(node, run.branch)
@@ -304,7 +309,7 @@ class Frontier:
         for index, (request, node) in enumerate(nodes):
             if node.is_retrieved:
                 self.num_retrieved += 1
-                self.num_confirmed += node.parent is not None and node.parent.alternatives[0][0] == node.token
+                self.num_confirmed += node.parent is not None and node.parent.alternatives[0] == node.token
             request.expand(node, token_lists[index], log_probs[index])
         records["handle"] = [request.handle for request, _ in nodes]
         records["prefix_hash"] = [node.prefix_hash for _, node in nodes]

@@ -36,6 +36,7 @@ class Node:
     __slots__ = (
         "ahead",
         "alive",
+        "alternative_log_probs",
         "alternatives",
         "branch",
         "children",
@@ -54,7 +55,9 @@ class Node:
         self.parent = parent
         self.log_prob = log_prob  # of the whole path since admission: only differences below one root mean anything
         self.children: dict[int, Node] = {}
-        self.alternatives: list[tuple[int, float]] = []  # what the draft listed, best first, with log-probabilities
+        # What the draft listed, best first. Lists of plain numbers: pairs would keep the garbage collector busy.
+        self.alternatives: list[int] = []
+        self.alternative_log_probs: list[float] = []
         self.branch: Branch | None = None
         self.alive = True
         self.is_retrieved = False
@@ -173,13 +176,14 @@ class DraftRequest:
                 self._push(child, child.log_prob, _ITSELF)
         return child
 
-    def expand(self, node: Node, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+    def expand(self, node: Node, tokens: list[int], log_probs: list[float]) -> None:
         """Note what the draft says behind a computed node, best first. Of a retrieved child the draft knows better."""
-        node.alternatives = list(zip(tokens, log_probs, strict=True))
+        node.alternatives, node.alternative_log_probs = tokens, log_probs
         for child in node.children.values():
             if child.is_retrieved:
-                said = dict(node.alternatives).get(child.token)
-                if said is None:
+                if child.token in tokens:
+                    said = log_probs[tokens.index(child.token)]
+                else:
                     unsaid = 1.0 - sum(map(math.exp, log_probs))
                     said = min(log_probs[-1], math.log(max(unsaid, 1e-9)))
                 child.log_prob = node.log_prob + said
@@ -215,9 +219,9 @@ class DraftRequest:
         if node.position + 2 >= self.max_length:
             return
         for place in range(index, len(node.alternatives)):
-            token, log_prob = node.alternatives[place]
+            token = node.alternatives[place]
             if token not in node.children and token not in self.stop_token_ids:
-                self._push(node, node.log_prob + log_prob, place)
+                self._push(node, node.log_prob + node.alternative_log_probs[place], place)
                 return
 
     def best_candidate(self) -> tuple[float, int] | None:
@@ -233,7 +237,7 @@ class DraftRequest:
                 if node.branch is None and node is not self.root:
                     break
             elif node.alive:
-                if node.alternatives[index][0] not in node.children:
+                if node.alternatives[index] not in node.children:
                     break
                 heapq.heappop(heap)
                 self._push_alternative(node, index + 1)
@@ -251,7 +255,7 @@ class DraftRequest:
         if index == _ITSELF:
             return node
         self._push_alternative(node, index + 1)
-        return self._make(node, *node.alternatives[index])
+        return self._make(node, node.alternatives[index], node.alternative_log_probs[index])
 
     def path_to(self, node: Node) -> list[int]:
         """Tokens behind the root up to and including ``node``."""
@@ -323,10 +327,10 @@ class DraftRequest:
         self.num_cached = min(self.num_cached, length)
         self._truncate(self.trunk, self.num_cached)
 
-    def extend(self, anchor: Node | None, num_tokens: int, copies: list[tuple[int, int, int]]) -> Branch:
+    def extend(self, anchor: Node | None, num_tokens: int, copies: dict[int, tuple[int, int]]) -> Branch:
         """A branch on which ``num_tokens`` are going to be written behind ``anchor`` (behind the cached text where None).
 
-        Appends (source page, destination page, used slots) to ``copies``. Raises OutOfPagesError, and changes nothing then.
+        Notes (source page, used slots) in ``copies``, by destination page. Raises OutOfPagesError, and changes nothing then.
         """
         branch = self.trunk if anchor is None else anchor.branch
         length = self.num_cached if anchor is None else anchor.position + 1
@@ -340,8 +344,8 @@ class DraftRequest:
         if copy_tail:
             tail = branch.table[full]
             # Where the tail was itself copied a moment ago, in the same iteration, its original still says the same.
-            source = next((src for src, destination, _ in copies if destination == tail), tail)
-            copies.append((source, new[0], used))
+            source, _ = copies.get(tail, (tail, 0))
+            copies[new[0]] = (source, used)
         if own:
             self._truncate(branch, length)
             if copy_tail:
@@ -387,6 +391,8 @@ class DraftRequest:
                 self._let_go(node.branch)
                 node.branch = None
             stack.extend(node.children.values())
+            # Without cycles nodes are freed at once, and never wait for the garbage collector.
+            node.parent, node.children = None, {}
 
     def drop_tree(self) -> None:
         """Give up every continuation and its pages; the text and its cached part stay."""

@@ -1,5 +1,6 @@
 """The draft worker: drafts for ever while the target verifies, and never waits for it."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,8 +53,8 @@ class DraftWorker:
         iteration = self.frontier.select()
         if iteration.runs:
             started = self._clock()
-            if iteration.copies:
-                self._engine.copy_slots(iteration.copies)
+            if copies := iteration.copies:
+                self._engine.copy_slots(copies)
             rows = iteration.rows
             tokens, probs = self._engine.forward(rows, self._num_children)
             self._count(started, sum(len(row.tokens) for row in rows), len(rows))
@@ -113,4 +114,6 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     warm_up()
     retrievers = Sources(**settings["retrieval"]).open()
     end = SharedWorkerEnd.attach(settings["address"])
+    gc.collect()
+    gc.freeze()  # a collection need not look through all that was imported and loaded
     return DraftWorker(engine, end, limits, retrievers=retrievers, prefix_caching=settings["prefix_caching"])
