@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-double", description="Tools around the vLLM plug-in vllm-double.")
     parser.add_argument("--version", action="version", version=f"vllm-double {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    commands.add_parser("check", help="whether the installed vLLM is one that method double works with")
+    check = commands.add_parser("check", help="whether a vLLM is one that method double works with")
+    check.add_argument("--source", type=Path, help="its wheel, or the folder that holds vllm/; without it: what is installed")
     commands.add_parser("settings", help='the settings under "double" in --speculative-config')
     _add_datastore(commands.add_parser("datastore", help="the corpus that drafts are retrieved from"))
     add_arguments(commands.add_parser("plan", help="what speed-up to expect, of double and of other methods"))
@@ -38,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vllm_double.plan.command import plan
 
         return plan(options)
-    return _check() if options.command == "check" else _settings()
+    return _check(options.source) if options.command == "check" else _settings()
 
 
-def _check() -> int:
+def _check(source: Path | None) -> int:
     from vllm_double.patches import UnsupportedVllm, require
 
+    if source is not None:
+        return _check_source(source)
     try:
         require()
     except UnsupportedVllm as error:
@@ -51,6 +55,25 @@ def _check() -> int:
         return 1
     print("The installed vLLM fits: every function that vllm-double wraps or relies on is as expected.")
     return 0
+
+
+def _check_source(source: Path) -> int:
+    """Whether a vLLM that need not be installed fits. Names everything that does not."""
+    from vllm_double.patches import ENTRIES, check
+
+    try:
+        root = zipfile.Path(source) if source.is_file() else source
+    except zipfile.BadZipFile:
+        root = source
+    if not (root / "vllm/__init__.py").is_file():
+        print(f"vllm-double: {source} is neither a wheel of vLLM nor a folder that holds it.", file=sys.stderr)
+        return 2
+    mismatches = check(ENTRIES, root)
+    for mismatch in mismatches:
+        print(f"vllm-double: {mismatch.reason}", file=sys.stderr)
+    if not mismatches:
+        print(f"It fits: all {len(ENTRIES)} functions that vllm-double wraps or relies on are as expected.")
+    return int(bool(mismatches))
 
 
 def _settings() -> int:

@@ -7,6 +7,7 @@ import inspect
 import logging
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from tests.integration.mended import BY_NAME, cpu_kernels, without
 from vllm_double import patches
+from vllm_double.cli import main
 from vllm_double.patches import registry
 from vllm_double.patches.source import read_function
 
@@ -65,6 +67,25 @@ def test_source_reader_disagrees_with_inspect(entry: patches.Entry) -> None:
     parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
     named = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     assert ", ".join(map(str, named)) in [signature.parameters for signature in entry.expected]
+
+
+def test_a_vllm_that_is_not_installed_is_read_from_its_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(vllm.__file__).parents[1]
+    assert main(["check", "--source", str(folder)]) == 0
+    sources = [found.path for entry in patches.ENTRIES if (found := read_function(entry.target)) is not None]
+    paths = {folder / "vllm/__init__.py", *map(Path, sources)}
+    texts = {str(path.relative_to(folder)): path.read_text() for path in paths}
+    renamed = {name: text.replace("def _input_fits_in_drafter", "def fits") for name, text in texts.items()}
+    wheels = [tmp_path / "same.whl", tmp_path / "renamed.whl", tmp_path / "none.whl"]
+    for wheel, files in zip(wheels, (texts, renamed, {"other/__init__.py": ""}), strict=True):
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+    capsys.readouterr()
+    assert [main(["check", "--source", str(wheel)]) for wheel in wheels] == [0, 1, 2]
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "_input_fits_in_drafter" in first and "does not exist" in first
+    assert len(others) == 1 and "neither a wheel of vLLM" in others[0]
 
 
 def test_model_runner_takes_another_custom_proposer_factory() -> None:
@@ -193,7 +214,7 @@ def test_unknown_sampler_stops_the_process(
 ) -> None:
     patches.revert(patches.MENDS)
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, logger="vllm_double"):
-        patched.setattr(registry, "read_function", lambda target: None)
+        patched.setattr(registry, "read_function", lambda target, root: None)
         assert patches.mend_cpu_sampler({}) == ()
     assert "vLLM's CPU sampler is left as it is" in caplog.text
     assert not any(map(patches.is_applied, patches.MENDS))

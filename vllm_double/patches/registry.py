@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
+from zipfile import Path as ZipPath
 
 from vllm_double.patches.source import FunctionSource, read_function
 
@@ -107,9 +109,12 @@ def on_platform(entries: Iterable[Entry], platform: str) -> list[Entry]:
     return [entry for entry in entries if entry.platform in ("any", platform)]
 
 
-def check(entries: Iterable[Entry]) -> list[Mismatch]:
-    """Compares the installed sources with the table; an empty list means that all is as expected."""
-    found = ((entry, read_function(entry.target)) for entry in entries)
+def check(entries: Iterable[Entry], root: Path | ZipPath | None = None) -> list[Mismatch]:
+    """Compares the sources with the table; an empty list means that all is as expected.
+
+    root: the folder, or wheel, that holds another vLLM than the installed one.
+    """
+    found = ((entry, read_function(entry.target, root)) for entry in entries)
     return [
         Mismatch(entry, source)
         for entry, source in found

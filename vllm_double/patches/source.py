@@ -1,4 +1,4 @@
-"""What an installed function looks like, read from its source file and without importing it.
+"""What a function of vLLM looks like, read from its source file and without importing it.
 
 Reading the file rather than the live object has two gains: nothing heavy is imported where the configuration
 is built, and a function that somebody (we included) has already replaced still shows what was installed.
@@ -12,13 +12,14 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zipfile import Path as ZipPath
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionSource:
-    """A function as installed: parameters without annotations, the body's fingerprint, and where it is."""
+    """A function: parameters without annotations, the body's fingerprint, and where it is."""
 
     parameters: str
     fingerprint: str
@@ -26,13 +27,16 @@ class FunctionSource:
     line: int
 
 
-def read_function(target: str) -> FunctionSource | None:
-    """The function named "package.module:Class.method"; None when the module or the function is missing."""
+def read_function(target: str, root: Path | ZipPath | None = None) -> FunctionSource | None:
+    """The function named "package.module:Class.method"; None when the module or the function is missing.
+
+    root: the folder, or wheel, that holds the package; None: the installed one.
+    """
     module_name, _, qualified_name = target.partition(":")
-    path = _module_path(module_name)
+    path = _installed(module_name) if root is None else _below(root, module_name)
     if path is None:
         return None
-    lines, tree = _parse(path)
+    lines, tree = _parse(path.read_text(encoding="utf-8"))
     scope: ast.AST = tree
     for name in qualified_name.split("."):
         found = _member(scope, name)
@@ -41,22 +45,27 @@ def read_function(target: str) -> FunctionSource | None:
         scope = found
     if not isinstance(scope, _FunctionNode):
         return None
-    return FunctionSource(_parameters(scope.args), _fingerprint(lines, scope), path, scope.lineno)
+    return FunctionSource(_parameters(scope.args), _fingerprint(lines, scope), str(path), scope.lineno)
 
 
-def _module_path(module_name: str) -> str | None:
+def _below(root: Path | ZipPath, module_name: str) -> Path | ZipPath | None:
+    folder = module_name.replace(".", "/")
+    paths = [root / f"{folder}.py", root / f"{folder}/__init__.py"]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _installed(module_name: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module_name)
     except ModuleNotFoundError:
         return None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    return spec.origin
+    return Path(spec.origin)
 
 
 @cache
-def _parse(path: str) -> tuple[tuple[str, ...], ast.Module]:
-    text = Path(path).read_text(encoding="utf-8")
+def _parse(text: str) -> tuple[tuple[str, ...], ast.Module]:
     return tuple(text.splitlines()), ast.parse(text)
 
 
