@@ -37,11 +37,12 @@ class DoubleConfig(BaseModel):
     target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
     draft_retrieval: bool = Field(True, description="the draft model reads retrieved tokens, several in one forward")
     draft_device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='the draft\'s device: "cpu", "cuda:1"; "auto": the platform\'s'
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='the draft\'s device: "cpu", "cuda" (the target\'s own), '
+        '"cuda:1" (the first of as many as there are engines and draft ranks); "auto": the platform\'s',
     )  # fmt: skip
     draft_cores: str | None = Field(
-        None, description='CPU cores of the draft, as "1" or "2-3"; null: the last core that this process may use, and the '
-        "target gets the others",
+        None, description='CPU cores of the draft, as "1" or "2-3", in equal parts for all engines and draft ranks; null: the '
+        "last ones that this process may use, and the target gets the others",
     )  # fmt: skip
     draft_dtype: str = Field(
         "auto",

@@ -1,20 +1,24 @@
 """Our numbers on vLLM's /metrics page.
 
-The proposer lives in a worker process, the page in process 0: a collector of the page's own registry asks for them.
+The proposer lives in a worker process, the page in process 0: a collector of the page's own registry asks for them. A server
+with several front ends, the default with data parallelism, makes each of its pages from files that all front ends write.
 """
 
+import functools
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from vllm_double.counters import PROPOSE_BUCKETS_S, Counters
 from vllm_double.endpoint import Address, ask
 
-__all__ = ["expose", "families", "snapshot"]
+__all__ = ["DoubleCollector", "expose", "families", "snapshot"]
 
 _COUNTERS = {
     "rounds": ("vllm:double_target_forwards", "Target forwards that drafts were proposed after."),
@@ -135,8 +139,8 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
         yield worker
 
 
-class _DoubleCollector(Collector):
-    """Asks every engine for its snapshot when the page is scraped; an engine that does not answer is left out."""
+class DoubleCollector(Collector):
+    """Asks ``num_engines`` engines for their snapshots when the page is scraped; one that does not answer is left out."""
 
     def __init__(self, key: str, num_engines: int) -> None:
         self._key = key
@@ -155,6 +159,16 @@ class _DoubleCollector(Collector):
         return families(pictures)
 
 
-def expose(key: str, num_engines: int) -> None:
-    """Show the numbers of ``num_engines`` engines on this process's metrics page."""
-    REGISTRY.register(_DoubleCollector(key, num_engines))
+def expose(collector: Collector) -> None:
+    """Have this process's metrics page show what the collector collects."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        REGISTRY.register(collector)
+        return
+    # Here each scrape has a new registry, with nothing but this collector of prometheus_client in it.
+    original = MultiProcessCollector.collect
+
+    @functools.wraps(original)
+    def collect(self: MultiProcessCollector) -> list[Metric]:
+        return [*original(self), *collector.collect()]  # type: ignore[no-untyped-call]
+
+    MultiProcessCollector.collect = collect  # type: ignore[method-assign]

@@ -57,9 +57,12 @@ def test_parent_and_end_of_processes() -> None:
     assert processes.parent(2**22 + 1) == 0
     assert processes.is_gone(2**22 + 1)
     assert not wait_for_end(os.getpid(), 0.01)
-    child = subprocess.Popen([sys.executable, "-c", ""])
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert child.pid in processes.children(os.getpid()) and os.getpid() not in processes.children(child.pid)
+    assert child.stdin is not None
+    child.stdin.close()
     assert wait_for_end(child.pid, 20), "ended, though nobody has waited for it"
-    assert processes.is_gone(child.pid)
+    assert processes.is_gone(child.pid) and child.pid not in processes.children(os.getpid())
     child.wait()
     assert wait_for_end(child.pid)
 

@@ -17,6 +17,10 @@ class Probe:
         """The module of the model runner."""
         return type(self.model_runner).__module__
 
+    def probe_proposes(self) -> bool:
+        """Whether this rank is the one that proposes."""
+        return self._rank._proposer is not None
+
     def probe_start(self) -> None:
         proposer = self._rank._proposer
         self._probe_admitted: list[tuple[str | None, bool]] = []

@@ -95,6 +95,17 @@ def test_pipeline_parallelism_is_refused() -> None:
         create({}, pipeline_parallel_size=2)
 
 
+def test_every_engine_of_this_machine_gets_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    bind = "|".join(map(str, cores))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    drafts = {"double": {"draft_cores": ",".join(map(str, cores))}}
+    config = create(drafts, data_parallel_size=2).speculative_config  # type: ignore[attr-defined]
+    assert config.num_engines == 2 and config.cores.bind == bind
+    with pytest.raises(ConfigError, match="cannot be divided among 2 draft ranks"):
+        create({"double": {"draft_cores": str(cores[0])}}, data_parallel_size=2)
+
+
 def test_asynchronous_scheduling_is_refused() -> None:
     with pytest.raises(ConfigError, match="synchronous scheduling"):
         create({}, async_scheduling=True)

@@ -78,6 +78,16 @@ def test_one_core_is_shared_and_said_so() -> None:
     assert "(shared)" in split.describe()
 
 
+def test_each_engine_gets_its_part_of_the_targets_and_the_drafts_cores() -> None:
+    split = split_cores(range(12), num_ranks=4, num_draft=4)
+    parts = [split.of_engine(index, 2) for index in (0, 1)]
+    assert [part.target for part in parts] == [((0, 1), (2, 3)), ((4, 5), (6, 7))]
+    assert [part.draft for part in parts] == [(8, 9), (10, 11)]
+    assert [part.bind for part in parts] == ["0-1|2-3", "4-5|6-7"]
+    assert split.of_engine(0, 1) == split
+    assert split_cores(range(4), target="nobind", num_ranks=2, num_draft=2).of_engine(1, 2).bind == "nobind"
+
+
 def test_the_two_threads_of_one_core_are_divided_and_said_to_be_shared() -> None:
     split = split_cores([0, 4], topology=FOUR_CORES_SMT)
     assert (split.target, split.draft, split.shared) == (((0,),), (4,), True)

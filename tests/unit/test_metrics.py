@@ -1,7 +1,11 @@
 """Our part of the metrics page, from the socket to the families."""
 
+import os
 import secrets
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -9,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_double.counters import Counters
 from vllm_double.endpoint import Address, Endpoint
-from vllm_double.metrics import _DoubleCollector, snapshot
+from vllm_double.metrics import DoubleCollector, snapshot
 from vllm_double.trie import PathToken
 
 
@@ -20,7 +24,7 @@ def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
 
 def page(key: str, engines: int = 1) -> dict[tuple[str, str], float]:
     registry = CollectorRegistry()
-    registry.register(_DoubleCollector(key, engines))
+    registry.register(DoubleCollector(key, engines))
     found: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
@@ -89,3 +93,27 @@ def test_drafts_that_were_not_ours_count_for_no_source() -> None:
     counters = Counters()
     counters.committed(1, 0, [-1, -1], [PathToken(5, 0.9, "draft", 0.9)])
     assert counters.offered == {} and counters.rows == 1
+
+
+def test_a_page_of_several_front_ends_shows_them_too(tmp_path: Path) -> None:
+    """As vLLM makes it there: each scrape has a registry of its own. In a process apart, for what is changed in it stays."""
+    code = """
+from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
+from vllm_double.counters import Counters
+from vllm_double.endpoint import Address, Endpoint
+from vllm_double.metrics import DoubleCollector, expose, snapshot
+
+said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0}
+engines = [Endpoint(Address("%s", engine), lambda command, who: snapshot(Counters(), (1.0, 1.0), **said)) for engine in (0, 1)]
+expose(DoubleCollector("%s", 2))
+Counter("other", "").inc()
+for scrape in range(2):
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    page = generate_latest(registry).decode()
+assert "other_total 1.0" in page
+for engine in ("0", "1"):
+    assert page.count('vllm:double_worker_up{engine="' + engine + '"} 1.0') == 1
+""".replace("%s", secrets.token_hex(8))
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +41,13 @@ class CoreSplit:
     shared: bool
     bind: str
     """Value of ``VLLM_CPU_OMP_THREADS_BIND`` that gives the target these cores, ranks separated by ``|``."""
+
+    def of_engine(self, index: int, num_engines: int) -> CoreSplit:
+        """The part of one of several engines of this machine (data parallelism), each of which has as many ranks."""
+        ranks, draft = len(self.target) // num_engines, len(self.draft) // num_engines
+        target = self.target[index * ranks : (index + 1) * ranks]
+        bind = self.bind if self.bind == "nobind" else "|".join(map(format_cores, target))
+        return replace(self, target=target, draft=self.draft[index * draft : (index + 1) * draft], bind=bind)
 
     def describe(self) -> str:
         ranks = " | ".join(format_cores(cores) for cores in self.target)

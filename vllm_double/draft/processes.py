@@ -18,6 +18,7 @@ from shutil import rmtree
 
 __all__ = [
     "RuntimeFolder",
+    "children",
     "is_gone",
     "kill_session",
     "note_process",
@@ -46,9 +47,23 @@ def _stat(pid: int) -> tuple[bytes, int, int]:
     return state, int(above), int(session)
 
 
+def _processes() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+
+
 def parent(pid: int) -> int:
     """The parent's process id; 0 where there is none, or no such process."""
     return _stat(pid)[1]
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children, without the dead that nobody has waited for."""
+    found = []
+    for child in _processes():
+        state, above, _ = _stat(child)
+        if above == pid and state not in _DEAD:
+            found.append(child)
+    return found
 
 
 def is_gone(pid: int) -> bool:
@@ -59,11 +74,10 @@ def is_gone(pid: int) -> bool:
 def session_members(session: int) -> list[int]:
     """Process ids of a session, without the dead that nobody has waited for."""
     members = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            state, _, sid = _stat(int(folder.name))
-            if sid == session and state not in _DEAD:
-                members.append(int(folder.name))
+    for pid in _processes():
+        state, _, sid = _stat(pid)
+        if sid == session and state not in _DEAD:
+            members.append(pid)
     return members
 
 

@@ -6,11 +6,13 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 
 from vllm_double.breaker import CircuitBreaker
 from vllm_double.config import DoubleConfig
 from vllm_double.draft.host import HostSettings
+from vllm_double.draft.processes import children
 from vllm_double.draft.supervisor import DraftSupervisor
 from vllm_double.endpoint import Address, Endpoint
 from vllm_double.guard import GuardedProposer
@@ -42,14 +44,18 @@ class Launch:
         processes = hold(config.launcher)
         if config.draft:
             self._end = SharedTargetEnd.create()
-            self._supervisor = DraftSupervisor(_host_settings(vllm_config, processes), self._end.address)
+            # The engine core's children are its ranks, and vLLM starts all of them before any loads its model.
+            ranks = children(processes[1]) if len(processes) > 2 else []
+            settings = _host_settings(vllm_config, sorted({*processes, *ranks}))
+            self._supervisor = DraftSupervisor(settings, self._end.address)
         warm_up()  # compiled code is loaded now, not in the first request
         retrievers = _sources(double).open() if double.target_retrieval else []
         proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter)
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
-        rank = vllm_config.parallel_config.data_parallel_rank
+        # Not its rank: engines of a dense model count themselves as the only one.
+        engine = vllm_config.parallel_config.data_parallel_index
         self._generation = max(len(processes) - 1, 0)  # how far this process is below the launcher
-        self._endpoint = Endpoint(Address(config.metrics_key, rank), self._answer)
+        self._endpoint = Endpoint(Address(config.metrics_key, engine), self._answer)
 
     def _answer(self, command: dict[str, Any], who: str) -> dict[str, Any]:
         """How it stands, after the command {"enabled": bool, "why": str}, if there is one."""
@@ -95,10 +101,13 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
     # A draft on the CPU beside a target on a GPU must not find one.
     visible: str | None = "" if device == "cpu" else None
     num_ranks: int = draft["draft_tensor_parallel_size"]
-    if device.startswith("cuda:"):
-        first = int(device.partition(":")[2])
+    # With data parallelism: which of this machine's engines this is.
+    engine = (vllm_config.parallel_config.data_parallel_rank_local or 0) % config.num_engines
+    if device.startswith("cuda"):
+        _, _, index = device.partition(":")
+        first = int(index) + engine * num_ranks if index else torch.cuda.current_device()  # the target's own
         visible, device = ",".join(map(_physical_device, range(first, first + num_ranks))), "cuda:0"
-    cores = config.cores
+    cores = config.cores.of_engine(engine, config.num_engines) if config.cores is not None else None
     worker = {
         "engine": {
             "model": draft["model"],

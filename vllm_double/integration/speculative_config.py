@@ -25,6 +25,7 @@ from vllm_double.integration.tokenizers import check_datastore, check_same_token
 __all__ = ["DoubleSpeculativeConfig", "build"]
 
 MAX_DRAFT_RANKS = 64
+_METRICS_KEY = "_VLLM_DOUBLE_METRICS_KEY"
 
 PROPOSER_PATH = "vllm_double.integration.v1.DoubleProposer"
 
@@ -54,7 +55,9 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
     draft: Any = field(default_factory=dict)
     """dict: vLLM's standard keys, of the draft model; empty where retrieval alone drafts."""
     cores: Any = None
-    """CoreSplit of target and draft on CPU; None where nothing is to be bound."""
+    """CoreSplit of target and draft on CPU, of all engines of this machine; None where nothing is to be bound."""
+    num_engines: int = 1
+    """Engines of this machine, each with its own draft: more than one with data parallelism."""
     metrics_key: str = ""
     """Names the socket on which the proposer tells its numbers."""
     launcher: int = 0
@@ -100,15 +103,17 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
     target: ModelConfig = raw["target_model_config"]
     parallel: ParallelConfig = raw["target_parallel_config"]
     _check_target(target, parallel)
+    num_engines = max(parallel.data_parallel_size_local, 1)  # 0: all are on other machines
     if draft.get("model") is not None:
-        _check_draft(draft, double, target)
+        _check_draft(draft, double, target, num_engines)
     elif draft:
         raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
     if double.datastore is not None:
         check_datastore(target, double.datastore)
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
-    cores = _bind_cores(double, parallel.tensor_parallel_size, draft["draft_tensor_parallel_size"]) if draft else None
+    num_ranks = num_engines * parallel.tensor_parallel_size
+    cores = _bind_cores(double, num_ranks, num_engines * draft["draft_tensor_parallel_size"]) if draft else None
     _teach_process()
     return DoubleSpeculativeConfig(
         num_speculative_tokens=num_tokens,
@@ -117,9 +122,18 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         double=double,
         draft=draft,
         cores=cores,
-        metrics_key=secrets.token_hex(8),
+        num_engines=num_engines,
+        metrics_key=_metrics_key(parallel),
         launcher=os.getpid(),
     )
+
+
+def _metrics_key(parallel: ParallelConfig) -> str:
+    """A new one; in a further front end that of the first process, which launched the engines: each builds a configuration."""
+    if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
+        return os.environ[_METRICS_KEY]
+    key = os.environ[_METRICS_KEY] = secrets.token_hex(8)
+    return key
 
 
 def _teach_process() -> None:
@@ -143,7 +157,7 @@ def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:
         raise ConfigError(f'Method "double" is for models that generate text, not for a {target.runner_type} model.')
 
 
-def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfig) -> None:
+def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfig, num_engines: int) -> None:
     model = draft["model"]
     if not isinstance(model, str) or not model:
         raise ConfigError(f'"model" is {model!r}, and must be the path or the name of a draft model.')
@@ -162,12 +176,12 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     length = draft.get("max_model_len")
     if length is not None and (not isinstance(length, int) or not 1 <= length <= target.max_model_len):
         raise ConfigError(f'"max_model_len" is {length!r}, and must be from 1 to the target\'s {target.max_model_len}.')
-    _check_device(double.draft_device, size)
+    _check_device(double.draft_device, size, num_engines)
     if double.ray_address is not None:
         _check_reachable(double.ray_address)
 
 
-def _check_device(device: str, num_ranks: int) -> None:
+def _check_device(device: str, num_ranks: int, num_engines: int) -> None:
     from vllm.platforms import current_platform
 
     on_cpu = device == "cpu" or (device == "auto" and current_platform.is_cpu())
@@ -182,8 +196,10 @@ def _check_device(device: str, num_ranks: int) -> None:
     if index >= count:
         there = f"there are {count} of them" if count else "there is none"
         raise ConfigError(f'"draft_device" is "{device}", but no such CUDA device exists: {there}.')
-    if index + num_ranks > count:
-        raise ConfigError(f'"draft_device": "{device}" leaves {count - index} CUDA device(s) for a draft on {num_ranks}.')
+    if ":" in device and index + num_ranks * num_engines > count:
+        raise ConfigError(
+            f'"draft_device": "{device}" leaves {count - index} CUDA device(s) for {num_engines} draft(s) on {num_ranks} each.'
+        )
 
 
 def _check_reachable(address: str) -> None:
