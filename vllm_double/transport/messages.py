@@ -170,7 +170,10 @@ def decode_command(kind: int, payload: Buffer) -> Command:
         if kind == ADMIT:
             return _decode_admit(payload)
         if kind == RELEASE:
-            return Release(*_RELEASE.unpack(payload))
+            handle, keep = _RELEASE.unpack(payload)
+            if bytes(payload)[-1] > 1:
+                raise ValueError("a flag that is neither 0 nor 1")
+            return Release(handle, keep)
         if kind == FORGET and len(payload) == 0:
             return Forget()
     except (struct.error, ValueError, OverflowError) as error:
