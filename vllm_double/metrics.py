@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from vllm_double.counters import PROPOSE_BUCKETS_S, Counters
 from vllm_double.endpoint import Address, ask
 
-__all__ = ["DoubleCollector", "expose", "families", "snapshot"]
+__all__ = ["expose", "families", "snapshot"]
 
 _COUNTERS = {
     "rounds": ("vllm:double_target_forwards", "Target forwards that drafts were proposed after."),
@@ -139,8 +139,8 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
         yield worker
 
 
-class DoubleCollector(Collector):
-    """Asks ``num_engines`` engines for their snapshots when the page is scraped; one that does not answer is left out."""
+class _DoubleCollector(Collector):
+    """Asks every engine for its snapshot when the page is scraped; an engine that does not answer is left out."""
 
     def __init__(self, key: str, num_engines: int) -> None:
         self._key = key
@@ -159,8 +159,9 @@ class DoubleCollector(Collector):
         return families(pictures)
 
 
-def expose(collector: Collector) -> None:
-    """Have this process's metrics page show what the collector collects."""
+def expose(key: str, num_engines: int) -> None:
+    """Show the numbers of ``num_engines`` engines on this process's metrics page."""
+    collector = _DoubleCollector(key, num_engines)
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         REGISTRY.register(collector)
         return

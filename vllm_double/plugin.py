@@ -53,7 +53,7 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
     try:
         require()
         from vllm_double.integration.speculative_config import build
-        from vllm_double.metrics import DoubleCollector, expose
+        from vllm_double.metrics import expose
 
         for flag, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
             value = getattr(engine_args, flag, None)
@@ -69,7 +69,7 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         # Not every vLLM turns it off by itself for a speculator of its V2 runner that it does not know.
         engine_args.async_scheduling = False
         _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
-        expose(DoubleCollector(config.metrics_key, target_parallel_config.data_parallel_size))
+        expose(config.metrics_key, target_parallel_config.data_parallel_size)
         return config
     except (ConfigError, UnsupportedVllm) as error:
         if _is_command():

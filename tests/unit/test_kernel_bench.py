@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_measures_without_a_gpu_or_says_nothing(tmp_path: Path) -> None:
+def test_without_a_gpu_it_measures_nothing_and_says_so(tmp_path: Path) -> None:
     output = tmp_path / "kernels.csv"
     command = [sys.executable, "-m", "benchmarks.kernel_bench", "--output", str(output)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

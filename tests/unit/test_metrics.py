@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_double.counters import Counters
 from vllm_double.endpoint import Address, Endpoint
-from vllm_double.metrics import DoubleCollector, snapshot
+from vllm_double.metrics import _DoubleCollector, snapshot
 from vllm_double.trie import PathToken
 
 
@@ -24,7 +24,7 @@ def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
 
 def page(key: str, engines: int = 1) -> dict[tuple[str, str], float]:
     registry = CollectorRegistry()
-    registry.register(DoubleCollector(key, engines))
+    registry.register(_DoubleCollector(key, engines))
     found: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
@@ -101,11 +101,11 @@ def test_a_page_of_several_front_ends_shows_them_too(tmp_path: Path) -> None:
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
 from vllm_double.counters import Counters
 from vllm_double.endpoint import Address, Endpoint
-from vllm_double.metrics import DoubleCollector, expose, snapshot
+from vllm_double.metrics import expose, snapshot
 
 said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0}
 engines = [Endpoint(Address("%s", engine), lambda command, who: snapshot(Counters(), (1.0, 1.0), **said)) for engine in (0, 1)]
-expose(DoubleCollector("%s", 2))
+expose("%s", 2)
 Counter("other", "").inc()
 for scrape in range(2):
     registry = CollectorRegistry()

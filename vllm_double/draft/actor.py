@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from vllm_double.draft.affinity import bind_all_threads
 from vllm_double.draft.host import HostSettings
-from vllm_double.draft.processes import note_process, note_segments, remove_segments
+from vllm_double.draft.processes import children, note_process, note_segments, remove_segments
 from vllm_double.watch import ProcessWatch
 
 __all__ = ["Cluster", "ClusterLostError", "DraftActor", "UnreachableError"]
@@ -121,7 +121,7 @@ class Cluster:
         """Raises UnreachableError, or ValueError for settings that Ray refuses."""
         context = _join(settings.ray_address) if settings.ray_address else _embed(settings, runtime_dir)
         # The gcs server and the raylet: Ray's driver may take minutes to notice that one is gone.
-        daemons = [ProcessWatch(pid) for pid in _children()] if settings.ray_address is None else []
+        daemons = [ProcessWatch(pid) for pid in children(os.getpid())] if settings.ray_address is None else []
         return cls(settings, context.address_info, daemons)
 
     def run_actor(self, address: str, target_pid: int, runtime_dir: str, on_state: Callable[[str, int], None]) -> str:
@@ -261,12 +261,6 @@ def _join_log(path: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def _children() -> list[int]:
-    """Process ids of this process's children."""
-    threads = Path("/proc/self/task").iterdir()
-    return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -47,8 +47,13 @@ def _stat(pid: int) -> tuple[bytes, int, int]:
     return state, int(above), int(session)
 
 
-def _processes() -> list[int]:
-    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+def _living() -> Iterator[tuple[int, int, int]]:
+    """(process, parent, session) of all processes, without the dead that nobody has waited for."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            state, above, session = _stat(int(folder.name))
+            if state not in _DEAD:
+                yield int(folder.name), above, session
 
 
 def parent(pid: int) -> int:
@@ -57,13 +62,8 @@ def parent(pid: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of a process's children, without the dead that nobody has waited for."""
-    found = []
-    for child in _processes():
-        state, above, _ = _stat(child)
-        if above == pid and state not in _DEAD:
-            found.append(child)
-    return found
+    """Process ids of a process's living children."""
+    return [child for child, above, _ in _living() if above == pid]
 
 
 def is_gone(pid: int) -> bool:
@@ -72,13 +72,8 @@ def is_gone(pid: int) -> bool:
 
 
 def session_members(session: int) -> list[int]:
-    """Process ids of a session, without the dead that nobody has waited for."""
-    members = []
-    for pid in _processes():
-        state, _, sid = _stat(pid)
-        if sid == session and state not in _DEAD:
-            members.append(pid)
-    return members
+    """Process ids of a session's living members."""
+    return [pid for pid, _, leader in _living() if leader == session]
 
 
 def kill_session(session: int, spare: Collection[int] = (), timeout_s: float = 3.0) -> bool:

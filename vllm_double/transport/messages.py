@@ -68,7 +68,7 @@ FORGET: Final = 6
 # handle, base, max_length, epoch, temperature, #tokens, #stop tokens, #bytes of the tenant
 _ADMIT: Final = struct.Struct("<QIIIdIHH")
 _COMMIT: Final = struct.Struct("<QIII")  # handle, keep, #tokens, #chain
-_RELEASE: Final = struct.Struct("<Q?")  # handle, keep
+_RELEASE: Final = struct.Struct("<QB")  # handle, keep (0 or 1)
 
 _INT: Final = np.dtype("<i4")
 _FLOAT: Final = np.dtype("<f4")
@@ -171,9 +171,9 @@ def decode_command(kind: int, payload: Buffer) -> Command:
             return _decode_admit(payload)
         if kind == RELEASE:
             handle, keep = _RELEASE.unpack(payload)
-            if bytes(payload)[-1] > 1:
+            if keep > 1:
                 raise ValueError("a flag that is neither 0 nor 1")
-            return Release(handle, keep)
+            return Release(handle, bool(keep))
         if kind == FORGET and len(payload) == 0:
             return Forget()
     except (struct.error, ValueError, OverflowError) as error:
