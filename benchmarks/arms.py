@@ -81,6 +81,7 @@ WARM = ("suffix-warm", "double-warm")
 
 ARMS: dict[str, Callable[[Choices], list[dict[str, object] | None]]] = {
     "plain": lambda choices: [None],
+    "plain-again": lambda choices: [None],
     "ngram": _ngram,
     "draft_model": _draft_model,
     "suffix": lambda choices: _suffix(choices, suffix_decoding_max_cached_requests=0),

@@ -31,7 +31,7 @@ from benchmarks.arms import ARMS, Arm, Choices, variants
 from benchmarks.client import Completion, Request
 from benchmarks.harness import Fleet, Series
 from benchmarks.machine import cores, machine, parse_cores, versions
-from benchmarks.metrics import counters, speculation
+from benchmarks.metrics import counters
 from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import is_looping, share
 
@@ -100,7 +100,7 @@ def stream(fleet: Fleet, arms: Sequence[Arm], requests: Sequence[Request], batch
                 one.rounds.append(fleet.ask(one.arm, requests[start : start + size], batch, show))
                 progress.update(bar, rate=total_rate(one), text="")
     for one, earlier in zip(series, before, strict=True):
-        one.speculation = speculation(earlier, counters(fleet.server(one.arm).metrics()))
+        one.read(earlier, counters(fleet.server(one.arm).metrics()))
     return series
 
 
@@ -135,8 +135,7 @@ def report(console: Console, cells: Sequence[tuple[int, Series, Series]]) -> int
 def figures(series: Series) -> tuple[str, str]:
     """Tokens per target forward and hit rate, as far as the server counts them."""
     found = series.speculation
-    per_forward = found.tokens_per_forward if found else None
-    hit_rate = found.hit_rate if found else None
+    per_forward, hit_rate = found.tokens_per_forward, found.hit_rate
     return (f"{per_forward:.2f}" if per_forward else "-", f"{hit_rate:.2f}" if hit_rate is not None else "-")
 
 

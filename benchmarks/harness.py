@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import psutil
 
 from benchmarks.arms import Arm
 from benchmarks.client import Completion, Request, Round, play
-from benchmarks.metrics import Speculation, counters, speculation
+from benchmarks.metrics import Speculation, counters, growth, speculation
 from benchmarks.server import Server, ServerConfig, ServerError
 from benchmarks.stats import first_difference, median_ratio
 
@@ -32,7 +33,17 @@ class Series:
 
     arm: Arm
     rounds: list[Round] = field(default_factory=list)
-    speculation: Speculation | None = None
+    grown: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def speculation(self) -> Speculation:
+        """What the counters say of all rounds."""
+        return speculation(self.grown)
+
+    def read(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """Takes note of what the counters grew by in some of the rounds."""
+        for name, value in growth(before, after).items():
+            self.grown[name] += value
 
     @property
     def rates(self) -> list[float]:
@@ -138,21 +149,19 @@ def wait_for_drafts(server: Server, deadline_s: float = 120.0) -> None:
 
 def interleave(
     fleet: Fleet,
-    arms: Sequence[Arm],
+    series: Sequence[Series],
     requests: Sequence[Request],
     batch: int,
     num_rounds: int,
     progress: Callable[[str], None] = lambda line: None,
-) -> dict[str, Series]:
-    """``num_rounds`` rounds over all arms, each starting with another arm; {arm's label: its series}."""
-    series = {arm.label: Series(arm) for arm in arms}
-    before = {arm.label: counters(fleet.server(arm).metrics()) for arm in arms}
-    for number in range(num_rounds):
-        shift = number % len(arms)
-        for arm in [*arms[shift:], *arms[:shift]]:
-            round_ = fleet.ask(arm, requests, batch)
-            series[arm.label].rounds.append(round_)
-            progress(f"round {number + 1}/{num_rounds}  {arm.label:<28} {round_.tokens_per_second:8.1f} tokens/s")
-    for arm in arms:
-        series[arm.label].speculation = speculation(before[arm.label], counters(fleet.server(arm).metrics()))
-    return series
+) -> None:
+    """``num_rounds`` more rounds over all arms, each starting with another arm."""
+    before = {one.arm.label: counters(fleet.server(one.arm).metrics()) for one in series}
+    for _ in range(num_rounds):
+        number = len(series[0].rounds)
+        shift = number % len(series)
+        for one in [*series[shift:], *series[:shift]]:
+            one.rounds.append(fleet.ask(one.arm, requests, batch))
+            progress(f"round {number + 1}  {one.arm.label:<28} {one.rates[-1]:8.1f} tokens/s")
+    for one in series:
+        one.read(before[one.arm.label], counters(fleet.server(one.arm).metrics()))

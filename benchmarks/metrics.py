@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["Speculation", "counters", "speculation"]
+__all__ = ["Speculation", "counters", "growth", "speculation"]
 
 
 def counters(page: str) -> dict[str, float]:
@@ -35,25 +36,26 @@ def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return None if numerator is None or not denominator else numerator / denominator
 
 
-def speculation(before: dict[str, float], after: dict[str, float]) -> Speculation:
+def growth(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What every sample of a later reading grew by."""
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+def speculation(grown: Mapping[str, float]) -> Speculation:
     """Rates from the counters' growth; ``tokens_per_forward`` counts forwards without drafts too."""
-
-    def grown(name: str) -> float | None:
-        return after[name] - before.get(name, 0.0) if name in after else None
-
-    generated = grown("vllm:generation_tokens_total")
-    drafts = grown("vllm:spec_decode_num_drafts_total")
-    drafted = grown("vllm:spec_decode_num_draft_tokens_total")
-    accepted = grown("vllm:spec_decode_num_accepted_tokens_total")
-    forwards = grown("vllm:double_request_forwards_total")
+    generated = grown.get("vllm:generation_tokens_total")
+    drafts = grown.get("vllm:spec_decode_num_drafts_total")
+    drafted = grown.get("vllm:spec_decode_num_draft_tokens_total")
+    accepted = grown.get("vllm:spec_decode_num_accepted_tokens_total")
+    forwards = grown.get("vllm:double_request_forwards_total")
     if forwards is None and generated is not None:
         # A sequence's forward commits one token of its own and the accepted ones.
         forwards = generated - (accepted or 0.0)
-    step = _ratio(grown("vllm:double_worker_forward_seconds_total"), grown("vllm:double_worker_iterations_total"))
+    step = _ratio(grown.get("vllm:double_worker_forward_seconds_total"), grown.get("vllm:double_worker_iterations_total"))
     return Speculation(
         tokens_per_forward=_ratio(generated, forwards),
         acceptance=_ratio(accepted, drafted),
         chain_length=_ratio(drafted, drafts),
-        hit_rate=_ratio(grown("vllm:double_hits_total"), grown("vllm:double_harvests_total")),
+        hit_rate=_ratio(grown.get("vllm:double_hits_total"), grown.get("vllm:double_harvests_total")),
         draft_step_ms=None if step is None else 1000 * step,
     )

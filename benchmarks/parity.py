@@ -21,7 +21,7 @@ from benchmarks.arms import ARMS, Arm, Choices, variants
 from benchmarks.client import Completion, Request, Round
 from benchmarks.harness import Fleet
 from benchmarks.machine import cores, parse_cores
-from benchmarks.metrics import counters, speculation
+from benchmarks.metrics import counters, growth, speculation
 from benchmarks.run import portable
 from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import first_difference, is_looping, share
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 expected = fleet.ask(plain, requests, batch)
                 before = counters(fleet.server(ours).metrics())
                 found = fleet.ask(ours, requests, batch)
-                spent = speculation(before, counters(fleet.server(ours).metrics()))
+                spent = speculation(growth(before, counters(fleet.server(ours).metrics())))
                 different = divergences(requests, expected.completions, found.completions)
                 failed |= bool(different) and options.dtype == "float32"
                 row = parity_row(options, ours, layers, batch, expected, found, different)

@@ -5,8 +5,9 @@
 
 First every variant of every arm (chain lengths, thread splits) answers once, then the best of each arm
 is measured in interleaved rounds, cell by cell. A row holds quantiles over the rounds; ``speedup`` is the
-median of the round-wise ratio. With ``--scripted`` the prompts are edits of code, and the target's replies are
-scripted (benchmarks/scripted).
+median of the round-wise ratio. Two servers of one kind differ by some percent for as long as they run: for a
+small difference start them anew (``--starts``), beside ``plain-again``, whose difference is nothing but that.
+With ``--scripted`` the prompts are edits of code, and the target's replies are scripted (benchmarks/scripted).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=1, help="times that the servers are started; --rounds after each")
     parser.add_argument("--num-prompts", type=int, default=8, help="prompts of a round; at least the largest batch")
     parser.add_argument("--kinds", nargs="+", default=[], help="kinds of prompts; all if not given")
     parser.add_argument("--scripted", type=int, metavar="N", help="N scripted edits for prompts instead of --prompts")
@@ -152,32 +154,36 @@ def ask_for(options: argparse.Namespace, cell: Cell) -> list[Request]:
 def measure(options: argparse.Namespace, base: ServerConfig, best: dict[Cell, list[Arm]], layers: int) -> None:
     """Interleaved rounds of the chosen variants, all servers up at once; appends the rows."""
     arms = list({arm.label: arm for chosen in best.values() for arm in chosen}.values())
-    with Fleet(arms, base, options.logs) as fleet:
-        fleet.warm_up(ask_for(options, next(iter(best)))[:2], 2)
-        idle = fleet.idle_share()
-        if idle > 0.1:
-            print(f"Idle servers burn {idle:.2f} cores: the figures are disturbed.", flush=True)
-        for cell, chosen in best.items():
-            print(f"{layers} layers, T={cell.temperature:g}, batch {cell.batch}", flush=True)
-            series = interleave(
-                fleet,
-                chosen,
-                ask_for(options, cell),
-                cell.batch,
-                options.rounds,
-                lambda line: print(f"  {line}", flush=True),
-            )
-            for row in cell_rows(options, cell, layers, list(series.values())):
-                row["idle_cores"] = idle
-                row |= rows.provenance("benchmarks.run")
-                rows.append(options.output, row)
+    measured = {cell: [Series(arm) for arm in chosen] for cell, chosen in best.items()}
+    idle = 0.0
+    for start in range(options.starts):
+        with Fleet(arms, base, options.logs) as fleet:
+            fleet.warm_up(ask_for(options, next(iter(best)))[:2], 2)
+            idle = max(idle, fleet.idle_share())
+            if idle > 0.1:
+                print(f"Idle servers burn {idle:.2f} cores: the figures are disturbed.", flush=True)
+            for cell, series in measured.items():
+                print(f"{layers} layers, T={cell.temperature:g}, batch {cell.batch}, start {start + 1}", flush=True)
+                interleave(
+                    fleet,
+                    series,
+                    ask_for(options, cell),
+                    cell.batch,
+                    options.rounds,
+                    lambda line: print(f"  {line}", flush=True),
+                )
+                if start == options.starts - 1:
+                    for row in cell_rows(options, cell, layers, series):
+                        row["idle_cores"] = idle
+                        row |= rows.provenance("benchmarks.run")
+                        rows.append(options.output, row)
 
 
 def cell_rows(options: argparse.Namespace, cell: Cell, layers: int, series: Sequence[Series]) -> list[dict[str, rows.Value]]:
     """One row per arm of a cell."""
     plain = next(one for one in series if one.arm.name == "plain")
     target_step_ms = 1000 * median(gap for completion in plain.completions for gap in completion.gaps)
-    reported = [one.speculation.draft_step_ms for one in series if one.speculation is not None]
+    reported = [one.speculation.draft_step_ms for one in series]
     draft_step_ms = next((step for step in reported if step), options.draft_step_ms)
     found = []
     for one in series:
@@ -226,10 +232,10 @@ def describe(series: Series) -> dict[str, rows.Value]:
         "first_token_s_p50": quantile(first, 0.5),
         "looping": share([is_looping(completion.tokens) for completion in completions]),
         "ended_by_eos": share([completion.finish_reason == "stop" for completion in completions]),
-        "tokens_per_forward": speculation.tokens_per_forward if speculation else None,
-        "acceptance": speculation.acceptance if speculation else None,
-        "chain_length": speculation.chain_length if speculation else None,
-        "hit_rate": speculation.hit_rate if speculation else None,
+        "tokens_per_forward": speculation.tokens_per_forward,
+        "acceptance": speculation.acceptance,
+        "chain_length": speculation.chain_length,
+        "hit_rate": speculation.hit_rate,
         "caches": "warm" if series.arm.name in WARM else "cold",
     }
 

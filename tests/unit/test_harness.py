@@ -158,7 +158,11 @@ vllm:spec_decode_num_accepted_tokens_total{engine="0"} %d
 
 def test_tokens_per_forward_counts_forwards_without_drafts() -> None:
     # 100 tokens, of which 60 were accepted drafts: 40 forwards, though only 30 carried a draft.
-    found = speculation(counters(PAGE % (100, 10, 40, 20)), counters(PAGE % (200, 40, 160, 80)))
+    series = Series(Arm("ngram"))
+    # Two starts of a server: its counters begin anew.
+    series.read(counters(PAGE % (100, 10, 40, 20)), counters(PAGE % (150, 30, 100, 50)))
+    series.read({}, counters(PAGE % (50, 10, 60, 30)))
+    found = series.speculation
     assert found.tokens_per_forward == pytest.approx(100 / 40)
     assert found.acceptance == pytest.approx(60 / 120)
     assert found.chain_length == pytest.approx(120 / 30)
@@ -167,7 +171,7 @@ def test_tokens_per_forward_counts_forwards_without_drafts() -> None:
 
 def test_a_plain_server_commits_one_token_a_forward() -> None:
     page = '# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total{engine="0"} 50\n'
-    found = speculation({}, counters(page))
+    found = speculation(counters(page))
     assert found.tokens_per_forward == 1
     assert found.acceptance is None
 
