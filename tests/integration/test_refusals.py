@@ -129,11 +129,10 @@ def test_other_methods_get_vllms_own_configuration() -> None:
     assert type(config) is SpeculativeConfig and config.method == "ngram"
 
 
-@pytest.mark.parametrize("bad", [{"num_speculative_tokens": 0}, {"num_speculative_tokens": 4, "double": {"enabeld": False}}])
-def test_the_server_says_one_sentence_and_exits(bad: dict[str, object]) -> None:
+def test_the_server_says_one_sentence_and_exits() -> None:
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(TARGET), "--speculative-config"]
     run = subprocess.run(
-        [*command, json.dumps({"method": "double"} | bad)],
+        [*command, json.dumps({"method": "double", "num_speculative_tokens": 4, "double": {"enabeld": False}})],
         capture_output=True,
         text=True,
         timeout=240,

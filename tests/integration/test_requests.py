@@ -1,74 +1,61 @@
 """What requests say about themselves, new weights and resets arrive in the worker: one real engine without a draft model."""
 
-import gc
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.llm import Texts, ask, engine
 from vllm_double.request_args import digest
 
 pytestmark = pytest.mark.integration
 
-TARGET = Path(__file__).resolve().parents[2] / "benchmarks/pair/target"
-
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
-    from vllm import LLM
-
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
-    llm = LLM(
-        str(TARGET),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=64,
-        max_num_seqs=4,
-        speculative_config={"method": "double", "num_speculative_tokens": 4},
-        worker_extension_cls="tests.integration.probe.Probe",
-    )
-    llm.collective_rpc("probe_start")
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
+def llm(plain: Texts) -> Iterator[Any]:
+    speculative = {"method": "double", "num_speculative_tokens": 12}
+    with engine(speculative, worker_extension_cls="tests.integration.probe.Probe") as llm:
+        llm.collective_rpc("probe_start")
+        yield llm
 
 
-def ask(llm: Any, double: Any = None, **prompt: Any) -> tuple[str | None, bool]:
+def test_texts_with_retrieval_alone_differ_from_plain_vllm(plain: Texts, llm: Any) -> None:
+    assert ask(llm) == plain
+    llm.collective_rpc("probe_admitted")
+
+
+def admitted(llm: Any, double: Any = None, **prompt: Any) -> tuple[str | None, bool]:
     """What the worker knew of a request: its tenant, whether it is drafted for."""
     from vllm import SamplingParams
 
     extra = None if double is None else {"double": double}
     params = SamplingParams(temperature=0, max_tokens=2, extra_args=extra)
     llm.generate({"prompt": "def f(x):", **prompt}, params, use_tqdm=False)
-    ((admitted,),) = llm.collective_rpc("probe_admitted")
-    return tuple(admitted)
+    ((found,),) = llm.collective_rpc("probe_admitted")
+    return tuple(found)
 
 
 def test_a_request_that_names_nobody_has_a_tenant(llm: Any) -> None:
-    assert ask(llm) == (None, True)
+    assert admitted(llm) == (None, True)
 
 
 def test_the_salt_is_lost_on_the_way_to_the_worker(llm: Any) -> None:
-    assert ask(llm, cache_salt="a") == (digest("a", None, None), True)
+    assert admitted(llm, cache_salt="a") == (digest("a", None, None), True)
 
 
 def test_a_long_salt_stays_long_or_is_mistaken_for_another(llm: Any) -> None:
-    first, second = (ask(llm, cache_salt=letter * 5000)[0] for letter in "ab")
+    first, second = (admitted(llm, cache_salt=letter * 5000)[0] for letter in "ab")
     assert first is not None and second is not None
     assert len(first) == len(second) == 32 and first != second
 
 
 @pytest.mark.parametrize("double", [{"tenant": "b"}, '{"tenant": "b"}'], ids=["object", "text"])
 def test_the_requests_own_tenant_is_lost_or_leaves_its_salt(llm: Any, double: Any) -> None:
-    assert ask(llm, double, cache_salt="a") == (digest("a", "b", None), True)
+    assert admitted(llm, double, cache_salt="a") == (digest("a", "b", None), True)
 
 
 def test_a_request_that_declines_drafts_gets_some(llm: Any) -> None:
-    assert ask(llm, {"enabled": False}, cache_salt="a") == (digest("a", None, None), False)
+    assert admitted(llm, {"enabled": False}, cache_salt="a") == (digest("a", None, None), False)
 
 
 @pytest.mark.parametrize("double", [7, "off", {"tenant": 5}, {"enabled": "no"}, {"enable": False}])
@@ -76,8 +63,8 @@ def test_a_malformed_request_is_not_refused_or_ends_the_engine(llm: Any, double:
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match="of a request"):
-        ask(llm, double)
-    assert ask(llm) == (None, True)
+        admitted(llm, double)
+    assert admitted(llm) == (None, True)
 
 
 @pytest.mark.parametrize("change", ["reload_weights", "probe_load_nothing"])
@@ -88,14 +75,14 @@ def test_history_outlives_the_weights(llm: Any, change: str) -> None:
     llm.collective_rpc(change)
     (forgot,) = llm.collective_rpc("probe_forgot")
     assert forgot > 0
-    assert ask(llm) == (None, True)
+    assert admitted(llm) == (None, True)
 
 
 def test_the_drafts_prefix_cache_outlives_a_reset(llm: Any) -> None:
-    ask(llm)
+    admitted(llm)
     (before,) = llm.collective_rpc("probe_epoch")
-    ask(llm)
+    admitted(llm)
     assert llm.collective_rpc("probe_epoch") == [before]
     assert llm.reset_prefix_cache()
-    ask(llm)
+    admitted(llm)
     assert llm.collective_rpc("probe_epoch") == [before + 1]

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.test_serving import MAX_LEN, Texts, ask, double, prompts, sample, with_engine
+from tests.integration.llm import Texts, ask, double, engine, generate, prompts, sample
 
 pytestmark = [
     pytest.mark.integration,
@@ -21,60 +20,33 @@ pytestmark = [
 SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 
 
-def on_v2(speculative: dict[str, Any] | None, use: Callable[[Any], Texts], **arguments: Any) -> Texts:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SWITCH, "1")
-        return with_engine(speculative, use, **arguments)
+def test_texts_are_not_those_of_plain_vllm_on_v1(monkeypatch: pytest.MonkeyPatch, plain: Texts) -> None:
+    """In every row case, under preemption and chunked prefill; and a row without drafts costs no query token."""
+    # vLLM's kernel for the masks of grammars cannot be interpreted, so structured output is not among these.
+    from vllm import SamplingParams
 
-
-@pytest.fixture(scope="module")
-def v1_texts() -> Texts:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SWITCH, "0")
-        return with_engine(None, ask)
-
-
-def test_texts_differ_from_those_of_plain_vllm_on_v1(v1_texts: Texts) -> None:
-    def use(llm: Any) -> Texts:
+    monkeypatch.setenv(SWITCH, "1")
+    settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
+    with engine(double(), worker_extension_cls="tests.integration.probe.Probe", **settings) as llm:
         assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
         found = ask(llm)
         assert sample("accepted_tokens_total") > 0
         assert sample("committed_tokens_total") / sample("request_forwards_total") > 1.05
         assert sample("failures_total") == 0
-        return found
-
-    found = on_v2(double(), use, worker_extension_cls="tests.integration.probe.Probe")
-    # Seeded draws are each runner's own.
-    assert {name: texts for name, texts in found.items() if name != "seeded"} == {
-        name: texts for name, texts in v1_texts.items() if name != "seeded"
-    }
-
-
-def test_texts_differ_under_preemption_or_a_row_without_drafts_costs_query_tokens(v1_texts: Texts) -> None:
-    # vLLM's kernel for the masks of grammars cannot be interpreted, so structured output is not among these.
-    from vllm import SamplingParams
-
-    some = prompts(16)
-    long = "\n".join(some)[:800]
-
-    def use(llm: Any) -> Texts:
-        until_full = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
-        full = llm.generate([long, some[0], some[1]], until_full, use_tqdm=False)
         llm.collective_rpc("probe_watch_steps")
         without = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args={"double": {"enabled": False}})
         with_drafts = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-        llm.generate(some[1:3], [without, with_drafts], use_tqdm=False)
+        generate(llm, prompts(3)[1:], [without, with_drafts])
         decoding = [step for step in llm.collective_rpc("probe_steps")[0] if len(step[1]) == 2 and sum(step[1].values())]
-        assert decoding, "the two never ran side by side"
-        for num_tokens, drafts in decoding:
-            assert num_tokens == len(drafts) + sum(drafts.values()), "a query token that is neither sampled nor drafted"
-            assert min(drafts.values()) == 0, "drafts for who declined them"
-        assert len({sum(drafts.values()) for _, drafts in decoding}) > 1, "chains are not ragged"
-        return {"to the model's length": [list(one.token_ids) for output in full for one in output.outputs]}
-
-    settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
-    found = on_v2(double(), use, worker_extension_cls="tests.integration.probe.Probe", **settings)
-    assert found["to the model's length"] == v1_texts["to the model's length"]
+    # Seeded draws are each runner's own.
+    assert {name: texts for name, texts in found.items() if name != "seeded"} == {
+        name: texts for name, texts in plain.items() if name != "seeded"
+    }
+    assert decoding, "the two never ran side by side"
+    for num_tokens, drafts in decoding:
+        assert num_tokens == len(drafts) + sum(drafts.values()), "a query token that is neither sampled nor drafted"
+        assert min(drafts.values()) == 0, "drafts for who declined them"
+    assert len({sum(drafts.values()) for _, drafts in decoding}) > 1, "chains are not ragged"
 
 
 # Without an engine

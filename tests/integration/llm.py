@@ -1,0 +1,97 @@
+"""Engines on the bundled pair, and what is asked of them."""
+
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = ROOT / "benchmarks/pair"
+MAX_LEN = 384
+Texts = dict[str, list[list[int]]]
+
+
+def prompts(count: int) -> list[str]:
+    lines = (PAIR / "prompts.jsonl").read_text().splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+@contextmanager
+def engine(speculative: dict[str, Any] | None, bind: str = "auto", **arguments: Any) -> Iterator[Any]:
+    """A fresh engine, with drafts ready where there is a draft model. bind: cores of its ranks."""
+    from vllm import LLM
+
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": MAX_LEN, "max_num_seqs": 8} | arguments
+    llm = LLM(str(PAIR / "target"), speculative_config=speculative, disable_log_stats=False, **settings)
+    try:
+        if speculative is not None and "model" in speculative:
+            deadline = time.monotonic() + 180
+            while not sample("worker_up") and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert sample("worker_up") == 1, "no draft worker"
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def sample(name: str) -> float:
+    """The newest engine's value of one of our metrics."""
+    found = 0.0
+    for family in REGISTRY.collect():
+        for one in family.samples:
+            if one.name == f"vllm:double_{name}":
+                found = one.value
+    return found
+
+
+def ask(llm: Any) -> Texts:
+    """Texts under every condition of a row that V1 knows."""
+    from vllm import SamplingParams
+
+    def run(texts: list[str], *params: SamplingParams) -> list[list[int]]:
+        return generate(llm, texts, list(params) * (len(texts) // len(params)))
+
+    some = prompts(16)
+    long = "\n".join(some)[:800]
+    until_full = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
+    return {
+        "one by one": [text for prompt in some[:3] for text in run([prompt], SamplingParams(temperature=0, max_tokens=64))],
+        "batch": run(some, SamplingParams(temperature=0, max_tokens=48), SamplingParams(temperature=0, max_tokens=20)),
+        "few tokens": run(
+            some[:6],
+            SamplingParams(temperature=0, max_tokens=1),
+            SamplingParams(temperature=0, max_tokens=2),
+            SamplingParams(temperature=0, max_tokens=3),
+        ),
+        "to the model's length": run([long, some[0], some[1]], until_full),
+        "prefix cached": run([long, long + "\n"], SamplingParams(temperature=0, max_tokens=24)),
+        "penalties": run(some[:4], SamplingParams(temperature=0, max_tokens=40, repetition_penalty=1.2)),
+        # vLLM looks for stop strings in text, step by step: tokens that came in the same step stay on the list.
+        "stop string": [
+            [ord(character) for character in one.text]
+            for output in llm.generate(some[:4], SamplingParams(temperature=0, max_tokens=40, stop=["return"]), use_tqdm=False)
+            for one in output.outputs
+        ],
+        "logprobs": run(some[:2], SamplingParams(temperature=0, max_tokens=24, logprobs=2)),
+        "seeded": [
+            text for seed in (1, 2) for text in run([some[0]], SamplingParams(temperature=0.8, max_tokens=32, seed=seed))
+        ],
+    }
+
+
+def double(**extra: Any) -> dict[str, Any]:
+    return {"method": "double", "model": str(PAIR / "draft"), "num_speculative_tokens": 12} | extra
+
+
+def generate(llm: Any, texts: list[str], params: Any) -> list[list[int]]:
+    return [list(one.token_ids) for output in llm.generate(texts, params, use_tqdm=False) for one in output.outputs]
