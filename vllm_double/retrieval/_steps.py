@@ -276,16 +276,19 @@ def _source(header_at: int) -> tuple[int, int]:
 
 
 def _recall(
-    headers: Header, cursors: Header, feed_at: int, num_kept: int, num_feed: int, max_match: int, out_at: int, max_tokens: int
-) -> tuple[int, int]:
+    num_automata: int, headers_at: int, cursors_at: int, feed_at: int, num_kept: int, num_feed: int, max_match: int,
+    out_at: int, max_tokens: int,
+) -> tuple[int, int]:  # fmt: skip
     """Match behind the cursors of several automata, headers and cursors int64 [n, ...], newest first; continue the longest.
 
     A cursor is a state and a length. feed[:num_kept] moves the cursors, feed[num_kept:num_feed] does not.
     """
+    headers = numba.carray(_pointer(headers_at), (num_automata, HEADER_LENGTH), np.int64)
+    cursors = numba.carray(_pointer(cursors_at), (num_automata, 2), np.int64)
     feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
     out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
     newest, best_length, best_state = 0, 0, ROOT
-    for n in range(len(headers)):
+    for n in range(num_automata):
         states, edges, table = _arrays(headers[n])
         state, length = cursors[n, 0], cursors[n, 1]
         for i in range(num_feed):
@@ -335,9 +338,6 @@ def steps() -> Steps:
         _compiled(_extend, "void(int64, int64, int64, int64, int64)"),
         _compiled(_lookup, "UniTuple(int64, 2)(int64, int64, int64, boolean, int64, int64, int64)"),
         _compiled(_source, "UniTuple(int64, 2)(int64)"),
-        _compiled(
-            _recall,
-            "UniTuple(int64, 2)(int64[:, ::1], int64[:, ::1], int64, int64, int64, int64, int64, int64)",
-        ),
+        _compiled(_recall, f"UniTuple(int64, 2)({', '.join(['int64'] * 9)})"),
         _compiled(_rehash, "void(int64[::1])"),
     )

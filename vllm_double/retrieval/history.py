@@ -12,7 +12,8 @@ from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
 __all__ = ["HistoryRetriever"]
 
-_SMALLEST = 1 << 14
+# Room of a tenant's first generation, and what any is charged at least: otherwise a tenant for each request had no bound.
+_SMALLEST = 1 << 8
 _GROWTH = 8
 # A tenant that has the whole history for itself loses a quarter of it at a time.
 _SHARE = 4
@@ -20,41 +21,49 @@ _SHORTEST_TEXT = 2
 
 
 class _Generation:
-    """Texts that are forgotten together. ``serial`` counts all generations of a history."""
+    """Texts that are forgotten together. ``serial`` counts all generations of a history; ``least`` is charged in any case."""
 
-    __slots__ = ("automaton", "serial", "tenant")
+    __slots__ = ("automaton", "least", "serial", "tenant")
 
-    def __init__(self, serial: int, tenant: "_Tenant", capacity: int, max_match: int) -> None:
+    def __init__(self, serial: int, tenant: "_Tenant", capacity: int, least: int, max_match: int) -> None:
         self.serial = serial
         self.tenant = tenant
+        self.least = least
         self.automaton = SuffixAutomaton(capacity, max_match)
+
+    @property
+    def charge(self) -> int:
+        """Tokens that it counts for."""
+        return max(self.automaton.num_tokens, self.least)
 
 
 class _Tenant:
     """The generations of one partition, newest first. ``version`` is another one after every change of what they hold."""
 
-    __slots__ = ("_headers", "_headers_version", "generations", "name", "version")
+    __slots__ = ("_headers", "_headers_at", "_headers_version", "generations", "name", "version")
 
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.generations: deque[_Generation] = deque()
         self.version = 0
         self._headers = np.empty((0, HEADER_LENGTH), np.int64)
+        self._headers_at = 0
         self._headers_version = 0
 
     @property
-    def headers(self) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
-        """Headers of the automata as they are now, int64 [generations, HEADER_LENGTH]."""
+    def headers_at(self) -> int:
+        """Address of the automata's headers as they are now, int64 [generations, HEADER_LENGTH]."""
         if self._headers_version != self.version:
             self._headers = np.array([generation.automaton.header for generation in self.generations])
+            self._headers_at = self._headers.ctypes.data
             self._headers_version = self.version
-        return self._headers
+        return self._headers_at
 
 
 class _Request:
     """``recent``: the end of its text; ``fresh``: how many of these the cursors have not seen; ``output``: since its start."""
 
-    __slots__ = ("cursors", "fresh", "output", "recent", "tenant", "version")
+    __slots__ = ("cursors", "cursors_at", "fresh", "output", "recent", "tenant", "version")
 
     def __init__(self, tenant: str | None, tokens: Tokens, max_match: int) -> None:
         self.tenant = tenant
@@ -63,6 +72,7 @@ class _Request:
         self.output = array("i")
         self.version = 0
         self.cursors = np.zeros((0, 2), np.int64)
+        self.cursors_at = 0
 
 
 class HistoryRetriever:
@@ -73,9 +83,9 @@ class HistoryRetriever:
     other's texts, because the time that an answer takes would tell what they are.
 
     A tenant's texts lie in generations. A text goes to the newest one, which is closed when it is full; the first has room for
-    16,384 tokens, later ones for eight times their predecessor's, up to a quarter of ``max_tokens``. While all generations of
-    all tenants together hold more than ``max_tokens``, the one that was begun first is given up, whole. Texts longer than a
-    generation keep their end.
+    256 tokens (or its first text), later ones for eight times their predecessor's, up to a quarter of ``max_tokens``. While all
+    generations of all tenants together hold more than ``max_tokens``, each counted as 256 at least, the one that has waited
+    longest for another text is given up, whole. Texts longer than a generation keep their end.
 
     A lookup answers from one generation: that in which the longest suffix of text + tail, of at most ``max_match`` tokens,
     occurs; of equally long ones the newest. There it is `ContextRetriever`'s lookup over texts that each end with a separator:
@@ -98,11 +108,12 @@ class HistoryRetriever:
         self._steps = steps()
         self._requests: dict[int, _Request | None] = {}  # None: it neither reads nor leaves anything
         self._tenants: dict[str | None, _Tenant] = {}
-        self._generations: dict[int, _Generation] = {}  # by serial, oldest first
+        self._generations: dict[int, _Generation] = {}  # by serial, the one that got its latest text first comes first
         self._waiting: deque[tuple[str | None, Tokens]] = deque()
         # The text that is being indexed: its generation, and how much of it is done.
         self._current: tuple[_Generation, Tokens, int] | None = None
         self._num_tokens = 0
+        self._charge = 0  # of all generations
         self._last_serial = 0
         self._version = 0
         self._scratch = Scratch(2 * max_match)
@@ -147,10 +158,11 @@ class HistoryRetriever:
         tenant = self._tenants.get(request.tenant) if request is not None else None
         if request is None or tenant is None:
             return None
-        headers = tenant.headers
+        num_generations, headers_at = len(tenant.generations), tenant.headers_at
         if request.version != tenant.version:
             request.version = tenant.version
-            request.cursors = np.zeros((len(headers), 2), np.int64)
+            request.cursors = np.zeros((num_generations, 2), np.int64)
+            request.cursors_at = request.cursors.ctypes.data
             request.fresh = len(request.recent)
         num_kept, num_feed = request.fresh, request.fresh + len(tail)
         scratch = self._scratch
@@ -163,8 +175,9 @@ class HistoryRetriever:
         if tail:
             feed[num_kept:num_feed] = tail
         found = self._steps.recall(
-            headers, request.cursors, scratch.feed_at, num_kept, num_feed, self.max_match, scratch.out_at, max_tokens
-        )
+            num_generations, headers_at, request.cursors_at, scratch.feed_at, num_kept, num_feed, self.max_match,
+            scratch.out_at, max_tokens,
+        )  # fmt: skip
         return scratch.continuation(*found)
 
     # ---- the index --------------------------------------------------------------------------------------------
@@ -195,12 +208,14 @@ class HistoryRetriever:
                 self._current = (self._room_for(tenant, len(text)), text, 0)
             generation, text, start = self._current
             stop = min(len(text), start + budget_tokens)
+            self._charge -= generation.charge
             generation.automaton.extend(text, start, stop)
+            self._charge += generation.charge
             self._touch(generation.tenant)
             self._num_tokens += stop - start
             budget_tokens -= stop - start
             self._current = (generation, text, stop) if stop < len(text) else None
-            while self._num_tokens > self.max_tokens:
+            while self._charge > self.max_tokens:
                 self._evict()
 
     def forget(self) -> None:
@@ -215,25 +230,28 @@ class HistoryRetriever:
     def _room_for(self, name: str | None, num_tokens: int) -> _Generation:
         """The tenant's newest generation, or a new one if that has no room for so many tokens."""
         tenant = self._tenants.setdefault(name, _Tenant(name))
-        capacity = min(_SMALLEST, self._largest)
+        capacity = least = min(_SMALLEST, self._largest)
         if tenant.generations:
             newest = tenant.generations[0]
             full = newest.automaton.capacity
             if newest.automaton.num_tokens + num_tokens <= full:
+                self._generations[newest.serial] = self._generations.pop(newest.serial)
                 return newest
             capacity = min(_GROWTH * full, self._largest)
         while capacity < num_tokens:
             capacity *= 2
         self._last_serial += 1
-        generation = _Generation(self._last_serial, tenant, capacity, self.max_match)
+        generation = _Generation(self._last_serial, tenant, capacity, least, self.max_match)
         tenant.generations.appendleft(generation)
         self._generations[generation.serial] = generation
+        self._charge += generation.charge
         return generation
 
     def _evict(self) -> None:
-        """Give up the generation that was begun first."""
+        """Give up the generation whose latest text is the oldest: of its tenant's the one that was begun first."""
         generation = self._generations.pop(next(iter(self._generations)))
         self._num_tokens -= generation.automaton.num_tokens
+        self._charge -= generation.charge
         tenant = generation.tenant
         tenant.generations.pop()
         self._touch(tenant)
@@ -250,9 +268,10 @@ class HistoryRetriever:
         """Raise AssertionError where generations, tenants and counts contradict each other."""
         held = [generation for tenant in self._tenants.values() for generation in tenant.generations]
         assert {id(g) for g in held} == {id(g) for g in self._generations.values()}
-        assert list(self._generations) == sorted(self._generations)
-        assert self._num_tokens == sum(generation.automaton.num_tokens for generation in held) <= self.max_tokens
+        assert self._num_tokens == sum(generation.automaton.num_tokens for generation in held)
+        assert self._charge == sum(generation.charge for generation in held) <= self.max_tokens
         for tenant in self._tenants.values():
             serials = [generation.serial for generation in tenant.generations]
             assert serials and serials == sorted(serials, reverse=True)
+            assert serials == [serial for serial in reversed(self._generations) if serial in serials], "order of eviction"
             assert all(generation.tenant is tenant for generation in tenant.generations)
