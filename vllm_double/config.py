@@ -30,9 +30,9 @@ class DoubleConfig(BaseModel):
         False, description="requests without a tenant share a history: how fast an answer comes then tells whether another got "
         "it before, as vLLM's prefix caching does for prompts",
     )  # fmt: skip
-    datastore: str | None = Field(
-        None, description="file that `vllm-double datastore build` made with the target's tokenizer; all requests are offered "
-        "what is in it",
+    datastore: tuple[str, ...] = Field(
+        (), description="file that `vllm-double datastore build` made with the target's tokenizer, or a list of such files; "
+        "all requests are offered what is in them",
     )  # fmt: skip
     target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
     draft_retrieval: bool = Field(True, description="the draft model reads retrieved tokens, several in one forward")
@@ -80,6 +80,11 @@ class DoubleConfig(BaseModel):
         description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own',
     )
     ray_num_cpus: float = Field(1.0, ge=0, le=1024, description="logical CPUs that the draft actor claims in Ray")
+
+    @field_validator("datastore", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
 
     @field_validator("ray_address")
     @classmethod

@@ -1,7 +1,12 @@
 """The datastore against a scan of its documents, and against files that no builder wrote."""
 
+import os
 import random
+import subprocess
+import sys
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -158,5 +163,34 @@ def test_a_header_with_a_right_checksum_and_another_number_is_refused(tmp_path: 
         except DatastoreError as error:
             assert str(path) in str(error)  # noqa: PT017
         else:
-            assert field in ("max_match", "num_documents", "num_nodes"), "all that sizes depend on"
+            assert field in ("max_match", "num_nodes"), "all that sizes depend on"
             continuations(datastore, [[0, 1], [2, 0, 1] * 20], 16)
+
+
+@pytest.mark.parametrize("value", [-2, 2**31 - 1])
+def test_numbers_out_of_range_under_right_checksums_are_found_and_named(tmp_path: Path, value: int) -> None:
+    path = tmp_path / "store"
+    header = built(path, [[0, 1, 2] * 40], 8).header
+    whole = path.read_bytes()
+    for index, section in enumerate(header.sections):
+        if value > 0 and section.name == "samples":
+            continue  # any positive number can be one
+        data = bytearray(whole)
+        size = np.dtype(section.dtype).itemsize
+        end = section.offset + section.num_bytes
+        data[end - size : end] = (value % 256**size).to_bytes(size, "little")
+        checksums = list(header.checksums)
+        checksums[index] = zlib.crc32(data[section.offset : end])
+        made_up = replace(header, checksums=tuple(checksums)).pack()
+        path.write_bytes(made_up + data[len(made_up) :])
+        with pytest.raises(DatastoreError, match=f"numbers in {section.name} are out of range"):
+            Datastore(path).verify()
+
+
+def test_a_lookup_in_a_damaged_file_reads_outside_of_a_section(tmp_path: Path) -> None:
+    """The mutations once more, with numba's own checks of every index."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    test = f"{__file__}::{test_a_damaged_file_is_refused_or_harmless.__name__}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout

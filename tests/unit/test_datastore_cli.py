@@ -66,7 +66,10 @@ def test_a_long_text_is_cut_at_line_ends(tmp_path: Path, build: Callable[..., in
     (tmp_path / "long.txt").write_text("a b\n" * 3 + "c d")
     with mock.patch("vllm_double.retrieval.corpus._PIECE", 6):
         assert build(tmp_path / "long.txt") == 0
-    assert list(Datastore(tmp_path / "store").documents()) == [[1, 2, 1, 2], [1, 2, 3, 4]]
+        assert list(Datastore(tmp_path / "store").documents()) == [[1, 2, 1, 2], [1, 2, 3, 4]]
+        (tmp_path / "long.txt").write_text("a " * 10)
+        assert build(tmp_path / "long.txt") == 0
+        assert list(Datastore(tmp_path / "store").documents()) == [[1] * 6, [1] * 4], "a text without line ends"
 
 
 def test_inspect_and_verify_tell_what_is_in_the_file(
@@ -106,6 +109,7 @@ def test_a_flipped_bit_in_any_section_is_found_and_named(tmp_path: Path, build: 
         (b"[1]", 'has not one of "text" and "token_ids"'),
         (b'{"text": "a", "token_ids": [1]}', 'has not one of "text" and "token_ids"'),
         (b'{"text": 1}', 'has a "text" that is no string'),
+        (b'{"text": "a \\ud800"}', 'has a "text" that is not Unicode'),
         (b'{"token_ids": [1, true]}', '"token_ids" that are not a list of token ids'),
         (b'{"token_ids": [-1]}', '"token_ids" that are not a list of token ids'),
         (b'{"token_ids": [1, 6]}', "Token id 6 is not in the vocabulary, which has 6 tokens"),

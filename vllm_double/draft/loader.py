@@ -47,6 +47,7 @@ class EngineConfig:
     page_size: tokens in a page; None is the smallest that the model's attention backend takes, which makes
         forks cheap.
     num_pages: pages of the key/value cache; None is what kv_cache_bytes has room for.
+    max_num_seqs, max_num_batched_tokens: rows and tokens of one forward at most; backends size their buffers by them.
     vocab_size: of the target; token ids from there on are never answered. None is the draft's own.
     tensor_parallel_size: devices that share the model; this engine drives one of them, number ``rank``.
     rendezvous: file through which the ranks find each other, which does not exist before; of no use to a single one.
@@ -64,6 +65,8 @@ class EngineConfig:
     page_size: int | None = None
     num_pages: int | None = None
     kv_cache_bytes: int = 256 << 20
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
     vocab_size: int | None = None
     tensor_parallel_size: int = 1
     rank: int = 0
@@ -152,6 +155,8 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
         "load_format": config.load_format,
         "enforce_eager": config.enforce_eager,
         "skip_tokenizer_init": True,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
         "enable_prefix_caching": False,
         "async_scheduling": False,
         # One block table for all layers; layers with a sliding window still attend within it only.

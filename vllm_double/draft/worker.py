@@ -1,8 +1,10 @@
 """The draft worker: drafts for ever while the target verifies, and never waits for it."""
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm_double.draft.base import DraftEngine
@@ -13,6 +15,8 @@ from vllm_double.transport.base import WorkerEnd
 from vllm_double.transport.messages import WorkerStats
 
 __all__ = ["DraftWorker", "build"]
+
+logger = logging.getLogger(__name__)
 
 # Bounds of a wait, which ends early when a command comes. Between them the loop beats its heart and looks whether it should
 # stop; an idle server needs that less often than one whose target is busy.
@@ -34,6 +38,7 @@ class DraftWorker:
         self._end = end
         self._clock = clock
         self._last_report = float("-inf")
+        self._reported: dict[str, float] = {}
         self._counters = dict.fromkeys(
             ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"),
             0.0,
@@ -76,21 +81,20 @@ class DraftWorker:
         if now - self._last_report < _REPORT_INTERVAL_S:
             return
         self._last_report = now
-        self._end.report(
-            WorkerStats(
-                {
-                    **self._counters,
-                    "late_commands": float(self.frontier.num_late_commands),
-                    "committed_tokens": float(self.frontier.num_committed),
-                    "foreseen_tokens": float(self.frontier.num_foreseen),
-                    "retrieved_tokens": float(self.frontier.num_retrieved),
-                    "confirmed_tokens": float(self.frontier.num_confirmed),
-                    "prefix_cache_queries": float(self.frontier.num_prefix_queries),
-                    "prefix_cache_hits": float(self.frontier.num_prefix_hits),
-                    "requests": float(len(self.frontier)),
-                }
-            )
-        )
+        values = {
+            **self._counters,
+            "late_commands": float(self.frontier.num_late_commands),
+            "committed_tokens": float(self.frontier.num_committed),
+            "foreseen_tokens": float(self.frontier.num_foreseen),
+            "retrieved_tokens": float(self.frontier.num_retrieved),
+            "confirmed_tokens": float(self.frontier.num_confirmed),
+            "prefix_cache_queries": float(self.frontier.num_prefix_queries),
+            "prefix_cache_hits": float(self.frontier.num_prefix_hits),
+            "requests": float(len(self.frontier)),
+        }
+        # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
+        if values != self._reported and self._end.report(WorkerStats(values)):
+            self._reported = values
 
 
 def build(settings: dict[str, Any]) -> DraftWorker | Follower:
@@ -101,6 +105,7 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     """
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
     from vllm_double.retrieval.automaton import warm_up
+    from vllm_double.retrieval.datastore import DatastoreError
     from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedWorkerEnd
 
@@ -112,7 +117,12 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
         engine = meeting.lead(engine)
     limits = FrontierLimits(**settings["limits"])
     warm_up()
-    retrievers = Sources(**settings["retrieval"]).open()
+    sources = Sources(**settings["retrieval"])
+    try:
+        retrievers = sources.open()
+    except DatastoreError as error:  # it was there when the target started
+        logger.warning("%s The draft goes on without it.", error)
+        retrievers = replace(sources, datastores=()).open()
     end = SharedWorkerEnd.attach(settings["address"])
     gc.collect()
     gc.freeze()  # a collection need not look through all that was imported and loaded

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,22 +41,34 @@ class Launch:
         double: DoubleConfig = config.double
         self._end: SharedTargetEnd | None = None
         self._supervisor: DraftSupervisor | None = None
+        self._settings: HostSettings | None = None
         self._beat = (0, 0.0)
         processes = hold(config.launcher)
         if config.draft:
             self._end = SharedTargetEnd.create()
             # The engine core's children are its ranks, and vLLM starts all of them before any loads its model.
             ranks = children(processes[1]) if len(processes) > 2 else []
-            settings = _host_settings(vllm_config, sorted({*processes, *ranks}))
-            self._supervisor = DraftSupervisor(settings, self._end.address)
+            self._settings = _host_settings(vllm_config, sorted({*processes, *ranks}))
+            if vllm_config.device_config.device_type == "cpu":
+                self.start_draft()
         warm_up()  # compiled code is loaded now, not in the first request
-        retrievers = _sources(double).open() if double.target_retrieval else []
-        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter)
+        retrievers = _sources(config).open() if double.target_retrieval else []
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size)
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
         # Not its rank: engines of a dense model count themselves as the only one.
         engine = vllm_config.parallel_config.data_parallel_index
         self._generation = max(len(processes) - 1, 0)  # how far this process is below the launcher
         self._endpoint = Endpoint(Address(config.metrics_key, engine), self._answer)
+
+    def start_draft(self) -> None:
+        """Start the draft worker, if there is to be one and there is none.
+
+        On GPUs that is when the target has taken its memory: it measures how much is free, and must not find there a draft that
+        is being loaded.
+        """
+        if self._settings is not None and self._end is not None and self._supervisor is None:
+            self._supervisor = DraftSupervisor(self._settings, self._end.address)
 
     def _answer(self, command: dict[str, Any], who: str) -> dict[str, Any]:
         """How it stands, after the command {"enabled": bool, "why": str}, if there is one."""
@@ -85,8 +98,9 @@ class Launch:
         return now - self._beat[1] < _STALE_HEARTBEAT_S
 
 
-def _sources(double: DoubleConfig) -> Sources:
-    return Sources(double.context_retrieval, double.history_tokens, double.share_history, double.datastore)
+def _sources(config: Any) -> Sources:
+    double: DoubleConfig = config.double
+    return Sources(double.context_retrieval, double.history_tokens, double.share_history, config.datastores)
 
 
 def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSettings:
@@ -98,8 +112,7 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
     device = double.draft_device
     if device == "auto":
         device = vllm_config.device_config.device_type
-    # A draft on the CPU beside a target on a GPU must not find one.
-    visible: str | None = "" if device == "cpu" else None
+    visible: str | None = None
     num_ranks: int = draft["draft_tensor_parallel_size"]
     # With data parallelism: which of this machine's engines this is.
     engine = (vllm_config.parallel_config.data_parallel_rank_local or 0) % config.num_engines
@@ -108,9 +121,12 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
         first = int(index) + engine * num_ranks if index else torch.cuda.current_device()  # the target's own
         visible, device = ",".join(map(_physical_device, range(first, first + num_ranks))), "cuda:0"
     cores = config.cores.of_engine(engine, config.num_engines) if config.cores is not None else None
+    # Every running request may have a row, and some more than one.
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs + double.nodes_per_iteration
+    folder = Path(draft["model"]).expanduser()
     worker = {
         "engine": {
-            "model": draft["model"],
+            "model": str(folder.absolute()) if folder.is_dir() else draft["model"],  # the actor may work elsewhere
             "revision": draft.get("revision"),
             "quantization": draft.get("quantization"),
             "code_revision": draft.get("code_revision"),
@@ -118,6 +134,8 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
             "max_model_len": draft.get("max_model_len"),
             "longest_text": target.max_model_len,
             "vocab_size": target.get_vocab_size(),
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max(2048, double.prefill_tokens + max_num_seqs),
             "device": device,
             "num_threads": len(cores.draft) // num_ranks if cores is not None else 1,
             "tensor_parallel_size": num_ranks,
@@ -135,7 +153,7 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
         },
         # Where the target's is off, nobody shall tell from the time of an answer what others asked.
         "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
-        "retrieval": asdict(_sources(double) if double.draft_retrieval else Sources(context=False)),
+        "retrieval": asdict(_sources(config) if double.draft_retrieval else Sources(context=False)),
     }
     return HostSettings(
         worker=worker,

@@ -54,6 +54,8 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
     """DoubleConfig: our own settings."""
     draft: Any = field(default_factory=dict)
     """dict: vLLM's standard keys, of the draft model; empty where retrieval alone drafts."""
+    datastores: Any = ()
+    """tuple of (absolute path, fingerprint of the tokenizer in hexadecimal): Sources.datastores."""
     cores: Any = None
     """CoreSplit of target and draft on CPU, of all engines of this machine; None where nothing is to be bound."""
     num_engines: int = 1
@@ -108,8 +110,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         _check_draft(draft, double, target, num_engines)
     elif draft:
         raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
-    if double.datastore is not None:
-        check_datastore(target, double.datastore)
+    datastores = tuple(check_datastore(target, path) for path in double.datastore)
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
     num_ranks = num_engines * parallel.tensor_parallel_size
@@ -121,6 +122,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         target_parallel_config=parallel,
         double=double,
         draft=draft,
+        datastores=datastores,
         cores=cores,
         num_engines=num_engines,
         metrics_key=_metrics_key(parallel),
@@ -184,6 +186,11 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
 def _check_device(device: str, num_ranks: int, num_engines: int) -> None:
     from vllm.platforms import current_platform
 
+    built_for = current_platform.device_type
+    if device == "cpu" and built_for != "cpu":
+        raise ConfigError(
+            f'"draft_device" is "cpu", but this vLLM is built for {built_for}: the draft needs such a device, too.'
+        )
     on_cpu = device == "cpu" or (device == "auto" and current_platform.is_cpu())
     if num_ranks > 1 and not on_cpu and ":" not in device:
         raise ConfigError('"draft_tensor_parallel_size" needs a "draft_device" such as "cuda:4": the first of as many devices.')
@@ -218,8 +225,7 @@ def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> C
     from vllm import envs
     from vllm.platforms import current_platform
 
-    on_cpu = double.draft_device == "cpu" or (double.draft_device == "auto" and current_platform.is_cpu())
-    if not on_cpu:
+    if not current_platform.is_cpu():
         if double.draft_cores is not None:
             raise ConfigError('"draft_cores" is for a draft on the CPU, and it runs on another device.')
         return None
@@ -227,7 +233,7 @@ def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> C
         split = split_cores(
             os.sched_getaffinity(0),
             draft=double.draft_cores,
-            target=envs.VLLM_CPU_OMP_THREADS_BIND if current_platform.is_cpu() else "nobind",
+            target=envs.VLLM_CPU_OMP_THREADS_BIND,
             num_draft=num_draft_ranks,
             num_ranks=num_ranks,
             topology=read_topology(),
@@ -236,6 +242,5 @@ def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> C
             raise ValueError(f"{len(split.draft)} core(s) cannot be divided among {num_draft_ranks} draft ranks.")
     except ValueError as error:
         raise ConfigError(f'"draft_cores": {error}') from None
-    if current_platform.is_cpu():
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = split.bind
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = split.bind
     return split

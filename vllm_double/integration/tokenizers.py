@@ -28,8 +28,11 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
         raise ConfigError(f'The draft model "{draft}" has another tokenizer than the target: {found}.')
 
 
-def check_datastore(target: ModelConfig, path: str) -> None:
-    """Raises ConfigError with one sentence where the file cannot be used or has another tokenizer."""
+def check_datastore(target: ModelConfig, path: str) -> tuple[str, str]:
+    """The file's absolute path and the fingerprint (hexadecimal) of its tokenizer, with which it is to be opened.
+
+    Raises ConfigError with one sentence where the file cannot be used or has another tokenizer.
+    """
     # Not at the top: it imports numba, and vLLM 0.31's workers fail in what llvmlite has put into sys.modules before them.
     from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint
 
@@ -39,6 +42,7 @@ def check_datastore(target: ModelConfig, path: str) -> None:
         raise ConfigError(str(error)) from None
     if datastore.header.vocab_size > target.get_vocab_size():
         raise ConfigError(f'The datastore "{path}" has token ids that the target has no embedding for.')
+    return str(Path(path).absolute()), datastore.header.fingerprint.hex()
 
 
 def _tokenizer_of(target: ModelConfig) -> Any:

@@ -8,10 +8,11 @@ import functools
 from collections.abc import Callable
 from typing import cast
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval._steps import _compiled, _part
+from vllm_double.retrieval._steps import _compiled, _part, _pointer
 
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
@@ -160,19 +161,24 @@ def _section(file: Ints, places: Longs, section: int) -> Ints:
 
 
 def _lookup(
-    file: Ints,
-    places: Longs,
-    context: Ints,
+    file_at: int,
+    num_words: int,
+    places_at: int,
+    context_at: int,
     num_context: int,
     max_match: int,
-    out: Ints,
+    out_at: int,
     max_tokens: int,
 ) -> tuple[int, int]:
-    """Continue context[:num_context], which has room for ``max_tokens`` more; fill out[0:3] with tokens, counts, totals.
+    """Continue context[:num_context], which has room for ``max_tokens`` more; fill out, int32 [n, 3], with token, count, total.
 
-    ``places`` has first and last byte of each section: one array costs a call less time than eight. Returns
-    (tokens found, match length).
+    Arrays come as addresses: to take one over from Python costs much of a short call. ``places``, int64 [sections, 2], has
+    first and last byte of each section. Returns (tokens found, match length).
     """
+    file = numba.carray(_pointer(file_at), (num_words,), np.int32)
+    places = numba.carray(_pointer(places_at), (NODES + 1, 2), np.int64)
+    context = numba.carray(_pointer(context_at), (num_context + max_tokens,), np.int32)
+    out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
     tokens = _section(file, places, TOKENS)
     starts = _section(file, places, STARTS)
     samples = file.view(np.uint8)[places[SAMPLES, 0] : places[SAMPLES, 1]].view(np.int64)
@@ -194,9 +200,9 @@ def _lookup(
             token, count, total, successor = _recall(anchors, nodes, (first + SCAN - 1) // SCAN * SCAN, length)
         if not 0 <= token < starts.size - 1 or total > order.size:
             return i, match_length  # a damaged file
-        out[0, i] = token
-        out[1, i] = count
-        out[2, i] = total
+        out[i, 0] = token
+        out[i, 1] = count
+        out[i, 2] = total
         context[num_context + i] = token
         if 0 <= successor < order.size:
             # The context grew by one. A longer one does not occur: without its last token it would have before.
@@ -210,5 +216,4 @@ def _lookup(
 @functools.cache
 def lookup_step() -> Callable[..., tuple[int, int]]:
     """The compiled lookup; compiles it, or loads what an earlier process compiled, once."""
-    signature = "UniTuple(int64, 2)(Array(int32, 1, 'C', True), int64[:, ::1], int32[::1], int64, int64, int32[:, ::1], int64)"
-    return cast(Callable[..., tuple[int, int]], _compiled(_lookup, signature))
+    return cast(Callable[..., tuple[int, int]], _compiled(_lookup, f"UniTuple(int64, 2)({', '.join(['int64'] * 8)})"))

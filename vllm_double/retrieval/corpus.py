@@ -18,7 +18,7 @@ Document = str | npt.NDArray[np.int64]
 
 # Text that is tokenized at once, in characters: enough for all cores.
 _BATCH = 1 << 20
-# Bytes of a text file that are one document; the rest of the line is added.
+# Characters of a text file that are one document; the rest of the line is added, up to as many.
 _PIECE = 1 << 20
 
 
@@ -37,7 +37,8 @@ def read_documents(inputs: Iterable[Path], tokenizer: Any, show_progress: bool =
     """Token ids of each document. Raises DatastoreError where an input cannot be read.
 
     A line of a .jsonl file is a document, {"text": ...} or {"token_ids": [...]}. Every other file is one document of text; a
-    long one is cut at a line end about every MiB. Of a folder all .jsonl and .txt files are read, in the order of their names.
+    long one is cut about every million characters, at a line end where there is one. Of a folder all .jsonl and .txt files are
+    read, in the order of their names.
     """
     files = [file for path in inputs for file in _files(path)]
     total = sum(file.stat().st_size for file in files)
@@ -76,18 +77,19 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> Iterator[tuple[int, Document]]:
     """(bytes read, document) of each document."""
-    with path.open("rb") as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
+    if path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
                 if not line.isspace():
                     yield len(line), _parsed(line, f'"{path}", line {number}')
-            return
-        while data := file.read(_PIECE):
-            data += file.readline()
-            try:
-                yield len(data), data.decode()
-            except UnicodeDecodeError:
-                raise DatastoreError(f'The input "{path}" is not UTF-8 text.') from None
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            while text := file.read(_PIECE):
+                text += file.readline(_PIECE)
+                yield len(text.encode()), text
+        except UnicodeDecodeError:
+            raise DatastoreError(f'The input "{path}" is not UTF-8 text.') from None
 
 
 def _parsed(line: bytes, place: str) -> Document:
@@ -98,9 +100,14 @@ def _parsed(line: bytes, place: str) -> Document:
     if not isinstance(fields, dict) or ("text" in fields) == ("token_ids" in fields):
         raise DatastoreError(f'The input {place} has not one of "text" and "token_ids".')
     if "text" in fields:
-        if not isinstance(fields["text"], str):
+        text = fields["text"]
+        if not isinstance(text, str):
             raise DatastoreError(f'The input {place} has a "text" that is no string.')
-        return str(fields["text"])
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can name halves of characters
+            raise DatastoreError(f'The input {place} has a "text" that is not Unicode.') from None
+        return text
     ids = fields["token_ids"]
     if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in ids):
         raise DatastoreError(f'The input {place} has "token_ids" that are not a list of token ids.')

@@ -49,7 +49,7 @@ from vllm_double.retrieval._datastore_steps import (
     TOKEN,
     lookup_step,
 )
-from vllm_double.retrieval.automaton import MAX_CONTINUATION
+from vllm_double.retrieval.automaton import MAX_CONTINUATION, Scratch
 from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
 __all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "fingerprint"]
@@ -166,7 +166,9 @@ class Header:
             1 <= header.max_match < MAX_DEPTH
             and 1 <= header.vocab_size <= MAX_VOCAB
             and header.num_documents >= 1
-            and 1 <= header.num_entries < header.num_tokens <= MAX_TOKENS
+            # All tokens are entries but the first of each document.
+            and 1 <= header.num_entries == header.num_corpus_tokens - header.num_documents
+            and header.num_tokens <= MAX_TOKENS
             and header.num_nodes <= header.num_entries
         ):
             raise DatastoreError("its header contradicts itself")
@@ -178,6 +180,33 @@ def _damaged(section: Section, file: mmap.mmap, checksum: int) -> bool:
     for start in range(section.offset, section.offset + section.num_bytes, _CHUNK):
         found = zlib.crc32(file[start : min(start + _CHUNK, section.offset + section.num_bytes)], found)
     return found != checksum
+
+
+def _bounds(header: Header) -> dict[str, tuple[Any, Any]]:
+    """The least and the greatest number of each section; of nodes, by column."""
+    entries, token, node = header.num_entries, header.vocab_size - 1, header.num_nodes - 1
+    columns = np.zeros((2, NUM_COLUMNS), np.int64)
+    for column, least, greatest in (
+        (FIRST, 0, entries - 1), (STOP, 1, entries), (DEPTH, 1, header.max_match), (COUNT, 1, entries), (TOKEN, 0, token),
+        (SUCCESSOR, NONE, entries - 1), (PARENT, NONE, node),
+    ):  # fmt: skip
+        columns[:, column] = least, greatest
+    return {
+        "tokens": (SEPARATOR, token),
+        "starts": (0, entries),
+        "samples": (1, 2**63 - 1),
+        "order": (2, header.num_tokens - 2),
+        "followers": (0, token),
+        "successors": (NONE, entries - 1),
+        "shared": (0, header.max_match),
+        "anchors": (NONE, node),
+        "nodes": (columns[0], columns[1]),
+    }
+
+
+def _exceeds(array: npt.NDArray[Any], least: Any, greatest: Any) -> bool:
+    parts = (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))
+    return any(bool((part < least).any() or (part > greatest).any()) for part in parts)
 
 
 def _innermost(nodes: list[list[int]], first: int, stop: int, depth: int) -> int:
@@ -214,23 +243,26 @@ class Datastore:
             )
             for section in self.header.sections
         }
-        self._words = np.frombuffer(self._file, "<i4")
+        words = np.frombuffer(self._file, "<i4")
         self._places = np.array([(section.offset, section.offset + section.num_bytes) for section in self.header.sections])
+        self._at = words.ctypes.data, len(words), self._places.ctypes.data
         self._max_match = self.header.max_match
 
     def verify(self) -> None:
-        """Compare all checksums. Raises DatastoreError that names the damaged sections."""
+        """Compare all checksums, and every number with what it can be. Raises DatastoreError that names the bad sections."""
         pairs = zip(self.header.sections, self.header.checksums, strict=True)
         damaged = [section.name for section, checksum in pairs if _damaged(section, self._file, checksum)]
         if damaged:
             raise DatastoreError(f'The datastore "{self.path}" is damaged: the checksum of {", ".join(damaged)} differs.')
+        bounds = _bounds(self.header)
+        wrong = ", ".join(name for name, array in self.sections.items() if _exceeds(array, *bounds[name]))
+        if wrong:
+            raise DatastoreError(f'The datastore "{self.path}" is made up: numbers in {wrong} are out of range.')
 
-    def match(self, context: Tokens, num_context: int, out: Tokens, max_tokens: int) -> tuple[int, int]:
-        """Continue context[:num_context]; see `DatastoreRetriever`. Returns (tokens found, match length).
-
-        ``context`` has room for ``max_tokens`` more, which are written to it; out, int32 [3, n], gets tokens, counts, totals.
-        """
-        return lookup_step()(self._words, self._places, context, num_context, self._max_match, out, max_tokens)
+    def match(self, scratch: Scratch, num_context: int, max_tokens: int) -> Continuation | None:
+        """Continue scratch.feed[:num_context], which has room for ``max_tokens`` more; see `DatastoreRetriever`."""
+        found = lookup_step()(*self._at, scratch.feed_at, num_context, self._max_match, scratch.out_at, max_tokens)
+        return scratch.continuation(*found)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the sections are not those of the documents. Slow, O(n^2): for tests."""
@@ -315,8 +347,7 @@ class DatastoreRetriever:
         self.max_match = datastore.header.max_match
         self._datastore = datastore
         self._requests: dict[int, _Request] = {}
-        self._context = np.empty(self.max_match + MAX_CONTINUATION, np.int32)
-        self._out = np.empty((3, MAX_CONTINUATION), np.int32)
+        self._scratch = Scratch(self.max_match + MAX_CONTINUATION)
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
         """Begin with a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
@@ -355,14 +386,11 @@ class DatastoreRetriever:
         num_tail = min(len(tail), self.max_match)
         num_recent = min(len(recent), self.max_match - num_tail)
         num_context = num_recent + num_tail
-        self._context[:num_recent] = recent[len(recent) - num_recent :]
+        feed = self._scratch.feed
+        feed[:num_recent] = recent[len(recent) - num_recent :]
         if num_tail:
-            self._context[num_recent:num_context] = tail[len(tail) - num_tail :]
-        num_found, match_length = self._datastore.match(self._context, num_context, self._out, max_tokens)
-        if num_found == 0:
-            return None
-        tokens, counts, totals = self._out[:, :num_found].tolist()
-        return Continuation(tokens, match_length, counts, totals)
+            feed[num_recent:num_context] = tail[len(tail) - num_tail :]
+        return self._datastore.match(self._scratch, num_context, max_tokens)
 
     def _append(self, request: _Request, tokens: Sequence[int] | Tokens) -> None:
         last = np.asarray(tokens[-self.max_match :], np.int32)

@@ -15,12 +15,13 @@ __all__ = ["Sources"]
 @dataclass(frozen=True, slots=True)
 class Sources:
     """context: a request's own text, with and without changes. history_tokens: of what earlier requests were answered; 0: none.
-    share_history: requests that name no tenant share a history. datastore: a file that `vllm-double datastore build` made."""
+    share_history: requests that name no tenant share a history. datastores: files that `vllm-double datastore build` made, each
+    with the fingerprint (hexadecimal) of the tokenizer that it must be of."""
 
     context: bool = True
     history_tokens: int = 0
     share_history: bool = False
-    datastore: str | None = None
+    datastores: tuple[tuple[str, str], ...] = ()
 
     def open(self) -> list[Retriever]:
         """The sources, each empty but for what lies on disk. Call `automaton.warm_up` before the first request.
@@ -33,6 +34,6 @@ class Sources:
             sources.extend((context, EditRetriever(context)))
         if self.history_tokens:
             sources.append(HistoryRetriever(self.history_tokens, share_unnamed=self.share_history))
-        if self.datastore is not None:
-            sources.append(DatastoreRetriever(Datastore(Path(self.datastore))))
+        for path, tokenizer in self.datastores:
+            sources.append(DatastoreRetriever(Datastore(Path(path), bytes.fromhex(tokenizer))))
         return sources
