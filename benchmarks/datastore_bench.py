@@ -3,11 +3,18 @@
 Corpus: copies of Python's standard library, one id per word, in documents of 2,000 tokens, in each of which a tenth of the
 tokens is replaced by others of the same text. Lookups continue contexts of one more such copy. Every lookup goes through
 Python, the pages of the file are in memory, and 16 tokens are asked for, 8 of the context are a tail.
+
+Beside it the command line: `vllm-double datastore build` from as many tokens of text, in a process of its own.
 """
 
 import argparse
 import gc
+import itertools
+import json
 import resource
+import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import rows
+from benchmarks import rows, workload
 from benchmarks.retrieval_bench import MAX_TOKENS, TAIL, standard_library_tokens
 from benchmarks.stats import quantile, quiet_median
 from vllm_double.retrieval import Continuation, Datastore, DatastoreRetriever, Tokens
@@ -29,6 +36,8 @@ REPLACED = 0.1
 LOOKUPS = 20_000
 WARM_UP = 20_000
 TOKENIZER = bytes(32)
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+BYTES_PER_TOKEN = 3  # of the bundled tokenizer, about
 
 
 def copy_of(text: Tokens, rng: np.random.Generator) -> Tokens:
@@ -110,6 +119,27 @@ def measure(text: Tokens, num_tokens: int, path: Path) -> dict[str, rows.Value]:
     }
 
 
+def build_from_text(num_tokens: int, folder: Path) -> dict[str, rows.Value]:
+    """What the command takes with the files of the standard library, over and over, as a .jsonl file."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(STDLIB.glob("*.py"))]
+    num_left = BYTES_PER_TOKEN * num_tokens
+    with (folder / "corpus.jsonl").open("w") as file:
+        for text in itertools.cycle(texts):
+            if num_left <= 0:
+                break
+            num_left -= file.write(json.dumps({"text": text}) + "\n")
+    command = [sys.executable, "-m", "vllm_double.cli", "datastore", "build", "--tokenizer", str(workload.TARGET)]
+    command += ["--input", str(folder / "corpus.jsonl"), "--output", str(folder / "text")]
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - begin
+    return {
+        "text_tokens": Datastore(folder / "text").header.num_corpus_tokens,
+        "text_build_s": seconds,
+        "text_peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+    }
+
+
 def main() -> None:
     """Prints a table and appends one row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,6 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(text, Path(folder))
         row = measure(text, options.tokens, Path(folder) / "store")
+        row |= build_from_text(options.tokens, Path(folder))
     for name, value in row.items():
         print(f"{name:16} {value:12.2f}")
     rows.append(options.output, row | rows.provenance("benchmarks.datastore_bench"))

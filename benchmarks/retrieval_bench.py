@@ -4,15 +4,16 @@ Text: the words of Python's standard library, one id each (repetitive, as code i
 (hardly repetitive); a loop of 7 tokens such as a model falls into (as repetitive as can be).
 
 Then the same beside the suffix cache of vLLM's method "suffix", where arctic-inference is installed
-(scripts/install-suffix.sh), as vLLM sets it up: one request of a million tokens, each in a process of its own,
-whose growth is the memory. And a history of ten million tokens in answers of 500. These are rows of results/retrieval.csv.
+(scripts/install-suffix.sh): one request of a million tokens, for which the cache is told to keep no others; and a request
+beside ten million tokens of earlier answers, 500 each, which both sides keep besides the request's own text. Each in a
+process of its own, whose growth is the memory. These are rows of results/retrieval.csv.
 """
 
 import argparse
 import re
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -136,10 +137,12 @@ class Context:
 class Arctic:
     """One request in the suffix cache of arctic-inference."""
 
+    num_cached = 0
+
     def __init__(self) -> None:
         from arctic_inference.suffix_decoding import SuffixDecodingCache
 
-        self._cache: Any = SuffixDecodingCache(max_tree_depth=SUFFIX_DEPTH, max_cached_requests=10_000)
+        self._cache: Any = SuffixDecodingCache(max_tree_depth=SUFFIX_DEPTH, max_cached_requests=self.num_cached)
 
     def start(self, prompt: Tokens) -> None:
         self._cache.start_request(0, prompt)
@@ -151,6 +154,12 @@ class Arctic:
         return list(self._cache.speculate(0, last, max_spec_tokens=MAX_TOKENS).token_ids)
 
 
+def answers(text: Tokens) -> Iterator[tuple[int, list[int]]]:
+    """A key, not 0, and the tokens of each."""
+    for key, end in enumerate(range(ANSWER, len(text) + 1, ANSWER), 1):
+        yield key, text[end - ANSWER : end].tolist()
+
+
 class History:
     """A request of a tenant whose earlier ones were answered with the whole text."""
 
@@ -159,9 +168,9 @@ class History:
         self._retriever = HistoryRetriever(HISTORY + HISTORY // ANSWER)
 
     def start(self, prompt: Tokens) -> None:
-        for key, end in enumerate(range(ANSWER, len(prompt) + 1, ANSWER), 1):
+        for key, answer in answers(prompt):
             self._retriever.start(key, prompt[:0], "tenant")
-            self._retriever.extend(key, prompt[end - ANSWER : end].tolist())
+            self._retriever.extend(key, answer)
             self._retriever.stop(key, keep=True)
             self._retriever.work(2 * ANSWER)
         self._retriever.start(0, prompt[-32:], "tenant")
@@ -174,7 +183,41 @@ class History:
         return [] if found is None else found.tokens
 
 
-def beside(kind: type[Context] | type[Arctic] | type[History], text: Tokens) -> dict[str, rows.Value]:
+class ContextAndHistory:
+    """The same request with its own text."""
+
+    def __init__(self) -> None:
+        self._context, self._history = Context(), History()
+
+    def start(self, prompt: Tokens) -> None:
+        self._history.start(prompt)
+        self._context.start(prompt[-32:])
+
+    def append(self, token: int) -> None:
+        self._context.append(token)
+        self._history.append(token)
+
+    def continue_from(self, last: Tokens) -> list[int]:
+        return max(self._context.continue_from(last), self._history.continue_from(last), key=len)
+
+
+class ArcticAndAnswers(Arctic):
+    """A request in the suffix cache that has seen all answers, which it looks up together."""
+
+    num_cached = HISTORY // ANSWER + 1
+
+    def start(self, prompt: Tokens) -> None:
+        for key, answer in answers(prompt):
+            self._cache.start_request(key, prompt[:0])
+            self._cache.add_active_response(key, answer)
+            self._cache.stop_request(key)
+        self._cache.start_request(0, prompt[-32:])
+
+
+Kind = type[Context | Arctic | History | ContextAndHistory]
+
+
+def beside(kind: Kind, text: Tokens) -> dict[str, rows.Value]:
     """Figures of a prompt, and then of appending and continuing by turns."""
     num_tokens = len(text) - CALLS - MAX_TOKENS
     one, memory, clock = kind(), psutil.Process().memory_info, time.perf_counter_ns
@@ -210,11 +253,11 @@ def beside(kind: type[Context] | type[Arctic] | type[History], text: Tokens) -> 
 
 def compare(output: Path) -> None:
     """Print and file a row for each source and text; the suffix cache where it is installed."""
-    kinds: list[type[Context] | type[Arctic]] = [Context, Arctic] if find_spec("arctic_inference") is not None else [Context]
-    cases: list[tuple[str, type[Context] | type[Arctic] | type[History], Tokens]] = [
-        (name, kind, text) for name, text in texts(PROMPT + CALLS + MAX_TOKENS).items() for kind in kinds
-    ]
-    cases.append(("copies", History, copies(HISTORY + CALLS + MAX_TOKENS)))
+    has_arctic = find_spec("arctic_inference") is not None
+    kinds: list[Kind] = [Context, Arctic] if has_arctic else [Context]
+    cases = [(name, kind, text) for name, text in texts(PROMPT + CALLS + MAX_TOKENS).items() for kind in kinds]
+    kinds = [History, ContextAndHistory, ArcticAndAnswers] if has_arctic else [History, ContextAndHistory]
+    cases += [("copies", kind, copies(HISTORY + CALLS + MAX_TOKENS)) for kind in kinds]
     print()
     for name, kind, text in cases:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:

@@ -23,6 +23,7 @@ __all__ = ["Address", "Answer", "Endpoint", "ask", "find"]
 _logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1.0
+_RETRY_S = 0.1
 _LONGEST_QUESTION = 1 << 16
 _PEER = struct.Struct("iII")  # process, user and group, as SO_PEERCRED gives them
 _LISTED = re.compile(r" @vllm-double-([0-9a-f]+)-(\d+)$")
@@ -57,6 +58,7 @@ class Endpoint:
 
     def __init__(self, address: Address, answer: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
         self._answer = answer
+        self._closing = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(address.name)
         self._socket.listen(8)
@@ -66,8 +68,10 @@ class Endpoint:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or out of file descriptors for a moment
+                if self._closing.wait(_RETRY_S):
+                    return
+                continue
             with connection:
                 try:
                     connection.settimeout(_TIMEOUT_S)
@@ -79,6 +83,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Stop answering."""
+        self._closing.set()
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 

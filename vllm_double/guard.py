@@ -9,6 +9,7 @@ state that an exception leaves behind.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ class GuardedProposer:
         self._proposer = proposer
         self._is_drafting = True
         self._dormant: dict[str, RequestParams] = {}  # live requests that the proposer does not know
+        self._suspects: set[str] = set()  # requests whose latest admission failed
         self._judged = self._totals()
 
     @property
@@ -86,11 +88,16 @@ class GuardedProposer:
             with self.guard():
                 self._proposer.finish(request_id)
         self._dormant.pop(request_id, None)
+        self._suspects.discard(request_id)
 
     def forget_history(self) -> None:
         """See Proposer.forget_history."""
         with self.guard():
             self._proposer.forget_history()
+
+    def forget_step_cost(self) -> None:
+        """See Proposer.forget_step_cost."""
+        self._proposer.forget_step_cost()
 
     def reset_prefix_cache(self) -> None:
         """See Proposer.reset_prefix_cache."""
@@ -157,5 +164,11 @@ class GuardedProposer:
                 self._wake(row.request_id, row.tokens[: len(row.tokens) - row.num_sampled])
 
     def _wake(self, request_id: str, tokens: npt.NDArray[np.int32]) -> None:
-        self._proposer.admit(request_id, tokens, self._dormant[request_id])
+        params = self._dormant[request_id]
+        if request_id in self._suspects:
+            # Where it fails again it goes without drafts from now on: at every trial it would take all others' with it.
+            self._dormant[request_id] = replace(params, use_drafts=False)
+        self._suspects.add(request_id)
+        self._proposer.admit(request_id, tokens, params)
+        self._suspects.discard(request_id)
         del self._dormant[request_id]

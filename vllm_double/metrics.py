@@ -6,7 +6,8 @@ with several front ends, the default with data parallelism, makes each of its pa
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -59,6 +60,8 @@ _COUNTERS = {
     "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
 }
 _WORKER_GAUGES = frozenset({"requests"})
+_TIMEOUT_S = 0.5
+_SILENCE_S = 30.0  # that a silent engine is not asked for
 
 
 def snapshot(
@@ -140,20 +143,29 @@ def families(pictures: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric]
 
 
 class _DoubleCollector(Collector):
-    """Asks every engine for its snapshot when the page is scraped; an engine that does not answer is left out."""
+    """Asks every engine for its snapshot when the page is scraped; an engine that does not answer is left out, for a while.
 
-    def __init__(self, key: str, num_engines: int) -> None:
+    The server answers nobody else meanwhile, so one that is there but stays silent is not waited for at every scrape.
+    """
+
+    def __init__(self, key: str, num_engines: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._key = key
         self._num_engines = num_engines
+        self._clock = clock
+        self._ask_again_at = [float("-inf")] * num_engines
 
     def describe(self) -> Iterable[Metric]:
         return []  # nothing is asked before the first scrape
 
     def collect(self) -> Iterator[Metric]:
         pictures = []
-        for engine in range(self._num_engines):
+        for engine, at in enumerate(self._ask_again_at):
+            if self._clock() < at:
+                continue
             try:
-                pictures.append((str(engine), ask(Address(self._key, engine)).values))
+                pictures.append((str(engine), ask(Address(self._key, engine), timeout_s=_TIMEOUT_S).values))
+            except TimeoutError:
+                self._ask_again_at[engine] = self._clock() + _SILENCE_S
             except (OSError, ValueError):
                 continue
         return families(pictures)

@@ -61,11 +61,11 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
                 raw.setdefault(key, value)
         raw.update(target_model_config=target_model_config, target_parallel_config=target_parallel_config)
         config = build(raw)
-        if getattr(engine_args, "async_scheduling", None):
-            raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
         if config is None:
             _logger.info('method double is switched off ("enabled": false): this is plain vLLM')
             return None
+        if getattr(engine_args, "async_scheduling", None):
+            raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
         # Not every vLLM turns it off by itself for a speculator of its V2 runner that it does not know.
         engine_args.async_scheduling = False
         _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")

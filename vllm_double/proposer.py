@@ -5,6 +5,7 @@ Knows neither vLLM nor Ray nor a clock: the integration hands in rows, the worke
 
 import itertools
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _INDEX_TOKENS_PER_ROUND = 2048
 _ADMIT_TOKENS_PER_COMMAND = 8192
 _ADMIT_TOKENS_PER_ROUND = 65536
 _DRAIN_BYTES_PER_ROUND = 1 << 20
+_MAX_STOPS = 1024  # that the worker is told of: what it drafts behind others is of no use, and harmless
 _CHILDREN_READ = 3  # of a drafted node: a less probable one is never the best way on
 _MIN_REACH = 0.01  # a retrieved path is taken no further than this
 _PLACE_TOKENS = 8  # a place in the text is known again by so many tokens before it
@@ -84,11 +86,14 @@ class _Request:
 
 
 class Proposer:
-    """All live requests of one engine. ``end`` is None where retrieval alone drafts. ``clock`` gives seconds."""
+    """All live requests of one engine. ``end`` is None where retrieval alone drafts. ``clock`` gives seconds.
+
+    ``vocab_size``: of the target; prompts can hold ids beyond it (of images, say), which are not offered.
+    """
 
     def __init__(
         self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
-        clock: Callable[[], float],
+        clock: Callable[[], float], vocab_size: int = sys.maxsize,
     ) -> None:  # fmt: skip
         self.counters = Counters()
         self.calibration = Calibration()
@@ -97,6 +102,7 @@ class Proposer:
         self._end = end
         self._retrievers = list(retrievers)
         self._clock = clock
+        self._vocab_size = vocab_size
         self._requests: dict[str, _Request] = {}
         self._by_handle: dict[int, _Request] = {}
         self._to_say: list[Release | Forget] = []
@@ -135,6 +141,10 @@ class Proposer:
         if Forget() not in self._to_say:  # some load weights one by one
             self._to_say.append(Forget())
         self.reset_prefix_cache()
+
+    def forget_step_cost(self) -> None:
+        """What steps have cost so far tells nothing of those to come."""
+        self.step_cost = StepCost()
 
     def reset_prefix_cache(self) -> None:
         """What the draft has read so far is not found by requests that are admitted to it from now on."""
@@ -308,7 +318,7 @@ class Proposer:
         for token, raw in zip(found.tokens, found.beliefs, strict=True):
             prob = curve[int(raw * NUM_BUCKETS)]
             reach *= prob
-            if reach < _MIN_REACH:
+            if reach < _MIN_REACH or token >= self._vocab_size:
                 break
             if request.refused:
                 place_tokens.append(token)
@@ -339,7 +349,10 @@ class Proposer:
     def _admit_to_worker(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
         """Admit under a fresh handle, so that records of an earlier admission cannot be mistaken; chunk by chunk."""
         end = self._end
-        if end is None or not request.params.use_worker or end.session == 0 or self._admit_budget < 0:
+        if end is None or not request.params.use_worker or self._admit_budget < 0:
+            return
+        session = end.session
+        if session == 0:
             return
         self._admit_budget -= len(tokens)
         if request.handle:
@@ -356,14 +369,18 @@ class Proposer:
                 tokens[:chunk],
                 params.temperature,
                 params.max_length,
-                tuple(params.stop_token_ids),
+                tuple(itertools.islice(params.stop_token_ids, _MAX_STOPS)),
                 params.tenant or "",
                 self._epoch,
             )
         ):
             del self._by_handle[handle]
             return
-        request.session, request.told = end.session, len(tokens)
+        if end.session != session:  # another worker came meanwhile: which of the two was told?
+            del self._by_handle[handle]
+            self._to_say.append(Release(handle, keep=False))
+            return
+        request.session, request.told = session, len(tokens)
         for start in range(chunk, len(tokens), chunk):
             if not end.send(Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32))):
                 self._dismiss(request)

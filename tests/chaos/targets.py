@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 class Target:
     """A running chaos_target.py and what it has said last."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, cwd: Path | None = None, **settings: Any) -> None:
         defaults = {
             "factory": "chaos_factory:build",
             "draft_cores": (max(os.sched_getaffinity(0)),),
@@ -39,6 +39,7 @@ class Target:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=cwd,
             env={**os.environ, MARKER: self.run.token, "PYTHONPATH": path},
         )
         self.log: list[str] = []

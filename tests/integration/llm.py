@@ -57,6 +57,9 @@ def sample(name: str) -> float:
 def ask(llm: Any) -> Texts:
     """Texts under every condition of a row that V1 knows."""
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    regex = StructuredOutputsParams(regex=r"( *(self\.)?[a-z_]+ = [a-z_]+\(([a-z_]+, )*[a-z_]+\)\n){1,8}")
 
     def run(texts: list[str], *params: SamplingParams) -> list[list[int]]:
         return generate(llm, texts, list(params) * (len(texts) // len(params)))
@@ -82,6 +85,7 @@ def ask(llm: Any) -> Texts:
             for output in llm.generate(some[:4], SamplingParams(temperature=0, max_tokens=40, stop=["return"]), use_tqdm=False)
             for one in output.outputs
         ],
+        "structured": run(some[:4], SamplingParams(temperature=0, max_tokens=40, structured_outputs=regex)),
         "logprobs": run(some[:2], SamplingParams(temperature=0, max_tokens=24, logprobs=2)),
         "seeded": [
             text for seed in (1, 2) for text in run([some[0]], SamplingParams(temperature=0.8, max_tokens=32, seed=seed))

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.draft.affinity import CoreSplit
-from vllm_double.integration import engine_core, front_end, rank, speculative_config, v1
+from vllm_double.integration import engine_core, front_end, launch, rank, speculative_config, v1
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
 from vllm_double.proposer import RequestParams
 
@@ -326,7 +326,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
             raise RuntimeError("half way")
         return "done"
 
-    for name in ("reload_weights", "update_weights", "finish_weight_update", "sleep", "add_lora"):
+    for name in ("compile_or_warm_up_model", "reload_weights", "update_weights", "finish_weight_update", "sleep", "add_lora"):
         monkeypatch.setattr(Worker, name, act)
     rank.wrap_worker()
     rank.wrap_worker()
@@ -372,3 +372,19 @@ def test_history_goes_when_weights_are_loaded_past_vllm(worker: Any) -> None:
     assert worker.forgot == 0
     assert model.load_weights(iter(["a"])) == {"a"}
     assert worker.forgot == 1
+
+
+def test_the_draft_is_loaded_while_the_target_measures_memory_or_warm_up_counts_as_steps(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[object, str]] = []
+    monkeypatch.setattr(launch, "DraftSupervisor", lambda settings, address: started.append((settings, address)) or object())
+    made = object.__new__(launch.Launch)
+    made._settings, made._end, made._supervisor = "settings", SimpleNamespace(address="here"), None  # type: ignore[assignment]
+    forgot: list[bool] = []
+    drafter = worker.model_runner.drafter
+    drafter._launch, drafter._proposer = made, SimpleNamespace(forget_step_cost=lambda: forgot.append(True))
+    assert started == []
+    for _ in range(2):
+        assert worker.compile_or_warm_up_model() == "done"
+    assert started == [("settings", "here")] and forgot == [True, True]

@@ -20,8 +20,12 @@ START_S = 180.0
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[Target]:
-    target = Target()
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """Started where a folder is called like what the worker imports."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    (cwd / "numpy").mkdir()
+    (cwd / "numpy" / "__init__.py").write_text("raise ImportError('the one of the working directory')")
+    target = Target(cwd)
     try:
         target.wait_for(beating, START_S)
         yield target

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,3 +165,17 @@ def test_reading_the_configuration_imports_numba() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip().endswith("set()"), done.stdout
+
+
+def test_a_draft_on_the_cpu_beside_a_target_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_double.integration.speculative_config import _check_device
+
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(device_type="cuda", is_cpu=lambda: False))
+    with pytest.raises(ConfigError, match="this vLLM is built for cuda"):
+        _check_device("cpu", 1, 1)
+    _check_device("auto", 1, 1)
+
+
+def test_drafting_that_is_switched_off_asks_for_synchronous_scheduling() -> None:
+    config = create({"double": {"enabled": False}}, async_scheduling=True)
+    assert config.speculative_config is None  # type: ignore[attr-defined]

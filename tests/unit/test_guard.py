@@ -470,3 +470,27 @@ def test_a_reset_of_the_prefix_cache_stops_at_the_guard() -> None:
     world = Guarded()
     world.guarded.reset_prefix_cache()
     assert world.inner._epoch == 1
+
+
+def test_a_request_that_cannot_be_admitted_takes_everybodys_drafts_for_ever() -> None:
+    world = Guarded()
+    admit = world.inner.admit
+
+    def refuse(name: str, tokens: Any, params: Any) -> None:
+        if name == "poison" and params.use_drafts:
+            raise RuntimeError("something of ours")
+        admit(name, tokens, params)
+
+    world.inner.admit = refuse  # type: ignore[method-assign]
+    world.admit("r", [1, 5])
+    world.run(3)
+    world.admit("poison", [2, 5])
+    for _ in range(2):
+        world.step()
+        assert not any(world.chains.values())
+        world.now += MOST_S
+    accepted = world.accepted()
+    world.run(6)
+    assert world.accepted() > accepted and world.guarded.counters.failures == 2
+    assert not world.chains["poison"]
+    world.check_texts({"r": [1, 5], "poison": [2, 5]})

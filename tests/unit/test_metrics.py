@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_double import metrics
 from vllm_double.counters import Counters
 from vllm_double.endpoint import Address, Endpoint
 from vllm_double.metrics import _DoubleCollector, snapshot
@@ -117,3 +119,22 @@ for engine in ("0", "1"):
 """.replace("%s", secrets.token_hex(8))
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_silent_engine_is_waited_for_at_every_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, now = [], 0.0
+
+    def ask(address: Address, timeout_s: float) -> Any:
+        asked.append(address.engine)
+        if address.engine == 0:
+            raise TimeoutError
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(metrics, "ask", ask)
+    collector = _DoubleCollector("00", 2, lambda: now)
+    for _ in range(3):
+        list(collector.collect())
+    assert asked == [0, 1, 1, 1]
+    now = 31.0
+    list(collector.collect())
+    assert asked[4:] == [0, 1]

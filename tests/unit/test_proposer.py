@@ -12,7 +12,9 @@ from vllm_double.draft.worker import DraftWorker
 from vllm_double.proposer import Proposer, RequestParams, Row
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.inprocess import Faults, in_process_pair
+from vllm_double.transport.messages import Admit
 
 VOCAB = 24
 PARAMS = RequestParams(temperature=0.0, max_length=200, stop_token_ids=frozenset())
@@ -441,7 +443,7 @@ def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
     world = World()
 
     def sources(of: str) -> list[Retriever]:
-        return [ContextRetriever(), HistoryRetriever(1000)] if of == side else []
+        return Sources(history_tokens=1000).open() if of == side else []
 
     def target(context: Sequence[int]) -> np.ndarray:
         return 9 * np.eye(VOCAB)[secret[(secret.index(context[-1]) + 1) % 9] if context[-1] in secret else 20]
@@ -475,3 +477,38 @@ def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
         stack.extend(node.children.values())
     assert (set(chain) & set(secret[4:]) != set()) == (is_offered and side == "target")
     assert (read & set(secret[4:]) != set()) == is_offered
+
+
+def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:
+    world = World()
+    world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(range(VOCAB, 100_000))))
+    world.step()
+    world.step()
+    assert len(world.worker.frontier) == 1 and world.chains["r"]
+
+
+def test_ids_beyond_the_vocabulary_are_offered() -> None:
+    proposer = Proposer(8, None, [ContextRetriever()], Ticks(), vocab_size=20)
+    text = np.array([1, 2, 3, 4, 900, 901, 1, 2, 3], np.int32)
+    proposer.admit("r", text[:-1], PARAMS)
+    assert proposer.propose([Row("r", text, 1, ())]) == [[4]]
+
+
+def test_a_worker_that_comes_in_the_middle_of_an_admission_leaves_a_request_without_drafts() -> None:
+    world = World()
+    send = world.target_end.send
+    world.admit("r", [1, 5])
+    world.step()
+    world.restart_worker()
+    sent: list[object] = []
+
+    def interrupted(command: object) -> bool:
+        sent.append(command)
+        if isinstance(command, Admit) and len(sent) == 1:
+            world.restart_worker()
+        return send(command)  # type: ignore[arg-type]
+
+    world.target_end.send = interrupted  # type: ignore[method-assign, assignment]
+    for _ in range(6):
+        world.step()
+    assert len(world.worker.frontier) == 1 and world.chains["r"]

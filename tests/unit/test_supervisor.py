@@ -257,3 +257,33 @@ def test_a_session_is_killed_with_its_orphans() -> None:
     assert len(processes.session_members(leader.pid)) == 1
     assert processes.kill_session(leader.pid)
     assert processes.session_members(leader.pid) == []
+
+
+def test_a_host_that_cannot_be_watched_is_the_last_one(
+    stop_at_end: list[DraftSupervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(([], 0.0, 1))
+    wait = FakeHost.wait
+
+    def fail_once(self: FakeHost, on_line: Callable[[str], None]) -> int:
+        monkeypatch.setattr(FakeHost, "wait", wait)
+        raise RuntimeError("somebody cleaned up at the same time")
+
+    monkeypatch.setattr(FakeHost, "wait", fail_once)
+    stop_at_end.append(supervisor := world.supervise())
+    world.wait_until_running()
+    assert supervisor.starts == 2
+
+
+def test_who_cleans_up_at_the_same_time_stops_the_cleaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        (tmp_path / f"segments-{number}").write_text(str(tmp_path / f"mapped {number}"))
+        (tmp_path / f"mapped {number}").touch()
+
+    def is_gone(pid: int) -> bool:
+        (tmp_path / "segments-1").unlink(missing_ok=True)
+        return True
+
+    monkeypatch.setattr(processes, "is_gone", is_gone)
+    processes.remove_segments(str(tmp_path))
+    assert not (tmp_path / "segments-2").exists() and not (tmp_path / "mapped 2").exists()

@@ -1,5 +1,6 @@
 """The command that turns drafting off and on, from the command line to an engine's endpoint."""
 
+import errno
 import os
 import secrets
 import socket
@@ -248,3 +249,17 @@ def test_the_endpoint_answers_somebody_else_with_the_engines_numbers_only() -> N
     numbers.close()
     with pytest.raises(OSError, match="refused"):
         ask(Address(key, 3))
+
+
+def test_an_endpoint_that_could_not_accept_once_is_silent_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, accept = secrets.token_hex(8), socket.socket.accept
+    endpoint = Endpoint(Address(key, 0), lambda command, who: {"is": "there"})
+
+    def fail_once(self: socket.socket) -> Any:
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", fail_once)
+    assert [ask(Address(key, 0)).values for _ in range(2)] == [{"is": "there"}] * 2
+    assert socket.socket.accept is accept, "it never failed"
+    endpoint.close()

@@ -35,6 +35,8 @@ _OBJECT_STORE_BYTES = 75 << 20  # Ray's minimum; nothing of ours goes through it
 _LOOK_EVERY_S = 0.25
 _PING_EVERY_S = 10.0
 _PING_TIMEOUT_S = 60.0
+# Of the server's environment, as in vLLM's own Ray executor.
+_PASSED_ON = ("HF_", "HUGGING_FACE_", "NCCL_", "TRANSFORMERS_", "VLLM_")
 
 
 class UnreachableError(Exception):
@@ -52,8 +54,13 @@ class DraftActor:
     """
 
     def __init__(
-        self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str, rank: int, meeting: str
-    ) -> None:
+        self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str, rank: int, meeting: str,
+        host_directory: str, host_environment: dict[str, str],
+    ) -> None:  # fmt: skip
+        # Ray puts these first. Folders there may be called vllm or torch, and ours holds modules with names as plain.
+        for folder in (host_directory, str(Path(__file__).parent)):
+            if folder in sys.path[:2]:
+                sys.path.remove(folder)
         self._settings = HostSettings.from_json(settings_json)
         self._address = address
         self._rank = rank
@@ -65,9 +72,12 @@ class DraftActor:
         note_process(runtime_dir)
         _join_log(log_path)
         # A cluster's workers have its raylet's environment, not our host's.
+        os.environ.update(host_environment)
         devices = self._settings.devices_of(rank)
         if devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices
+        if self._settings.num_ranks > 1 and os.access(runtime_dir, os.W_OK):
+            os.environ["VLLM_RPC_BASE_PATH"] = runtime_dir  # vLLM's ranks leave sockets there
         if self._cores is not None:
             bind_all_threads(self._cores)  # those that Ray has started, too
             os.environ["OMP_NUM_THREADS"] = str(len(self._cores))
@@ -96,9 +106,12 @@ class DraftActor:
             if self._cores is not None and (torch := sys.modules.get("torch")) is not None:
                 # In this thread: OpenMP keeps the number of threads per thread.
                 torch.set_num_threads(len(self._cores))
-            worker = build({**self._settings.worker, "address": self._address, "rank": self._rank, "meeting": self._meeting})
-            if self._settings.num_ranks > 1:
-                note_segments(self._runtime_dir)
+            settings = self._settings.worker
+            try:
+                worker = build({**settings, "address": self._address, "rank": self._rank, "meeting": self._meeting})
+            finally:
+                if self._settings.num_ranks > 1:
+                    note_segments(self._runtime_dir)
             self._state = "up"
             worker.run(lambda: not self._target.alive())
         finally:
@@ -133,6 +146,7 @@ class Cluster:
         self._num_starts += 1
         meeting = str(Path(runtime_dir, f"ranks-{self._num_starts}"))
         log_path = f"/proc/{os.getpid()}/fd/1"
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         actor_class: Any = DraftActor
         group, handles = None, []
         try:
@@ -145,7 +159,7 @@ class Cluster:
                 strategies = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(settings.num_ranks)]
             handles = [
                 actor_class.options(num_cpus=settings.ray_num_cpus, scheduling_strategy=strategy).remote(
-                    settings.to_json(), address, target_pid, runtime_dir, log_path, rank, meeting
+                    settings.to_json(), address, target_pid, runtime_dir, log_path, rank, meeting, str(Path.cwd()), environment
                 )
                 for rank, strategy in enumerate(strategies)
             ]

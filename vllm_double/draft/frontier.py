@@ -304,6 +304,7 @@ class Frontier:
         records = np.zeros(len(nodes), dtype=NODE_DTYPE)
         if not nodes:
             return records
+        probs = np.nan_to_num(probs)  # a draft that overflows says nothing
         log_probs = np.log(np.maximum(probs, 1e-9)).tolist()
         token_lists = tokens.tolist()
         for index, (request, node) in enumerate(nodes):

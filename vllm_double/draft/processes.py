@@ -118,9 +118,10 @@ def remove_segments(folder: str) -> None:
     """Removes the segments that are noted there of processes that are gone."""
     for note in Path(folder).glob(f"{_SEGMENTS}*"):
         if is_gone(int(note.name.removeprefix(_SEGMENTS))):
-            for name in note.read_text().splitlines():
-                Path(name).unlink(missing_ok=True)
-            note.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # somebody else cleans up at the same time
+                for name in note.read_text().splitlines():
+                    Path(name).unlink(missing_ok=True)
+                note.unlink()
 
 
 def remove_runtime(folder: str) -> None:

@@ -201,7 +201,12 @@ class DraftSupervisor:
             return 1
         if self._stopping.is_set():  # stop() may have looked for a host just before there was one
             host.stop(_STOP_S)
-        return host.wait(self._on_line)
+        try:
+            return host.wait(self._on_line)
+        except Exception:
+            logger.exception("The draft's host is given up")
+            host.stop(_STOP_S)
+            return 1
 
     def _on_line(self, line: str) -> None:
         if not line.startswith(MARK):

@@ -50,6 +50,12 @@ class TargetRank:
         if self._proposer is not None:
             self._proposer.forget_history()
 
+    def begin_service(self) -> None:
+        """The target has taken its memory and has warmed up."""
+        if self._launch is not None and self._proposer is not None:
+            self._launch.start_draft()
+            self._proposer.forget_step_cost()  # vLLM compiles in the steps by which it warms up
+
     def begin_step(self, scheduler_output: Any, text_of: Callable[[Any], npt.NDArray[np.int32] | None]) -> None:
         """Before a target forward: requests that ended, requests that are new.
 
@@ -129,15 +135,24 @@ def _is_output_rank() -> bool:
 
 
 def wrap_worker() -> None:
-    """Wrap the methods of the worker's class that change the target's weights, once per process: history is forgotten then."""
+    """Wrap methods of the worker's class, once per process: where the target's weights change, history is forgotten."""
     if getattr(Worker.reload_weights, MARK, False):
         return
 
-    def forget(worker: Any, *args: Any, **kwargs: Any) -> None:
+    def rank_of(worker: Any) -> TargetRank | None:
         for name in ("drafter", "speculator"):  # the V1 runner's and the V2 runner's
             rank = getattr(worker.model_runner, name, None)
             if isinstance(rank, TargetRank):
-                rank.forget_history()
+                return rank
+        return None
+
+    def begin_service(worker: Any) -> None:
+        if (rank := rank_of(worker)) is not None:
+            rank.begin_service()
+
+    def forget(worker: Any, *args: Any, **kwargs: Any) -> None:
+        if (rank := rank_of(worker)) is not None:
+            rank.forget_history()
 
     def forget_if_lost(worker: Any, level: int = 1) -> None:
         if level > 1:
@@ -147,6 +162,7 @@ def wrap_worker() -> None:
         if lora_request.load_inplace:
             forget(worker)
 
+    Worker.compile_or_warm_up_model = then(Worker.compile_or_warm_up_model, begin_service)
     Worker.reload_weights = then(Worker.reload_weights, forget)
     Worker.update_weights = then(Worker.update_weights, forget)
     Worker.finish_weight_update = then(Worker.finish_weight_update, forget)
