@@ -85,7 +85,7 @@ def ask(llm: Any) -> Texts:
             for output in llm.generate(some[:4], SamplingParams(temperature=0, max_tokens=40, stop=["return"]), use_tqdm=False)
             for one in output.outputs
         ],
-        "structured": run(some[:4], SamplingParams(temperature=0, max_tokens=40, structured_outputs=regex)),
+        "structured": run(some[:2], SamplingParams(temperature=0, max_tokens=24, structured_outputs=regex)),
         "logprobs": run(some[:2], SamplingParams(temperature=0, max_tokens=24, logprobs=2)),
         "seeded": [
             text for seed in (1, 2) for text in run([some[0]], SamplingParams(temperature=0.8, max_tokens=32, seed=seed))

@@ -76,6 +76,13 @@ class Probe:
         steps, self._probe_steps = self._probe_steps, []
         return steps
 
+    def probe_masks_of_int(self) -> None:
+        """Triton's interpreter stores under masks of bool alone; vLLM's kernel for grammars has one of int32, of 0 and 1."""
+        from triton._C.libtriton import interpreter
+
+        store = interpreter.store
+        interpreter.store = lambda pointers, values, mask: store(pointers, values, mask.astype(bool))
+
     def probe_epoch(self) -> int:
         """Of the draft's prefix cache: that in which the last request was admitted, unless the weights changed since."""
         return int(self._rank._proposer._proposer._epoch)

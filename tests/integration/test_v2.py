@@ -22,13 +22,13 @@ SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 
 def test_texts_are_not_those_of_plain_vllm_on_v1(monkeypatch: pytest.MonkeyPatch, plain: Texts) -> None:
     """In every row case, under preemption and chunked prefill; and a row without drafts costs no query token."""
-    # vLLM's kernel for the masks of grammars cannot be interpreted, so structured output is not among these.
     from vllm import SamplingParams
 
     monkeypatch.setenv(SWITCH, "1")
     settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
     with engine(double(), worker_extension_cls="tests.integration.probe.Probe", **settings) as llm:
         assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
+        llm.collective_rpc("probe_masks_of_int")
         found = ask(llm)
         assert sample("accepted_tokens_total") > 0
         assert sample("committed_tokens_total") / sample("request_forwards_total") > 1.05
