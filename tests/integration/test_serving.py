@@ -22,13 +22,13 @@ class TestWithDraft:
             yield llm
 
     def test_texts_differ_from_plain_vllm(self, plain: Texts, llm: Any) -> None:
-        names = ("hits", "harvests", "accepted_tokens", "request_forwards", "committed_tokens")
+        names = ("hits", "accepted_tokens", "request_forwards", "committed_tokens")
         before = {name: sample(f"{name}_total") for name in names}
         assert ask(llm) == plain
         grown = {name: sample(f"{name}_total") - before[name] for name in names}
         # How much is ready in time depends on the machine; that drafts are used at all does not.
         assert grown["committed_tokens"] / grown["request_forwards"] > 1.05
-        assert grown["hits"] / grown["harvests"] > 0.1
+        assert grown["hits"] > 0
         assert grown["accepted_tokens"] > 0
 
     def test_sampled_requests_are_not_served(self, llm: Any) -> None:
