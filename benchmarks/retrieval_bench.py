@@ -26,7 +26,8 @@ import psutil
 from benchmarks import rows
 from benchmarks.stats import first_difference, quiet_median
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, Tokens
-from vllm_double.retrieval.automaton import Scratch, warm_up
+from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.buffers import Scratch
 from vllm_double.retrieval.reference import scan
 
 CONTEXTS = (1024, 16 * 1024, 128 * 1024)
@@ -93,7 +94,7 @@ def measure(name: str, text: Tokens, context: int) -> None:
     used, reserved = automaton.num_bytes
     following = text[context:].tolist()
     scratch = Scratch(TAIL)
-    scratch.feed[:] = following[:TAIL]
+    scratch.feed.write(0, following[:TAIL])
     compiled = quantiles(lambda i: automaton.lookup(scratch, TAIL, True, MAX_TOKENS))
     bare = quantiles(lambda i: retriever.lookup(0, (), MAX_TOKENS))
     tailed = quantiles(lambda i: retriever.lookup(0, following[i : i + TAIL], MAX_TOKENS))

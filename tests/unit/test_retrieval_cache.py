@@ -12,10 +12,10 @@ from vllm_double.retrieval import _steps
 
 USE = """
 import numpy as np, _steps
-rehash = _steps._compiled(_steps._rehash, "void(int64[::1])")
+rehash = _steps._dispatcher(_steps._rehash, "void(int64[::1])")
 edges = np.array([[0, 5, 1, -1]] * 4, np.int32)
 table = np.zeros(8, np.int32)
-header = np.zeros(9, np.int64)
+header = np.zeros(_steps.HEADER_LENGTH, np.int64)
 header[[_steps.NUM_EDGES, _steps.CAPACITY]] = 1, 4
 header[[_steps.STATES_AT, _steps.EDGES_AT, _steps.TABLE_AT]] = 0, edges.ctypes.data, table.ctypes.data
 rehash(header)

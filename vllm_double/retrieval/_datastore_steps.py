@@ -124,6 +124,19 @@ def _around(shared: Bytes, entry: int, length: int) -> tuple[int, int]:
 @_part
 def _tally(followers: Ints, successors: Ints, first: int, stop: int) -> tuple[int, int, int, int]:
     """(token, count, total, successor) of the most frequent follower of these entries."""
+    # Most often one is the majority, which two passes find: Boyer and Moore 1981, "MJRTY".
+    token, lead = NONE, 0
+    for i in range(first, stop):
+        if lead == 0:
+            token = followers[i]
+        lead += 1 if followers[i] == token else -1
+    count, successor = 0, NONE
+    for i in range(first, stop):
+        if followers[i] == token:
+            count += 1
+            successor = max(successor, successors[i])
+    if 2 * count > stop - first:
+        return token, count, stop - first, successor
     token, count, successor = NONE, 0, NONE
     for i in range(first, stop):
         follower = followers[i]

@@ -22,7 +22,7 @@ LENGTH, LINK, COUNT, END, BEST, TOKEN, FIRST, EDGES = range(8)
 # Columns of a transition (16 bytes): EDGES starts a state's list, NEXT_EDGE continues it.
 SOURCE, LABEL, TARGET, NEXT_EDGE = range(4)
 # Entries of the header. The addresses are those of the arrays, which saves unpacking them in every call.
-NUM_STATES, NUM_EDGES, WINDOW, WINDOW_LENGTH, NUM_TOKENS, CAPACITY, STATES_AT, EDGES_AT, TABLE_AT = range(9)
+NUM_STATES, NUM_EDGES, WINDOW, WINDOW_LENGTH, NUM_TOKENS, MAX_MATCH, CAPACITY, STATES_AT, EDGES_AT, TABLE_AT = range(10)
 HEADER_LENGTH = TABLE_AT + 1
 ROOT = 0
 NONE = -1
@@ -157,9 +157,9 @@ def _insert(header: Header, states: Ints, edges: Ints, table: Ints, parent: int,
 
 
 @_part
-def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, max_match: int) -> None:
+def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int) -> None:
     """One more token, and one more occurrence of all that ends with it."""
-    length = header[WINDOW_LENGTH]
+    length, max_match = header[WINDOW_LENGTH], header[MAX_MATCH]
     context = header[WINDOW]
     top = _find(states, edges, table, context, token)
     if top == NONE:
@@ -169,7 +169,7 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
         top = _split(header, states, edges, table, context, token)
     header[NUM_TOKENS] += 1
     header[WINDOW_LENGTH] = min(length + 1, max_match)
-    header[WINDOW] = _clamp(states, top, header[WINDOW_LENGTH])
+    header[WINDOW] = top if length < max_match else _clamp(states, top, max_match)
     followed = top
     while followed != ROOT:
         states[followed, COUNT] += 1
@@ -188,7 +188,7 @@ def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int, 
         length = states[context, LENGTH]
 
 
-def _extend(header_at: int, text_at: int, start: int, stop: int, max_match: int) -> None:
+def _extend(header_at: int, text_at: int, start: int, stop: int) -> None:
     """Append text[start:stop]; behind a separator a new document begins.
 
     Here and below arrays come as addresses: to take one over from Python costs as much as all the rest of a short call.
@@ -197,7 +197,7 @@ def _extend(header_at: int, text_at: int, start: int, stop: int, max_match: int)
     text = numba.carray(_pointer(text_at), (stop,), np.int32)
     states, edges, table = _arrays(header)
     for position in range(start, stop):
-        _append(header, states, edges, table, text[position], max_match)
+        _append(header, states, edges, table, text[position])
         if text[position] == SEPARATOR:
             header[WINDOW], header[WINDOW_LENGTH] = ROOT, 0
 
@@ -212,8 +212,8 @@ def _advance(states: Ints, edges: Ints, table: Ints, state: int, length: int, to
         target = _find(states, edges, table, state, token)
     if target == NONE:
         return state, length
-    length = min(length + 1, max_match)
-    return _clamp(states, target, length), length
+    # What a transition leads to holds each context of its state, and the token: a look at its link is a look far away.
+    return (target, length + 1) if length < max_match else (_clamp(states, target, max_match), max_match)
 
 
 @_part
@@ -226,11 +226,9 @@ def _followed(states: Ints, state: int, length: int) -> tuple[int, int]:
 
 
 @_part
-def _continue(
-    header: Header, states: Ints, state: int, length: int, max_match: int, out: Ints, max_tokens: int
-) -> tuple[int, int]:
+def _continue(header: Header, states: Ints, state: int, length: int, out: Ints, max_tokens: int) -> tuple[int, int]:
     """Fill out, int32 [n, 3], with token, count and total of each step behind a context: (tokens found, match length)."""
-    num_tokens = header[NUM_TOKENS]
+    num_tokens, max_match = header[NUM_TOKENS], header[MAX_MATCH]
     match_length = 0
     for i in range(max_tokens):
         state, length = _followed(states, state, length)
@@ -245,14 +243,14 @@ def _continue(
         out[i, 1] = states[best, COUNT]
         # The occurrence at the very end of the text has no token behind it.
         out[i, 2] = states[state, COUNT] - (states[state, END] == num_tokens)
-        length = min(length + 1, max_match)
-        state = _clamp(states, best, length)
+        if length < max_match:
+            state, length = best, length + 1
+        else:
+            state = _clamp(states, best, max_match)
     return max_tokens, match_length
 
 
-def _lookup(
-    header_at: int, feed_at: int, num_feed: int, from_window: bool, max_match: int, out_at: int, max_tokens: int
-) -> tuple[int, int]:
+def _lookup(header_at: int, feed_at: int, num_feed: int, from_window: bool, out_at: int, max_tokens: int) -> tuple[int, int]:
     """Match feed[:num_feed], behind the window or on its own, and continue it: see `_continue`."""
     header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
     feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
@@ -261,8 +259,8 @@ def _lookup(
     state = header[WINDOW] if from_window else ROOT
     length = header[WINDOW_LENGTH] if from_window else 0
     for i in range(num_feed):
-        state, length = _advance(states, edges, table, state, length, feed[i], max_match)
-    return _continue(header, states, state, length, max_match, out, max_tokens)
+        state, length = _advance(states, edges, table, state, length, feed[i], header[MAX_MATCH])
+    return _continue(header, states, state, length, out, max_tokens)
 
 
 def _source(header_at: int) -> tuple[int, int]:
@@ -276,8 +274,8 @@ def _source(header_at: int) -> tuple[int, int]:
 
 
 def _recall(
-    num_automata: int, headers_at: int, cursors_at: int, feed_at: int, num_kept: int, num_feed: int, max_match: int,
-    out_at: int, max_tokens: int,
+    num_automata: int, headers_at: int, cursors_at: int, feed_at: int, num_kept: int, num_feed: int, out_at: int,
+    max_tokens: int,
 ) -> tuple[int, int]:  # fmt: skip
     """Match behind the cursors of several automata, headers and cursors int64 [n, ...], newest first; continue the longest.
 
@@ -292,7 +290,7 @@ def _recall(
         states, edges, table = _arrays(headers[n])
         state, length = cursors[n, 0], cursors[n, 1]
         for i in range(num_feed):
-            state, length = _advance(states, edges, table, state, length, feed[i], max_match)
+            state, length = _advance(states, edges, table, state, length, feed[i], headers[n, MAX_MATCH])
             if i == num_kept - 1:
                 cursors[n, 0], cursors[n, 1] = state, length
         state, length = _followed(states, state, length)
@@ -301,7 +299,7 @@ def _recall(
     if best_length == 0:
         return 0, 0
     states = _arrays(headers[newest])[0]
-    return _continue(headers[newest], states, best_state, best_length, max_match, out, max_tokens)
+    return _continue(headers[newest], states, best_state, best_length, out, max_tokens)
 
 
 def _rehash(header: Header) -> None:
@@ -319,25 +317,31 @@ class Steps(NamedTuple):
     rehash: Callable[..., None]
 
 
-def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
+def _dispatcher(function: Callable[..., Any], signature: str) -> Any:
     """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
 
     numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
     or damaged cache costs the compile time, nothing else.
     """
     try:
-        return cast(Callable[..., Any], numba.njit(signature, cache=True)(function))
+        return numba.njit(signature, cache=True)(function)
     except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
-        return cast(Callable[..., Any], numba.njit(signature)(function))
+        return numba.njit(signature)(function)
+
+
+def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
+    """The machine code, past the dispatcher that looks at the types of all arguments: half of a short call."""
+    (only,) = _dispatcher(function, signature).overloads.values()
+    return cast(Callable[..., Any], only.entry_point)
 
 
 @functools.cache
 def steps() -> Steps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     return Steps(
-        _compiled(_extend, "void(int64, int64, int64, int64, int64)"),
-        _compiled(_lookup, "UniTuple(int64, 2)(int64, int64, int64, boolean, int64, int64, int64)"),
+        _compiled(_extend, "void(int64, int64, int64, int64)"),
+        _compiled(_lookup, "UniTuple(int64, 2)(int64, int64, int64, boolean, int64, int64)"),
         _compiled(_source, "UniTuple(int64, 2)(int64)"),
-        _compiled(_recall, f"UniTuple(int64, 2)({', '.join(['int64'] * 9)})"),
+        _compiled(_recall, f"UniTuple(int64, 2)({', '.join(['int64'] * 8)})"),
         _compiled(_rehash, "void(int64[::1])"),
     )

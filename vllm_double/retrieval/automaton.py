@@ -23,6 +23,8 @@ never written is not resident), 16 of transitions, 8 of table.
 """
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -36,6 +38,7 @@ from vllm_double.retrieval._steps import (
     HEADER_LENGTH,
     LENGTH,
     LINK,
+    MAX_MATCH,
     NONE,
     NUM_EDGES,
     NUM_STATES,
@@ -52,42 +55,14 @@ from vllm_double.retrieval._steps import (
     steps,
 )
 from vllm_double.retrieval.base import Continuation
+from vllm_double.retrieval.buffers import Scratch
 
-__all__ = ["HEADER_LENGTH", "MAX_CONTINUATION", "SEPARATOR", "Scratch", "SuffixAutomaton", "warm_up"]
-
-MAX_CONTINUATION = 1024
-"""Most tokens that one lookup returns."""
+__all__ = ["HEADER_LENGTH", "SEPARATOR", "SuffixAutomaton", "warm_up"]
 
 
 def warm_up() -> None:
     """Compile, or load what an earlier process compiled. Call it at start-up; later calls cost nothing."""
     steps()
-
-
-class Scratch:
-    """What lookups read and write, at known addresses; one serves any number of automata.
-
-    feed: int32 [n], tokens to be matched.
-    """
-
-    __slots__ = ("_out", "feed", "feed_at", "out_at")
-
-    def __init__(self, num_feed: int) -> None:
-        out = np.empty(3 * MAX_CONTINUATION, np.int32)
-        self._out, self.out_at = memoryview(out), out.ctypes.data  # type: ignore[arg-type]
-        self.reserve(num_feed)
-
-    def reserve(self, num_feed: int) -> None:
-        """Have room for so many tokens; what was in ``feed`` is lost."""
-        self.feed = np.empty(num_feed, np.int32)
-        self.feed_at = self.feed.ctypes.data
-
-    def continuation(self, num_found: int, match_length: int) -> Continuation | None:
-        """What the latest lookup found; None: nothing."""
-        if num_found == 0:
-            return None
-        flat = self._out[: 3 * num_found].tolist()
-        return Continuation(flat[::3], match_length, flat[1::3], flat[2::3])
 
 
 class SuffixAutomaton:
@@ -96,7 +71,7 @@ class SuffixAutomaton:
     SEPARATOR ends a document: contexts do not reach across it.
     """
 
-    __slots__ = ("_edges", "_header", "_header_at", "_states", "_steps", "_table", "capacity", "max_match")
+    __slots__ = ("_edges", "_header", "_header_at", "_states", "_steps", "_table", "capacity", "extend_from", "max_match")
 
     def __init__(self, capacity: int, max_match: int) -> None:
         """Room for ``capacity`` tokens, a power of two; contexts have at most ``max_match`` tokens."""
@@ -105,6 +80,8 @@ class SuffixAutomaton:
         self.max_match = max_match
         self._header = np.zeros(HEADER_LENGTH, np.int64)
         self._header_at = self._header.ctypes.data
+        self.extend_from: Callable[[int, int, int], None] = partial(self._steps.extend, self._header_at)
+        """`extend` from the address of an int32 array that is contiguous."""
         self._states = np.empty((2 * capacity, 8), np.int32)
         self._edges = np.empty((capacity, 4), np.int32)
         self._table = np.zeros(2 * capacity, np.int32)
@@ -113,7 +90,7 @@ class SuffixAutomaton:
 
     def _note_arrays(self) -> None:
         arrays = (self._states, self._edges, self._table)
-        self._header[CAPACITY] = self.capacity
+        self._header[MAX_MATCH], self._header[CAPACITY] = self.max_match, self.capacity
         self._header[STATES_AT : TABLE_AT + 1] = [array.ctypes.data for array in arrays]
 
     @property
@@ -137,7 +114,7 @@ class SuffixAutomaton:
         """Back to the empty text, keeping the memory."""
         if self._header[NUM_EDGES]:
             self._table.fill(0)
-        self._header[:CAPACITY] = 0
+        self._header[:MAX_MATCH] = 0
         self._header[NUM_STATES] = 1
         self._states[ROOT] = NONE
         self._states[ROOT, LENGTH] = 0
@@ -162,15 +139,9 @@ class SuffixAutomaton:
         """Append text[start:stop]; there must be room. No token may be negative."""
         self.extend_from(text.ctypes.data, start, stop)
 
-    def extend_from(self, text_at: int, start: int, stop: int) -> None:
-        """The same, from the address of an int32 array that is contiguous."""
-        self._steps.extend(self._header_at, text_at, start, stop, self.max_match)
-
     def lookup(self, scratch: Scratch, num_feed: int, from_end: bool, max_tokens: int) -> Continuation | None:
-        """Match scratch.feed[:num_feed], if from_end behind the text, and continue it."""
-        found = self._steps.lookup(
-            self._header_at, scratch.feed_at, num_feed, from_end, self.max_match, scratch.out_at, max_tokens
-        )
+        """Match the first num_feed tokens of scratch.feed, if from_end behind the text, and continue it."""
+        found = self._steps.lookup(self._header_at, scratch.feed.at, num_feed, from_end, scratch.out_at, max_tokens)
         return scratch.continuation(*found)
 
     def source(self) -> tuple[int, int]:

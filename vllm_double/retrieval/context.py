@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from vllm_double.retrieval.automaton import MAX_CONTINUATION, Scratch, SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
+from vllm_double.retrieval.automaton import SuffixAutomaton
+from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.buffers import MAX_CONTINUATION, Buffer, Scratch
 
 __all__ = ["ContextRetriever"]
 
 _MIN_CAPACITY = 256
-_FEW = 16
 # Tokens that extend indexes before it returns (under half a millisecond); more wait for `work`.
 _AT_ONCE = 512
 # Tokens that `work` indexes of one request before it turns to the next.
@@ -20,41 +18,32 @@ _SLICE = 512
 class _Request:
     """A text, of which the automaton knows the first ``automaton.num_tokens`` tokens."""
 
-    __slots__ = ("automaton", "indexed", "length", "text", "text_at", "view")
+    __slots__ = ("automaton", "indexed", "length", "text")
 
     def __init__(self, tokens: Tokens, max_match: int) -> None:
         capacity = max(_MIN_CAPACITY, 1 << len(tokens).bit_length())
-        self._hold(np.empty(capacity, np.int32))
-        self.text[: len(tokens)] = tokens
+        self.text = Buffer(capacity)
+        self.text.write(0, tokens)
         self.length = len(tokens)
         self.indexed = 0
         self.automaton = SuffixAutomaton(capacity, max_match)
 
-    def _hold(self, text: Tokens) -> None:
-        self.text = text
-        self.view = memoryview(text)  # type: ignore[arg-type]  # a few tokens go in there in a tenth of the time
-        self.text_at = text.ctypes.data
-
-    def append(self, tokens: Sequence[int] | Tokens) -> None:
+    def append(self, tokens: Sequence[int] | Tokens) -> int:
+        """Its length now. ValueError: one is negative, and none is appended."""
         end = self.length + len(tokens)
-        if end > len(self.text):
+        if end > self.automaton.capacity:
             self.automaton.reserve(end)
-            text = np.empty(self.automaton.capacity, np.int32)
-            text[: self.length] = self.text[: self.length]
-            self._hold(text)
-        if len(tokens) <= _FEW:
-            for place, token in enumerate(tokens, self.length):
-                self.view[place] = token
-        else:
-            self.text[self.length : end] = tokens
+            text = Buffer(self.automaton.capacity)
+            text.tokens[: self.length] = self.text.tokens[: self.length]
+            self.text = text
+        self.text.write(self.length, tokens)
         self.length = end
+        return end
 
-    def index(self, budget: int) -> int:
-        """Index at most ``budget`` tokens more; returns how many."""
-        end = min(self.length, self.indexed + budget)
-        start, self.indexed = self.indexed, end
-        self.automaton.extend_from(self.text_at, start, end)
-        return end - start
+    def index(self, end: int) -> None:
+        """Index what is before end."""
+        self.automaton.extend_from(self.text.at, self.indexed, end)
+        self.indexed = end
 
 
 class ContextRetriever:
@@ -91,7 +80,6 @@ class ContextRetriever:
         """Copy and queue a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
-        check_tokens(tokens)
         self._requests[key] = _Request(tokens, self.max_match)
         if len(tokens):
             self._queue[key] = None
@@ -110,8 +98,10 @@ class ContextRetriever:
             key = next(iter(self._queue))
             del self._queue[key]
             request = self._requests[key]
-            budget_tokens -= request.index(min(_SLICE, budget_tokens))
-            if request.indexed < request.length:
+            end = min(request.length, request.indexed + min(_SLICE, budget_tokens))
+            budget_tokens -= end - request.indexed
+            request.index(end)
+            if end < request.length:
                 self._queue[key] = None
 
     @property
@@ -126,11 +116,13 @@ class ContextRetriever:
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
         request = self._requests[key]
-        if len(tokens) == 0:
+        end = request.append(tokens)
+        if end - request.indexed > _AT_ONCE:
+            self._queue[key] = None
             return
-        check_tokens(tokens)
-        request.append(tokens)
-        self._settle(key, request)
+        request.index(end)
+        if self._queue:
+            self._queue.pop(key, None)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What followed the longest suffix of text + tail; see the class. None: no suffix occurs.
@@ -145,19 +137,19 @@ class ContextRetriever:
         if from_end:
             num_feed = num_tail
             if num_tail:
-                feed[:num_tail] = tail
+                feed.write(0, tail)
         else:
             num_tail = min(num_tail, self.max_match)
             num_text = min(request.length, self.max_match - num_tail)
             num_feed = num_text + num_tail
-            feed[:num_text] = request.text[request.length - num_text : request.length]
-            feed[num_text:num_feed] = tail[len(tail) - num_tail :]
+            feed.write(0, request.text.tokens[request.length - num_text : request.length])
+            feed.write(num_text, tail[len(tail) - num_tail :])
         return request.automaton.lookup(self._scratch, num_feed, from_end, max_tokens)
 
     def text(self, key: int) -> Tokens:
         """The whole text, int32 [n]; a view that is good until the next `extend`. KeyError: unknown key."""
         request = self._requests[key]
-        return request.text[: request.length]
+        return request.text.tokens[: request.length]
 
     def source(self, key: int) -> tuple[int, int]:
         """Where in the text the first token of a lookup was found last, and how many tokens before it are those of the text's
@@ -170,14 +162,6 @@ class ContextRetriever:
         waiting = {key for key, request in self._requests.items() if request.indexed < request.length}
         assert waiting == set(self._queue), "the queue holds exactly the requests with waiting tokens"
         for request in self._requests.values():
-            assert request.indexed <= request.length <= len(request.text) == request.automaton.capacity
+            assert request.indexed <= request.length <= len(request.text.tokens) == request.automaton.capacity
             assert request.indexed == request.automaton.num_tokens
-            request.automaton.check_integrity(request.text[: request.indexed])
-
-    def _settle(self, key: int, request: _Request) -> None:
-        """Index at once what is little, queue what is much."""
-        if request.length - request.indexed <= _AT_ONCE:
-            request.index(_AT_ONCE)
-            self._queue.pop(key, None)
-        else:
-            self._queue[key] = None
+            request.automaton.check_integrity(request.text.tokens[: request.indexed])

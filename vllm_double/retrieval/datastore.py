@@ -49,8 +49,8 @@ from vllm_double.retrieval._datastore_steps import (
     TOKEN,
     lookup_step,
 )
-from vllm_double.retrieval.automaton import MAX_CONTINUATION, Scratch
-from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
+from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
 
 __all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "fingerprint"]
 
@@ -247,6 +247,7 @@ class Datastore:
         self._places = np.array([(section.offset, section.offset + section.num_bytes) for section in self.header.sections])
         self._at = words.ctypes.data, len(words), self._places.ctypes.data
         self._max_match = self.header.max_match
+        self._lookup = lookup_step()
 
     def verify(self) -> None:
         """Compare all checksums, and every number with what it can be. Raises DatastoreError that names the bad sections."""
@@ -259,9 +260,9 @@ class Datastore:
         if wrong:
             raise DatastoreError(f'The datastore "{self.path}" is made up: numbers in {wrong} are out of range.')
 
-    def match(self, scratch: Scratch, num_context: int, max_tokens: int) -> Continuation | None:
-        """Continue scratch.feed[:num_context], which has room for ``max_tokens`` more; see `DatastoreRetriever`."""
-        found = lookup_step()(*self._at, scratch.feed_at, num_context, self._max_match, scratch.out_at, max_tokens)
+    def match(self, context_at: int, num_context: int, scratch: Scratch, max_tokens: int) -> Continuation | None:
+        """Continue the context at an address, int32 with room for ``max_tokens`` more; see `DatastoreRetriever`."""
+        found = self._lookup(*self._at, context_at, num_context, self._max_match, scratch.out_at, max_tokens)
         return scratch.continuation(*found)
 
     def check_integrity(self) -> None:
@@ -320,13 +321,6 @@ class Datastore:
             yield tokens[start + 1 : end].tolist()
 
 
-class _Request:
-    __slots__ = ("recent",)
-
-    def __init__(self) -> None:
-        self.recent = np.empty(0, np.int32)
-
-
 class DatastoreRetriever:
     """Continues a request with what follows the same words in the corpus.
 
@@ -343,19 +337,18 @@ class DatastoreRetriever:
 
     def __init__(self, datastore: Datastore) -> None:
         """``max_match`` is that of the datastore."""
-        lookup_step()  # compiled now, not in the first request
         self.max_match = datastore.header.max_match
         self._datastore = datastore
-        self._requests: dict[int, _Request] = {}
-        self._scratch = Scratch(self.max_match + MAX_CONTINUATION)
+        self._requests: dict[int, Recent] = {}
+        self._scratch = Scratch()
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
         """Begin with a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
-        check_tokens(tokens)
-        request = self._requests[key] = _Request()
-        self._append(request, tokens)
+        recent = Recent(self.max_match)
+        recent.append(tokens)
+        self._requests[key] = recent
 
     def stop(self, key: int, keep: bool = False) -> None:
         """Forget the request. KeyError: unknown key."""
@@ -369,29 +362,16 @@ class DatastoreRetriever:
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
-        request = self._requests[key]
-        if len(tokens) == 0:
-            return
-        check_tokens(tokens)
-        self._append(request, tokens)
+        self._requests[key].append(tokens)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What follows the longest suffix of text + tail; see the class. None: no suffix occurs.
 
         KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024).
         """
-        recent = self._requests[key].recent
+        recent = self._requests[key]
         if not 1 <= max_tokens <= MAX_CONTINUATION:
             raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
-        num_tail = min(len(tail), self.max_match)
-        num_recent = min(len(recent), self.max_match - num_tail)
-        num_context = num_recent + num_tail
-        feed = self._scratch.feed
-        feed[:num_recent] = recent[len(recent) - num_recent :]
-        if num_tail:
-            feed[num_recent:num_context] = tail[len(tail) - num_tail :]
-        return self._datastore.match(self._scratch, num_context, max_tokens)
-
-    def _append(self, request: _Request, tokens: Sequence[int] | Tokens) -> None:
-        last = np.asarray(tokens[-self.max_match :], np.int32)
-        request.recent = np.concatenate((request.recent, last))[-self.max_match :]
+        num_recent = min(recent.length, self.max_match)
+        context_at = recent.follow(tail, max_tokens) - 4 * num_recent
+        return self._datastore.match(context_at, num_recent + len(tail), self._scratch, max_tokens)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_double.retrieval._steps import HEADER_LENGTH, SEPARATOR, steps
-from vllm_double.retrieval.automaton import MAX_CONTINUATION, Scratch, SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
+from vllm_double.retrieval.automaton import SuffixAutomaton
+from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
 
 __all__ = ["HistoryRetriever"]
 
@@ -67,7 +68,8 @@ class _Request:
 
     def __init__(self, tenant: str | None, tokens: Tokens, max_match: int) -> None:
         self.tenant = tenant
-        self.recent: list[int] = tokens[-max_match:].tolist()
+        self.recent = Recent(max_match)
+        self.recent.append(tokens[-max_match:])
         self.fresh = 0
         self.output = array("i")
         self.version = 0
@@ -116,7 +118,7 @@ class HistoryRetriever:
         self._charge = 0  # of all generations
         self._last_serial = 0
         self._version = 0
-        self._scratch = Scratch(2 * max_match)
+        self._scratch = Scratch()
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -132,13 +134,9 @@ class HistoryRetriever:
         request = self._requests[key]
         if request is None or len(tokens) == 0:
             return
-        check_tokens(tokens)
+        request.recent.append(tokens)
         request.output.extend(tokens)
-        recent = request.recent
-        recent.extend(tokens)
-        if len(recent) > self.max_match:
-            del recent[: len(recent) - self.max_match]
-        request.fresh = min(request.fresh + len(tokens), len(recent))
+        request.fresh = min(request.fresh + len(tokens), self.max_match)
 
     def stop(self, key: int, keep: bool) -> None:
         """End the request; later ones may be offered its output if ``keep``. KeyError: unknown key."""
@@ -163,22 +161,15 @@ class HistoryRetriever:
             request.version = tenant.version
             request.cursors = np.zeros((num_generations, 2), np.int64)
             request.cursors_at = request.cursors.ctypes.data
-            request.fresh = len(request.recent)
-        num_kept, num_feed = request.fresh, request.fresh + len(tail)
-        scratch = self._scratch
-        if num_feed > len(scratch.feed):
-            scratch.reserve(2 * num_feed)
-        feed = scratch.feed
-        if num_kept:
-            feed[:num_kept] = request.recent[len(request.recent) - num_kept :]
-            request.fresh = 0
-        if tail:
-            feed[num_kept:num_feed] = tail
+            request.fresh = min(request.recent.length, self.max_match)
+        num_kept = request.fresh
+        feed_at = request.recent.follow(tail, 0) - 4 * num_kept
+        request.fresh = 0
         found = self._steps.recall(
-            num_generations, headers_at, request.cursors_at, scratch.feed_at, num_kept, num_feed, self.max_match,
-            scratch.out_at, max_tokens,
+            num_generations, headers_at, request.cursors_at, feed_at, num_kept, num_kept + len(tail), self._scratch.out_at,
+            max_tokens,
         )  # fmt: skip
-        return scratch.continuation(*found)
+        return self._scratch.continuation(*found)
 
     # ---- the index --------------------------------------------------------------------------------------------
 

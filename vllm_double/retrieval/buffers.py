@@ -1,0 +1,93 @@
+"""Tokens at known addresses: to hand an array over to compiled code costs as much as all the rest of a short call."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
+
+__all__ = ["MAX_CONTINUATION", "Buffer", "Recent", "Scratch"]
+
+MAX_CONTINUATION = 1024
+"""Most tokens that one lookup returns."""
+
+_FEW = 16
+
+
+class Buffer:
+    """tokens: int32 [num_tokens]; at: its address."""
+
+    __slots__ = ("_view", "at", "tokens")
+
+    def __init__(self, num_tokens: int) -> None:
+        self.tokens = np.empty(num_tokens, np.int32)
+        self._view = memoryview(self.tokens)  # type: ignore[arg-type]
+        self.at = self.tokens.ctypes.data
+
+    def write(self, start: int, tokens: Sequence[int] | Tokens) -> None:
+        """Write them at start; there must be room. ValueError: one is negative, and some may be written."""
+        if len(tokens) <= _FEW:  # a few go in through the view in a tenth of the time
+            view = self._view
+            for token in tokens:
+                if token < 0:
+                    raise ValueError("token ids must not be negative")
+                view[start] = token
+                start += 1
+        else:
+            check_tokens(tokens)
+            self.tokens[start : start + len(tokens)] = tokens
+
+
+class Recent:
+    """The end of a text, of which the last ``keep`` tokens at least are held, and what a lookup reads and writes behind it."""
+
+    __slots__ = ("_buffer", "_capacity", "_keep", "length")
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._capacity = 8 * keep
+        self._buffer = Buffer(self._capacity)
+        self.length = 0
+        """Tokens held."""
+
+    def append(self, tokens: Sequence[int] | Tokens) -> None:
+        """ValueError: one is negative, and none is appended."""
+        if len(tokens) > self._keep:
+            check_tokens(tokens)
+            tokens, self.length = tokens[-self._keep :], 0
+        if self.length + len(tokens) > self._capacity:
+            self._move(self._capacity)
+        self._buffer.write(self.length, tokens)
+        self.length += len(tokens)
+
+    def follow(self, tail: Sequence[int], room: int) -> int:
+        """Write a tail behind the text, not to be held, and have so much room behind it; the address of the text's end."""
+        if self.length + len(tail) + room > self._capacity:
+            self._move(max(self._capacity, self._keep + len(tail) + room))
+        self._buffer.write(self.length, tail)
+        return self._buffer.at + 4 * self.length
+
+    def _move(self, capacity: int) -> None:
+        last = self._buffer.tokens[max(0, self.length - self._keep) : self.length]
+        moved = Buffer(capacity) if capacity > self._capacity else self._buffer
+        moved.tokens[: len(last)] = last.copy()
+        self._buffer, self._capacity, self.length = moved, capacity, len(last)
+
+
+class Scratch:
+    """What a lookup reads and writes beside an index; one serves any number of them."""
+
+    __slots__ = ("_out", "feed", "out_at")
+
+    def __init__(self, num_feed: int = 0) -> None:
+        """feed: room for tokens to be matched."""
+        self.feed = Buffer(num_feed)
+        out = np.empty(3 * MAX_CONTINUATION, np.int32)
+        self._out, self.out_at = memoryview(out), out.ctypes.data  # type: ignore[arg-type]
+
+    def continuation(self, num_found: int, match_length: int) -> Continuation | None:
+        """What the latest lookup found; None: nothing."""
+        if num_found == 0:
+            return None
+        flat = self._out[: 3 * num_found].tolist()
+        return Continuation(flat[::3], match_length, flat[1::3], flat[2::3])
