@@ -10,6 +10,8 @@ process of its own, whose growth is the memory. These are rows of results/retrie
 """
 
 import argparse
+import itertools
+import operator
 import re
 import sysconfig
 import time
@@ -25,7 +27,7 @@ import psutil
 
 from benchmarks import rows
 from benchmarks.stats import first_difference, quiet_median
-from vllm_double.retrieval import ContextRetriever, HistoryRetriever, Tokens
+from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever, Tokens
 from vllm_double.retrieval.automaton import warm_up
 from vllm_double.retrieval.buffers import Scratch
 from vllm_double.retrieval.reference import scan
@@ -184,6 +186,14 @@ class History:
         return [] if found is None else found.tokens
 
 
+_NOTHING = Continuation([], 0, [], [])
+
+
+def _worth(found: Continuation) -> float:
+    """Tokens that are expected to be right, as the proposer chooses between sources."""
+    return sum(itertools.accumulate(found.beliefs, operator.mul))
+
+
 class ContextAndHistory:
     """The same request with its own text."""
 
@@ -199,7 +209,8 @@ class ContextAndHistory:
         self._history.append(token)
 
     def continue_from(self, last: Tokens) -> list[int]:
-        return max(self._context.continue_from(last), self._history.continue_from(last), key=len)
+        found = [source._retriever.lookup(0, (), MAX_TOKENS) for source in (self._context, self._history)]
+        return max((one for one in found if one is not None), key=_worth, default=_NOTHING).tokens
 
 
 class ArcticAndAnswers(Arctic):
@@ -225,7 +236,7 @@ def beside(kind: Kind, text: Tokens) -> dict[str, rows.Value]:
     resident, begin = memory().rss, clock()
     one.start(text[:num_tokens])
     index_us, grown = (clock() - begin) / 1e3 / num_tokens, memory().rss - resident
-    spent, num_right = np.empty((2, CALLS)), 0
+    spent, num_right, num_offered = np.empty((2, CALLS)), 0, 0
     for i in range(CALLS):
         end = num_tokens + i + 1
         token, last = int(text[end - 1]), text[end - SUFFIX_DEPTH : end]
@@ -234,6 +245,7 @@ def beside(kind: Kind, text: Tokens) -> dict[str, rows.Value]:
         middle = clock()
         found = one.continue_from(last)
         spent[:, i] = middle - begin, clock() - middle
+        num_offered += len(found)
         difference = first_difference(found, text[end : end + len(found)].tolist())
         num_right += len(found) if difference is None else difference
     (append_p50, append_p99), (lookup_p50, lookup_p99) = (np.quantile(spent, [0.5, 0.99], axis=1).T / 1e3).tolist()
@@ -248,6 +260,7 @@ def beside(kind: Kind, text: Tokens) -> dict[str, rows.Value]:
         "lookup_p50_us": lookup_p50,
         "lookup_p99_us": lookup_p99,
         "right_tokens": num_right / CALLS,
+        "offered_tokens": num_offered / CALLS,
         "bytes_per_token": grown / num_tokens,
     }
 

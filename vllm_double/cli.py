@@ -122,6 +122,7 @@ def _add_datastore(parser: argparse.ArgumentParser) -> None:
         help='.jsonl files with "text" or "token_ids" in each line, text files, or folders of them',
     )
     build.add_argument("--output", type=Path, required=True, help="file to write; it is replaced once the new one is whole")
+    build.add_argument("--shard-tokens", type=int, help="write a new folder of files of about so many tokens each")
     build.add_argument("--max-match", type=int, default=32, help="tokens of context that are told apart (default: 32)")
     inspect = actions.add_parser("inspect", help="what a datastore holds")
     inspect.add_argument("store", type=Path)
@@ -147,42 +148,51 @@ def _datastore(options: argparse.Namespace) -> int:
 
 
 def _datastore_build(options: argparse.Namespace) -> None:
-    from vllm_double.retrieval.build import build
+    from vllm_double.retrieval.build import build, build_shards
     from vllm_double.retrieval.corpus import load_tokenizer, read_documents
     from vllm_double.retrieval.datastore import fingerprint
 
     tokenizer = load_tokenizer(options.tokenizer)
     vocabulary = tokenizer.get_vocab()
     documents = read_documents(options.input, tokenizer, show_progress=True)
-    identity = fingerprint(vocabulary)
-    header = build(options.output, documents, max(vocabulary.values()) + 1, identity, options.max_match, show_progress=True)
-    print(f"{header.num_corpus_tokens} tokens of {header.num_documents} documents: {header.num_bytes} bytes")
+    rest = max(vocabulary.values()) + 1, fingerprint(vocabulary), options.max_match
+    if options.shard_tokens is None:
+        headers = [build(options.output, documents, *rest, show_progress=True)]
+    else:
+        headers = build_shards(options.output, documents, options.shard_tokens, *rest, show_progress=True)
+    for header in headers:
+        print(f"{header.num_corpus_tokens} tokens of {header.num_documents} documents: {header.num_bytes} bytes")
 
 
 def _datastore_inspect(options: argparse.Namespace) -> None:
-    from vllm_double.retrieval.datastore import Datastore
+    from vllm_double.retrieval.datastore import FORMAT_VERSION, Datastore, shards
 
-    header = Datastore(options.store).header
-    facts = {
-        "documents": header.num_documents,
-        "tokens": header.num_corpus_tokens,
-        "vocabulary": header.vocab_size,
-        "tokenizer": header.fingerprint.hex(),
-        "max_match": header.max_match,
-        "bytes": header.num_bytes,
-        "bytes per token": f"{header.num_bytes / header.num_corpus_tokens:.2f}",
-    }
-    facts |= {f"bytes of {section.name}": section.num_bytes for section in header.sections}
-    for name, fact in facts.items():
-        print(f"{name:20} {fact}")
+    for path in shards(options.store):
+        header = Datastore(path).header
+        facts = {
+            "file": path,
+            "format": FORMAT_VERSION,
+            "documents": header.num_documents,
+            "tokens": header.num_corpus_tokens,
+            "vocabulary": header.vocab_size,
+            "tokenizer": header.fingerprint.hex(),
+            "max_match": header.max_match,
+            "bytes": header.num_bytes,
+            "bytes per token": f"{header.num_bytes / header.num_corpus_tokens:.2f}",
+        }
+        facts |= {f"bytes of {section.name}": section.num_bytes for section in header.sections}
+        for name, fact in facts.items():
+            print(f"{name:20} {fact}")
 
 
 def _datastore_verify(options: argparse.Namespace) -> None:
     from vllm_double.retrieval.corpus import load_tokenizer
-    from vllm_double.retrieval.datastore import Datastore, fingerprint
+    from vllm_double.retrieval.datastore import Datastore, fingerprint, shards
 
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    Datastore(options.store, fingerprint(tokenizer.get_vocab()) if tokenizer else None).verify()
+    identity = fingerprint(tokenizer.get_vocab()) if tokenizer else None
+    for path in shards(options.store):
+        Datastore(path, identity).verify()
     print("The datastore is whole" + (" and has the tokens of this tokenizer." if tokenizer else "."))
 
 

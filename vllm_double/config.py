@@ -23,16 +23,17 @@ class DoubleConfig(BaseModel):
     enabled: bool = Field(True, description="false: the settings are checked and vLLM then runs as if they were not there")
     context_retrieval: bool = Field(True, description="retrieve continuations from the request's own prompt and output")
     history_tokens: int = Field(
-        1 << 20, ge=0, le=1 << 30, description="tokens of earlier answers that are kept to retrieve from, oldest dropped "
-        "first; about 90 bytes each on either side. A request is offered its own tenant's (cache_salt) only; 0: none are kept",
+        1 << 20, ge=0, le=1 << 30, description="tokens of earlier answers that are kept to retrieve from, those dropped first "
+        "that have waited longest for another of their tenant's; about 90 bytes each on either side. A request is offered its "
+        "own tenant's (cache_salt) only; 0: none are kept",
     )  # fmt: skip
     share_history: bool = Field(
         False, description="requests without a tenant share a history: how fast an answer comes then tells whether another got "
         "it before, as vLLM's prefix caching does for prompts",
     )  # fmt: skip
     datastore: tuple[str, ...] = Field(
-        (), description="file that `vllm-double datastore build` made with the target's tokenizer, or a list of such files; "
-        "all requests are offered what is in them",
+        (), description="file or folder that `vllm-double datastore build` made with the target's tokenizer, or a list of "
+        "such; all requests are offered what is in them",
     )  # fmt: skip
     target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
     draft_retrieval: bool = Field(True, description="the draft model reads retrieved tokens, several in one forward")

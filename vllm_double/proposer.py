@@ -176,9 +176,11 @@ class Proposer:
             request = self._requests.get(row.request_id)
             if request is None or row.num_sampled == 0:
                 continue
-            self._commit(request, row)
+            end = self._commit(request, row)
             if request.params.use_drafts and not request.finished:
                 live.append((index, request))
+            elif request.session != 0 and self._end is not None and request.session == self._end.session:
+                self._tell(request, row.tokens[:end])  # how the text ends, for the history of the draft's side
         paths = [self._graft(request, rows[index].tokens) for index, request in live]
         lengths = chain_lengths([[step.reach for step in path] for path in paths], *self.step_cost.estimate())
         chains: list[list[int]] = [[] for _ in rows]
@@ -224,8 +226,11 @@ class Proposer:
                 elif count > 0:
                     request.trie.insert(prefix_hash, position, tokens[:count], probs[:count])
 
-    def _commit(self, request: _Request, row: Row) -> None:
-        """Walk the trie by what the target said; every listed child on the way is an example for the calibration."""
+    def _commit(self, request: _Request, row: Row) -> int:
+        """Walk the trie by what the target said; every listed child on the way is an example for the calibration.
+
+        Returns the length of the text, which ends where the request does.
+        """
         known = len(row.tokens) - row.num_sampled
         if known != request.length:
             self._rewind(request, row.tokens[:known])
@@ -240,11 +245,11 @@ class Proposer:
         request.chain = []
         request.length = known + row.num_sampled
         if not request.params.use_drafts:
-            return
+            return request.length
         for retriever in self._retrievers:
             retriever.extend(request.key, new)
         if request.finished:
-            return
+            return known + len(new)
         trie, sampled = request.trie, request.params.temperature > 0
         for place, token in enumerate(new, known):
             wrong = []
@@ -258,6 +263,7 @@ class Proposer:
                 _note_refusals(request.refused, before, wrong, token)
             trie.commit(token)
         self.counters.harvested(trie.has_hit)
+        return request.length
 
     def _graft(self, request: _Request, tokens: npt.NDArray[np.int32]) -> list[PathToken]:
         """Retrieved continuations become edges of the same trie, behind the root and behind the best path so far.

@@ -47,7 +47,7 @@ class SpeculationTrie:
         self.position = position
         self._curve = curve
         self._drafted: dict[int, tuple[list[int], list[float]]] = {}
-        self._grafted: dict[int, dict[int, Edge]] = {}
+        self._grafted: dict[int, dict[tuple[int, str], Edge]] = {}
         self._hashes_at: dict[int, set[int]] = {}
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class SpeculationTrie:
         """A retrieved path of consecutive tokens behind a prefix of ``position`` tokens."""
         for edge in path:
             if position >= self.position:
-                self._grafted.setdefault(prefix_hash, {})[edge.token] = edge
+                self._grafted.setdefault(prefix_hash, {})[edge.token, edge.source] = edge
                 self._file(prefix_hash, position)
             prefix_hash = mix(prefix_hash, edge.token)
             position += 1
@@ -160,4 +160,5 @@ class SpeculationTrie:
         assert len(filed) == len(set(filed)), "a node is filed twice"
         assert set(filed) == self._drafted.keys() | self._grafted.keys(), "files differ from edges"
         assert all(position >= self.position for position in self._hashes_at), "a node lies before the root"
-        assert all(token == edge.token for edges in self._grafted.values() for token, edge in edges.items())
+        keys = [(key, edge) for edges in self._grafted.values() for key, edge in edges.items()]
+        assert all(key == (edge.token, edge.source) for key, edge in keys), "an edge has another's key"

@@ -1,16 +1,18 @@
-"""A hundred thousand operations on context and history, every lookup beside a scan."""
+"""A hundred thousand operations on context, history and datastore, every lookup beside a scan."""
 
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
 from tests.property.test_history import Twin
 from tests.property.test_retrieval_properties import fibonacci_word
-from vllm_double.retrieval import ContextRetriever, HistoryRetriever, history
-from vllm_double.retrieval.reference import recall, scan
+from vllm_double.retrieval import ContextRetriever, Datastore, DatastoreRetriever, HistoryRetriever, history
+from vllm_double.retrieval.build import build
+from vllm_double.retrieval.reference import recall, scan, scan_documents
 
 OPERATIONS = 100_000
 MAX_MATCH = 6
@@ -32,21 +34,24 @@ def streams(rng: random.Random) -> list[Callable[[], Iterator[int]]]:
     ]
 
 
-def test_a_lookup_differs_from_a_scan_after_extends_evictions_and_tenant_switches() -> None:
+def test_a_lookup_differs_from_a_scan_after_extends_evictions_and_tenant_switches(tmp_path: Path) -> None:
     rng = random.Random(0)
     kinds = streams(rng)
     context = ContextRetriever(MAX_MATCH)
     past = HistoryRetriever(ROOM, MAX_MATCH, share_unnamed=True)
+    documents = [list(itertools.islice(kind(), 25)) for kind in kinds]
+    build(tmp_path / "store", [np.array(document, np.int32) for document in documents], 20, bytes(32), MAX_MATCH)
+    corpus = DatastoreRetriever(Datastore(tmp_path / "store"))
     twin = Twin(ROOM, 16)
     live: dict[int, tuple[str | None, Iterator[int], list[int], list[int]]] = {}  # tenant, stream, prompt, output
-    next_key, evicted, found = 0, 0, 0
+    next_key, evicted, found, known = 0, 0, 0, 0
     with mock.patch.object(history, "_SMALLEST", 16):
         for _ in range(OPERATIONS):
             action = rng.random()
             if not live or (len(live) < 5 and action < 0.05):
                 tenant, stream = rng.choice(TENANTS), rng.choice(kinds)()
                 prompt = list(itertools.islice(stream, rng.randint(0, 10)))
-                for retriever in (context, past):
+                for retriever in (context, past, corpus):
                     retriever.start(next_key, np.array(prompt, np.int32), tenant)
                 context.work(LONGEST)
                 live[next_key] = (tenant, stream, prompt, [])
@@ -56,13 +61,13 @@ def test_a_lookup_differs_from_a_scan_after_extends_evictions_and_tenant_switche
             tenant, stream, prompt, output = live[key]
             if action < 0.6:
                 new = list(itertools.islice(stream, rng.randint(1, 4)))
-                context.extend(key, new)
-                past.extend(key, new)
+                for retriever in (context, past, corpus):
+                    retriever.extend(key, new)
                 output += new
                 if len(output) > LONGEST or not new:
                     keep = rng.random() < 0.8
-                    context.stop(key)
-                    past.stop(key, keep)
+                    for retriever in (context, past, corpus):
+                        retriever.stop(key, keep)
                     if keep and len(output) >= 2:
                         twin.add(tenant, output)
                     before = [id(held) for _, _, held in twin.generations]
@@ -78,4 +83,7 @@ def test_a_lookup_differs_from_a_scan_after_extends_evictions_and_tenant_switche
             expected = recall(twin.of(tenant), text[-MAX_MATCH:] + tail, MAX_TOKENS, MAX_MATCH)
             assert past.lookup(key, tail, MAX_TOKENS) == expected
             found += expected is not None
-    assert evicted > 100 and found > 10_000, "the test tests nothing"
+            expected = scan_documents(documents, text[-MAX_MATCH:] + tail, MAX_TOKENS, MAX_MATCH)
+            assert corpus.lookup(key, tail, MAX_TOKENS) == expected
+            known += expected is not None
+    assert evicted > 100 and found > 10_000 and known > 10_000, "the test tests nothing"

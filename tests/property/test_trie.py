@@ -67,6 +67,17 @@ def test_where_sources_agree_the_better_chance_counts() -> None:
     assert t.examples() == [("draft", 0.3, 1), ("draft", 0.2, 2), ("context", 0.8, 1)]
 
 
+def test_of_two_sources_that_agree_the_weaker_counts() -> None:
+    for sources in (("context", "datastore"), ("datastore", "context")):
+        t = trie()
+        for source in sources:
+            t.graft(seed(1), 0, [Edge(1, 0.8 if source == "context" else 0.2, source, 0.5)])
+        (step,) = t.best_path(8)
+        assert (step.prob, step.source) == (0.8, "context")
+        assert t.examples() == [(source, 0.5, 1) for source in sources]
+        t.check_integrity()
+
+
 @settings(deadline=None, max_examples=150)
 @given(rng=st.randoms(use_true_random=False), room=st.integers(0, 6))
 def test_best_path_is_worth_as_much_as_the_best_of_all_paths_between_rivals(rng: random.Random, room: int) -> None:

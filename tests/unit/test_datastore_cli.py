@@ -1,7 +1,7 @@
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm_double.cli import main
 from vllm_double.retrieval import Continuation, Datastore, DatastoreError, DatastoreRetriever
 from vllm_double.retrieval import build as builder
-from vllm_double.retrieval.datastore import fingerprint
+from vllm_double.retrieval.datastore import fingerprint, shards
 
 WORDS = ["<unk>", "a", "b", "c", "d", "e"]
 TOKENIZER = b"\1" * 32
@@ -80,12 +80,68 @@ def test_inspect_and_verify_tell_what_is_in_the_file(
     capsys.readouterr()
     assert main(["datastore", "inspect", store]) == 0
     facts = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert (facts["documents"], facts["tokens"], facts["vocabulary"]) == ("1", "4", "6")
+    assert (facts["format"], facts["documents"], facts["tokens"], facts["vocabulary"]) == ("1", "1", "4", "6")
     assert main(["datastore", "verify", store]) == 0
     assert main(["datastore", "verify", store, "--tokenizer", str(tokenizers / "same")]) == 0
     capsys.readouterr()
     assert main(["datastore", "verify", store, "--tokenizer", str(tokenizers / "other")]) == 1
     assert "it was built with another tokenizer." in capsys.readouterr().err
+
+
+def test_shards_are_files_of_a_folder_and_no_part_of_one_opens(
+    tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = lines(tmp_path / "in.jsonl", *({"text": text} for text in ("a b c a", "b", "c d", "a b d e", "e")))
+    store = tmp_path / "store"
+    options = ["datastore", "build", "--tokenizer", str(tokenizers / "same"), "--input", str(text), "--output", str(store)]
+    assert main([*options, "--shard-tokens", "0"]) == 1
+    assert "A shard has 1 token or more" in capsys.readouterr().err
+    assert main([*options, "--shard-tokens", "5"]) == 0
+    assert [path.name for path in sorted(store.iterdir())] == ["00000.vdd", "00001.vdd"]
+    documents = [list(Datastore(path).documents()) for path in shards(store)]
+    assert documents == [[[1, 2, 3, 1], [3, 4]], [[1, 2, 4, 5]]]
+    capsys.readouterr()
+    assert main(["datastore", "verify", str(store), "--tokenizer", str(tokenizers / "same")]) == 0
+    assert main(["datastore", "inspect", str(store)]) == 0
+    assert capsys.readouterr().out.count("documents") == 2
+    for size, reason in ("5", "exists already"), ("1", "exists already"):
+        assert main([*options, "--shard-tokens", size]) == 1
+        assert reason in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    assert main(["datastore", "verify", str(tmp_path / "none")]) == 1
+    assert "holds no datastore" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "store", "none"}
+
+
+def test_what_a_build_of_shards_leaves_when_it_fails_or_is_killed(tmp_path: Path) -> None:
+    store, document = tmp_path / "store", np.array([1, 2, 3] * 40, np.int32)
+    partial = builder.partial_path(store)
+
+    def killed() -> Iterator[np.ndarray]:
+        yield document
+        yield document
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        builder.build_shards(store, killed(), 100, 6, TOKENIZER)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not store.exists()
+    for path in partial.iterdir():
+        with pytest.raises(DatastoreError, match=r"not a datastore|cut off"):
+            Datastore(path)
+    for documents, size in ([document, np.array([1, 9], np.int32)], 100), ([document[:1]], 100):
+        with pytest.raises(DatastoreError, match=r"Token id 9|no document"):
+            builder.build_shards(store, documents, size, 6, TOKENIZER)
+        assert not any(tmp_path.iterdir())
+    builder.build_shards(store, [document] * 3, 100, 6, TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"] and len(shards(store)) == 3
+
+
+def test_more_tokens_than_a_file_can_have_are_refused(tmp_path: Path) -> None:
+    with mock.patch.object(builder, "MAX_TOKENS", 20), pytest.raises(DatastoreError, match="more than 20 tokens"):
+        builder.build(tmp_path / "store", [np.array([1, 2], np.int32)] * 10, 6, TOKENIZER)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_flipped_bit_in_any_section_is_found_and_named(tmp_path: Path, build: Callable[..., int]) -> None:
@@ -212,11 +268,12 @@ def test_a_build_that_is_killed_at_any_write_leaves_the_old_file_and_nothing_els
         in_a_write = build_and_die(output, documents, num_writes)
         assert not output.exists()
         if not in_a_write:
+            Datastore(builder.partial_path(output)).verify()  # all but its name is there
             break
         with pytest.raises(DatastoreError, match=r"not a datastore|cut off|damaged"):
             Datastore(builder.partial_path(output))
         num_writes += 1
-    assert num_writes >= 15
+    assert num_writes >= 12
     builder.build(output, documents[1:], 6, TOKENIZER)
     assert list(tmp_path.iterdir()) == [output], "what a killed build left is cleared by the next"
     assert build_and_die(output, documents, num_writes // 2)
@@ -271,5 +328,4 @@ def test_a_request_matches_the_end_of_what_is_left_of_its_text(tmp_path: Path) -
     assert retriever.lookup(0, [], 1) == Continuation([4], 1, [1], [2])
     retriever.extend(0, np.array([2, 3, 4], np.int32))
     assert retriever.lookup(0, [], 1) == Continuation([5], 3, [1], [1])
-    for unknown in (-1, 6):
-        assert retriever.lookup(0, [unknown], 1) is None
+    assert retriever.lookup(0, [6], 1) is None, "it is not in the vocabulary"

@@ -10,7 +10,7 @@ from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.proposer import Proposer, RequestParams, Row
-from vllm_double.retrieval import ContextRetriever, HistoryRetriever
+from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
 from vllm_double.retrieval.base import Retriever
 from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.inprocess import Faults, in_process_pair
@@ -477,6 +477,58 @@ def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
         stack.extend(node.children.values())
     assert (set(chain) & set(secret[4:]) != set()) == (is_offered and side == "target")
     assert (read & set(secret[4:]) != set()) == is_offered
+
+
+class Faint(ContextRetriever):
+    """Says the same as the context, and is hardly sure of it."""
+
+    name = "faint"
+
+    def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
+        found = super().lookup(key, tail, max_tokens)
+        return found and Continuation(found.tokens, 1, [1] * len(found.tokens), [50] * len(found.tokens))
+
+
+def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:
+    text, chains = np.array([3, 4, 5, 6, 7] * 4, np.int32), []
+    for sources in ([ContextRetriever()], [ContextRetriever(), Faint()]):
+        proposer = Proposer(8, None, sources, Ticks())
+        proposer.admit("r", text[:-1], PARAMS)
+        chains += proposer.propose([Row("r", text, 1, ())])
+    assert chains[0] and chains[0] == chains[1]
+
+
+def test_history_goes_on_behind_a_stop_token() -> None:
+    past = HistoryRetriever(1000)
+    proposer = Proposer(8, None, [past], Ticks())
+    params = RequestParams(0.0, 200, frozenset({0}), tenant="a")
+    proposer.admit("r", np.array([1, 2], np.int32), params)
+    proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8], np.int32), 5, ())])
+    proposer.finish("r")
+    proposer.propose([])
+    assert past.num_tokens == 4, "3, 4, 0 and a separator"
+
+
+def test_the_drafts_history_lacks_the_end_of_an_answer() -> None:
+    world, past = World(), HistoryRetriever(1000, share_unnamed=True)
+    engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
+    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [past])
+    world.admit("r", [1, 5], RequestParams(0.0, 12, frozenset()))
+    while len(world.texts["r"]) < 12:
+        world.step()
+    world.proposer.finish("r")
+    for _ in range(3):
+        world.worker.turn()
+    assert past.num_tokens == 11, "ten tokens of the answer and a separator"
+
+
+def test_a_long_prompt_is_indexed_at_once() -> None:
+    context = ContextRetriever()
+    proposer = Proposer(8, None, [context], Ticks())
+    proposer.admit("r", np.arange(10_000, dtype=np.int32), RequestParams(0.0, 20_000, frozenset()))
+    assert context.num_waiting == 10_000
+    proposer.propose([])
+    assert 0 < context.num_waiting < 10_000
 
 
 def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:

@@ -146,4 +146,8 @@ def test_lookups_change_nothing_and_offer_what_is_in_the_text(data: st.DataObjec
         tailed = both.offered(tuple(new), max_tokens=8)
         assert both.offered(max_tokens=8) == before, "a lookup leaves no trace"
         assert len(tailed) <= 8 and set(tailed) <= set(range(6))
+        if not both.edit._requests[KEY].replacements:
+            text = both.context.text(KEY).tolist()
+            for offered in (before, tailed):
+                assert any(text[start : start + len(offered)] == offered for start in range(len(text))), "not in the text"
         both.extend(*new)

@@ -104,7 +104,6 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     ``prefix_caching``, ``address`` of the logs; ``rank``, and ``meeting``: path in the runtime folder, new for each start.
     """
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
-    from vllm_double.retrieval.automaton import warm_up
     from vllm_double.retrieval.datastore import DatastoreError
     from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedWorkerEnd
@@ -116,7 +115,6 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     if meeting.num_ranks > 1:
         engine = meeting.lead(engine)
     limits = FrontierLimits(**settings["limits"])
-    warm_up()
     sources = Sources(**settings["retrieval"])
     try:
         retrievers = sources.open()

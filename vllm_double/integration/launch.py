@@ -20,7 +20,6 @@ from vllm_double.guard import GuardedProposer
 from vllm_double.lifeline import hold
 from vllm_double.metrics import snapshot
 from vllm_double.proposer import Proposer
-from vllm_double.retrieval.automaton import warm_up
 from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.shared import SharedTargetEnd
 
@@ -51,7 +50,6 @@ class Launch:
             self._settings = _host_settings(vllm_config, sorted({*processes, *ranks}))
             if vllm_config.device_config.device_type == "cpu":
                 self.start_draft()
-        warm_up()  # compiled code is loaded now, not in the first request
         retrievers = _sources(config).open() if double.target_retrieval else []
         vocab_size = vllm_config.model_config.get_vocab_size()
         proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size)

@@ -110,7 +110,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         _check_draft(draft, double, target, num_engines)
     elif draft:
         raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
-    datastores = tuple(check_datastore(target, path) for path in double.datastore)
+    datastores = tuple(found for path in double.datastore for found in check_datastore(target, path))
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
     num_ranks = num_engines * parallel.tensor_parallel_size

@@ -28,21 +28,25 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
         raise ConfigError(f'The draft model "{draft}" has another tokenizer than the target: {found}.')
 
 
-def check_datastore(target: ModelConfig, path: str) -> tuple[str, str]:
-    """The file's absolute path and the fingerprint (hexadecimal) of its tokenizer, with which it is to be opened.
+def check_datastore(target: ModelConfig, path: str) -> list[tuple[str, str]]:
+    """Of each file of a datastore the absolute path and the fingerprint (hexadecimal) of its tokenizer, with which it is to be
+    opened.
 
-    Raises ConfigError with one sentence where the file cannot be used or has another tokenizer.
+    Raises ConfigError with one sentence where a file cannot be used or has another tokenizer.
     """
     # Not at the top: it imports numba, and vLLM 0.31's workers fail in what llvmlite has put into sys.modules before them.
-    from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint
+    from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint, shards
 
+    tokenizer = fingerprint(_tokenizer_of(target).get_vocab())
+    found: list[tuple[str, str]] = []
     try:
-        datastore = Datastore(Path(path), fingerprint(_tokenizer_of(target).get_vocab()))
+        for file in shards(Path(path)):
+            if Datastore(file, tokenizer).header.vocab_size > target.get_vocab_size():
+                raise ConfigError(f'The datastore "{file}" has token ids that the target has no embedding for.')
+            found.append((str(file.absolute()), tokenizer.hex()))
     except DatastoreError as error:
         raise ConfigError(str(error)) from None
-    if datastore.header.vocab_size > target.get_vocab_size():
-        raise ConfigError(f'The datastore "{path}" has token ids that the target has no embedding for.')
-    return str(Path(path).absolute()), datastore.header.fingerprint.hex()
+    return found
 
 
 def _tokenizer_of(target: ModelConfig) -> Any:

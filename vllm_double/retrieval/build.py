@@ -2,12 +2,13 @@
 
 import fcntl
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,9 @@ from tqdm import tqdm
 from vllm_double.retrieval._build_steps import build_steps
 from vllm_double.retrieval._datastore_steps import MAX_DEPTH, NONE, NUM_COLUMNS, SCAN
 from vllm_double.retrieval.base import Tokens
-from vllm_double.retrieval.datastore import MAX_TOKENS, MAX_VOCAB, SEPARATOR, DatastoreError, Header, Section
+from vllm_double.retrieval.datastore import MAX_TOKENS, MAX_VOCAB, SEPARATOR, SUFFIX, DatastoreError, Header, Section
 
-__all__ = ["build", "partial_path"]
+__all__ = ["build", "build_shards", "partial_path"]
 
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -27,6 +28,7 @@ _PASS = 1 << 24
 # Positions whose entry is held at once (4 bytes each).
 _WINDOW = 1 << 26
 _CHUNK = 1 << 20
+_NOTHING = "The input has no document of two tokens or more."
 
 
 def partial_path(output: Path) -> Path:
@@ -47,20 +49,87 @@ def build(
     Raises DatastoreError where the documents cannot be indexed, OSError where the file cannot be written. The header is
     written when all else has reached the disk, so that nothing opens which is not whole.
 
-    Memory, besides the tokens, which are mapped: 12 bytes for each of 2^24 entries, or of the occurrences of the most frequent
+    Memory, besides what is mapped from the file: 12 bytes for each of 2^24 entries, or of the occurrences of the most frequent
     token where those are more; 4 for each of 2^26 positions.
     """
-    if not 1 <= vocab_size <= MAX_VOCAB:
-        raise DatastoreError(f"A vocabulary has 1 to {MAX_VOCAB} tokens, not {vocab_size}.")
-    if not 1 <= max_match < MAX_DEPTH:
-        raise DatastoreError(f"Contexts have 1 to {MAX_DEPTH - 1} tokens, not {max_match}.")
     with _replacing(output) as file:
         header = _Builder(file, vocab_size, fingerprint, max_match, show_progress).run(documents)
-        file.flush()
-        os.fsync(file.fileno())
         file.seek(0)
         file.write(header.pack())
     return header
+
+
+def build_shards(
+    output: Path,
+    documents: Iterable[Ids],
+    num_tokens: int,
+    vocab_size: int,
+    fingerprint: bytes,
+    max_match: int = 32,
+    show_progress: bool = False,
+) -> list[Header]:
+    """The same as a new folder of files of about ``num_tokens`` tokens each, which together may hold more than one file can.
+
+    The headers are written when all files have reached the disk.
+    """
+    if num_tokens < 1:
+        raise DatastoreError(f"A shard has 1 token or more, not {num_tokens}.")
+    headers: dict[Path, Header] = {}
+    with _new_folder(output) as folder:
+        for number, shard in enumerate(_shards(documents, num_tokens)):
+            path = folder / f"{number:05}{SUFFIX}"
+            with path.open("w+b") as file:
+                headers[path] = _Builder(file, vocab_size, fingerprint, max_match, show_progress).run(shard)
+        if not headers:
+            raise DatastoreError(_NOTHING)
+        for path, header in headers.items():
+            with path.open("r+b") as file:
+                file.write(header.pack())
+                file.flush()
+                os.fsync(file.fileno())
+    return list(headers.values())
+
+
+def _shards(documents: Iterable[Ids], num_tokens: int) -> Iterator[Iterator[Ids]]:
+    """Cut behind the document that fills a shard. A token alone continues nothing, and might be a shard of its own."""
+    source = (document for document in documents if len(document) > 1)
+
+    def shard(document: Ids | None) -> Iterator[Ids]:
+        held = 0
+        while document is not None:
+            yield document
+            held += len(document)
+            document = next(source, None) if held < num_tokens else None
+
+    for first in source:
+        yield shard(first)
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """An empty folder that gets its name in the end, or goes away where there is an error."""
+    if output.exists():
+        raise DatastoreError(f'The output "{output}" exists already.')
+    partial = partial_path(output)
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatastoreError(f'Another build is writing "{output}".') from None
+        try:
+            for left in partial.iterdir():
+                left.unlink()
+            yield partial
+            os.fsync(descriptor)
+            partial.rename(output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+    _sync(output.absolute().parent)
 
 
 @contextmanager
@@ -85,36 +154,48 @@ def _replacing(output: Path) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    directory = os.open(output.absolute().parent, os.O_RDONLY)
+    _sync(output.absolute().parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 class _Builder:
     """The sections, written one after another."""
 
     def __init__(self, file: BinaryIO, vocab_size: int, fingerprint: bytes, max_match: int, show_progress: bool) -> None:
+        if not 1 <= vocab_size <= MAX_VOCAB:
+            raise DatastoreError(f"A vocabulary has 1 to {MAX_VOCAB} tokens, not {vocab_size}.")
+        if not 1 <= max_match < MAX_DEPTH:
+            raise DatastoreError(f"Contexts have 1 to {MAX_DEPTH - 1} tokens, not {max_match}.")
         self._file = file
         self._header = Header(max_match, vocab_size, 0, 0, 0, 0, fingerprint)
         self._show_progress = show_progress
         self._steps = build_steps()
 
     def run(self, documents: Iterable[Ids]) -> Header:
+        """Everything but the header, which is left to be written when this has reached the disk."""
         self._write_tokens(documents)
         tokens = self._map("tokens")
         counts = np.zeros(self._header.vocab_size, np.int32)
         self._steps.count_entries(tokens, counts)
         self._header = replace(self._header, num_entries=int(counts.sum(dtype=np.int64)))
         if self._header.num_entries == 0:
-            raise DatastoreError("The input has no document of two tokens or more.")
+            raise DatastoreError(_NOTHING)
         starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         self._write("starts", 0, starts.astype(np.int32))
         self._write_order(tokens, starts)
         self._write_successors()
         self._write_nodes()
-        return replace(self._header, checksums=tuple(self._checksum(section) for section in self._header.sections))
+        header = replace(self._header, checksums=tuple(self._checksum(section) for section in self._header.sections))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return header
 
     def _write_tokens(self, documents: Iterable[Ids]) -> None:
         self._file.seek(self._section("tokens").offset)
@@ -131,7 +212,7 @@ class _Builder:
             num_documents += 1
             num_tokens += len(document) + 1
             if num_tokens > MAX_TOKENS:
-                raise DatastoreError(f"The input has more than {MAX_TOKENS} tokens: build several datastores.")
+                raise DatastoreError(f"The input has more than {MAX_TOKENS} tokens: build it in shards.")
         self._header = replace(self._header, num_documents=num_documents, num_tokens=num_tokens)
 
     def _write_order(self, tokens: Tokens, starts: npt.NDArray[np.int64]) -> None:
@@ -179,25 +260,23 @@ class _Builder:
         """Count the nodes, then fill them in."""
         arrays = [self._map(name) for name in ("followers", "successors", "shared")]
         counts = np.zeros(self._header.vocab_size, np.int32)
-        anchors = np.full(self._section("anchors").shape, NONE, np.int32)
+        os.ftruncate(self._file.fileno(), self._header.num_bytes)
+        anchors = self._map("anchors", "r+")
+        anchors.fill(NONE)
         num_nodes = self._steps.grow(*arrays, counts, anchors, np.empty((0, NUM_COLUMNS), np.int32))
         self._header = replace(self._header, num_nodes=num_nodes)
-        nodes = np.empty((num_nodes, NUM_COLUMNS), np.int32)
-        if num_nodes:
-            self._steps.grow(*arrays, counts, anchors, nodes)
-        self._write("anchors", 0, anchors)
-        self._write("nodes", 0, nodes)
-        self._file.flush()
         os.ftruncate(self._file.fileno(), self._header.num_bytes)
+        if num_nodes:
+            self._steps.grow(*arrays, counts, anchors, self._map("nodes", "r+"))
 
     def _section(self, name: str) -> Section:
         return next(section for section in self._header.sections if section.name == name)
 
-    def _map(self, name: str) -> npt.NDArray[Any]:
-        """A section that is written, without a copy and read-only."""
+    def _map(self, name: str, mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
+        """A section without a copy; what is read is written already."""
         self._file.flush()
         section = self._section(name)
-        return np.asarray(np.memmap(self._file, section.dtype, "r", section.offset, section.shape))
+        return np.asarray(np.memmap(self._file, section.dtype, mode, section.offset, section.shape))
 
     def _write(self, name: str, start: int, part: npt.NDArray[Any]) -> None:
         section = self._section(name)

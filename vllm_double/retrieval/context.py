@@ -127,7 +127,7 @@ class ContextRetriever:
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What followed the longest suffix of text + tail; see the class. None: no suffix occurs.
 
-        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024).
+        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024), or a negative token.
         """
         request = self._requests[key]
         if not 1 <= max_tokens <= MAX_CONTINUATION:

@@ -52,13 +52,15 @@ from vllm_double.retrieval._datastore_steps import (
 from vllm_double.retrieval.base import Continuation, Tokens
 from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
 
-__all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "fingerprint"]
+__all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "fingerprint", "shards"]
 
 SEPARATOR = -1
+SUFFIX = ".vdd"
+"""Of the files in a folder of shards."""
 MAX_TOKENS = 2**31 - 1
 MAX_VOCAB = 2**31 - 2
 _MAGIC = b"VDOUBLE\n"
-_VERSION = 1
+FORMAT_VERSION = 1
 # Magic, version, max_match, vocab_size, documents, tokens, entries, nodes, fingerprint, a checksum per section; then one of
 # all that.
 _HEADER = struct.Struct("<8sIIIQQQQ32s9I")
@@ -78,6 +80,16 @@ def fingerprint(vocabulary: Mapping[str, int]) -> bytes:
         text = token.encode("utf-8", "surrogatepass")
         digest.update(struct.pack("<qq", index, len(text)) + text)
     return digest.digest()
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a datastore: itself, or all of a folder. Raises DatastoreError where there is none."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if not found:
+        raise DatastoreError(f'The folder "{path}" holds no datastore.')
+    return found
 
 
 class Section(NamedTuple):
@@ -145,7 +157,7 @@ class Header:
 
     def pack(self) -> bytes:
         numbers = (self.max_match, self.vocab_size, self.num_documents, self.num_tokens, self.num_entries, self.num_nodes)
-        packed = _HEADER.pack(_MAGIC, _VERSION, *numbers, self.fingerprint, *self.checksums)
+        packed = _HEADER.pack(_MAGIC, FORMAT_VERSION, *numbers, self.fingerprint, *self.checksums)
         return packed + _CHECKSUM.pack(zlib.crc32(packed))
 
     @classmethod
@@ -156,8 +168,8 @@ class Header:
         if len(data) < _HEADER.size + _CHECKSUM.size:
             raise DatastoreError("it is cut off inside of the header")
         version = int.from_bytes(data[8:12], "little")
-        if version != _VERSION:
-            raise DatastoreError(f"its format has version {version}; this vllm-double reads version {_VERSION}")
+        if version != FORMAT_VERSION:
+            raise DatastoreError(f"its format has version {version}; this vllm-double reads version {FORMAT_VERSION}")
         if _CHECKSUM.unpack_from(data, _HEADER.size)[0] != zlib.crc32(data[: _HEADER.size]):
             raise DatastoreError("its header is damaged: the checksum differs")
         _, _, *fields = _HEADER.unpack_from(data)
@@ -324,9 +336,10 @@ class Datastore:
 class DatastoreRetriever:
     """Continues a request with what follows the same words in the corpus.
 
-    One step of a lookup takes as context the longest suffix of text + tail + (tokens returned so far), of at most
-    ``max_match`` tokens, that occurs in a document with a token of that document behind it. Its total is the number of
-    such occurrences in all documents. It returns the token that followed most often, with that count; of equally
+    A lookup answers from one file: that in which the longest suffix of text + tail occurs; of equally long ones that in which
+    it occurs most often, then the first. There one step takes as context the longest suffix of text + tail + (tokens returned
+    so far), of at most ``max_match`` tokens, that occurs in a document with a token of that document behind it. Its total is
+    the number of such occurrences in all documents. It returns the token that followed most often, with that count; of equally
     frequent ones the lowest id. Steps end with ``max_tokens``, or before a context would be shorter than the first one
     (``match_length``). `reference.scan_documents` is the same in a few obvious lines.
 
@@ -335,10 +348,10 @@ class DatastoreRetriever:
 
     name = "datastore"
 
-    def __init__(self, datastore: Datastore) -> None:
-        """``max_match`` is that of the datastore."""
-        self.max_match = datastore.header.max_match
-        self._datastore = datastore
+    def __init__(self, *datastores: Datastore) -> None:
+        """``max_match`` is the greatest of the datastores'."""
+        self.max_match = max(datastore.header.max_match for datastore in datastores)
+        self._datastores = datastores
         self._requests: dict[int, Recent] = {}
         self._scratch = Scratch()
 
@@ -367,11 +380,20 @@ class DatastoreRetriever:
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What follows the longest suffix of text + tail; see the class. None: no suffix occurs.
 
-        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024).
+        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024), or a negative token.
         """
         recent = self._requests[key]
         if not 1 <= max_tokens <= MAX_CONTINUATION:
             raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
         num_recent = min(recent.length, self.max_match)
         context_at = recent.follow(tail, max_tokens) - 4 * num_recent
-        return self._datastore.match(context_at, num_recent + len(tail), self._scratch, max_tokens)
+        best: Continuation | None = None
+        for datastore in self._datastores:
+            found = datastore.match(context_at, num_recent + len(tail), self._scratch, max_tokens)
+            if found is not None and (best is None or _rank(found) > _rank(best)):
+                best = found
+        return best
+
+
+def _rank(found: Continuation) -> tuple[int, int]:
+    return found.match_length, found.totals[0]

@@ -1,7 +1,7 @@
 """Retrieval from what the target answered to earlier requests of the same tenant."""
 
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,7 +110,8 @@ class HistoryRetriever:
         self._steps = steps()
         self._requests: dict[int, _Request | None] = {}  # None: it neither reads nor leaves anything
         self._tenants: dict[str | None, _Tenant] = {}
-        self._generations: dict[int, _Generation] = {}  # by serial, the one that got its latest text first comes first
+        # By serial; the one that has waited longest for another text comes first.
+        self._generations: OrderedDict[int, _Generation] = OrderedDict()
         self._waiting: deque[tuple[str | None, Tokens]] = deque()
         # The text that is being indexed: its generation, and how much of it is done.
         self._current: tuple[_Generation, Tokens, int] | None = None
@@ -148,7 +149,7 @@ class HistoryRetriever:
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """What followed the longest suffix of text + tail; see the class. None: nothing did.
 
-        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024).
+        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024), or a negative token.
         """
         request = self._requests[key]
         if not 1 <= max_tokens <= MAX_CONTINUATION:
@@ -226,7 +227,7 @@ class HistoryRetriever:
             newest = tenant.generations[0]
             full = newest.automaton.capacity
             if newest.automaton.num_tokens + num_tokens <= full:
-                self._generations[newest.serial] = self._generations.pop(newest.serial)
+                self._generations.move_to_end(newest.serial)
                 return newest
             capacity = min(_GROWTH * full, self._largest)
         while capacity < num_tokens:
@@ -240,7 +241,7 @@ class HistoryRetriever:
 
     def _evict(self) -> None:
         """Give up the generation whose latest text is the oldest: of its tenant's the one that was begun first."""
-        generation = self._generations.pop(next(iter(self._generations)))
+        _, generation = self._generations.popitem(last=False)
         self._num_tokens -= generation.automaton.num_tokens
         self._charge -= generation.charge
         tenant = generation.tenant

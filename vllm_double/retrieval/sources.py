@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_double.retrieval.automaton import warm_up
 from vllm_double.retrieval.base import Retriever
 from vllm_double.retrieval.context import ContextRetriever
 from vllm_double.retrieval.datastore import Datastore, DatastoreRetriever
@@ -24,16 +25,18 @@ class Sources:
     datastores: tuple[tuple[str, str], ...] = ()
 
     def open(self) -> list[Retriever]:
-        """The sources, each empty but for what lies on disk. Call `automaton.warm_up` before the first request.
+        """The sources, each empty but for what lies on disk, and compiled, so that no request waits for that.
 
         Raises DatastoreError.
         """
+        warm_up()
         sources: list[Retriever] = []
         if self.context:
             context = ContextRetriever()
             sources.extend((context, EditRetriever(context)))
         if self.history_tokens:
             sources.append(HistoryRetriever(self.history_tokens, share_unnamed=self.share_history))
-        for path, tokenizer in self.datastores:
-            sources.append(DatastoreRetriever(Datastore(Path(path), bytes.fromhex(tokenizer))))
+        if self.datastores:
+            opened = (Datastore(Path(path), bytes.fromhex(tokenizer)) for path, tokenizer in self.datastores)
+            sources.append(DatastoreRetriever(*opened))
         return sources
