@@ -1,7 +1,8 @@
 """The round, without vLLM, Ray, network or clock: a scripted target, a fake draft engine, the in-process logs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vllm_double.draft.worker import DraftWorker
 from vllm_double.proposer import Proposer, RequestParams, Row
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
 from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.inprocess import Faults, in_process_pair
 from vllm_double.transport.messages import Admit
@@ -434,36 +436,31 @@ def test_a_request_with_or_without_a_tenant_reaches_no_worker(tenant: str | None
     assert len(world.worker.frontier) == 1
 
 
-@pytest.mark.parametrize("side", ["target", "draft"])
-@pytest.mark.parametrize(("reader", "is_offered"), [("a", True), ("b", False), (None, False)])
-def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
-    reader: str | None, is_offered: bool, side: str
-) -> None:
-    secret = [20, 21, 22, 23, 19, 18, 17, 16, 15]
+SECRET = [20, 21, 22, 23, 19, 18, 17, 16, 15]
+
+
+def secretive(side: str, sources: Callable[[], list[Retriever]]) -> World:
+    """A target that says the secret over and over, a draft that knows nothing of it, and sources on one side."""
     world = World()
 
-    def sources(of: str) -> list[Retriever]:
-        return Sources(history_tokens=1000).open() if of == side else []
-
     def target(context: Sequence[int]) -> np.ndarray:
-        return 9 * np.eye(VOCAB)[secret[(secret.index(context[-1]) + 1) % 9] if context[-1] in secret else 20]
+        return 9 * np.eye(VOCAB)[SECRET[(SECRET.index(context[-1]) + 1) % 9] if context[-1] in SECRET else 20]
 
-    def draft(context: Sequence[int]) -> np.ndarray:  # knows nothing of the secret
+    def draft(context: Sequence[int]) -> np.ndarray:
         return np.where(np.arange(VOCAB) < 12, 3.0, -9.0).astype(np.float32)
 
     engine = FakeEngine(draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
-    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8, children_per_node=4), Ticks(), sources("draft"))
-    world.proposer = Proposer(8, world.target_end, sources("target"), Ticks())
+    read = sources() if side == "draft" else []
+    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8, children_per_node=4), Ticks(), read)
+    world.proposer = Proposer(8, world.target_end, sources() if side == "target" else [], Ticks())
     world.target = target
-    world.admit("r", [1, 2], RequestParams(0.0, 200, frozenset(), tenant="a"))
-    for _ in range(12):
-        world.step()
-    world.proposer.finish("r")
-    world.texts.clear()
-    world.step()
-    # Another request begins as the secret does; its own text does not hold the rest.
-    world.admit("s", [1, 2, *secret[:3]], RequestParams(0.0, 200, frozenset(), tenant=reader))
-    world.texts["s"] = [1, 2, *secret[:4]]
+    return world
+
+
+def offered(world: World, reader: str | None) -> tuple[bool, bool]:
+    """Whether a request that begins as the secret does is offered the rest: to the target, to the draft."""
+    world.admit("s", [1, 2, *SECRET[:3]], RequestParams(0.0, 200, frozenset(), tenant=reader))
+    world.texts["s"] = [1, 2, *SECRET[:4]]
     chain = world.proposer.propose([Row("s", np.array(world.texts["s"], np.int32), 1, ())])[0]
     for _ in range(8):
         world.worker.turn()
@@ -475,8 +472,43 @@ def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
         assert node is not None
         read |= node.children.keys()
         stack.extend(node.children.values())
-    assert (set(chain) & set(secret[4:]) != set()) == (is_offered and side == "target")
-    assert (read & set(secret[4:]) != set()) == is_offered
+    rest = set(SECRET[4:])
+    return not rest.isdisjoint(chain), not rest.isdisjoint(read)
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+@pytest.mark.parametrize(
+    ("share", "owner", "reader", "is_offered"),
+    [
+        (False, "a", "a", True),
+        (False, "a", "b", False),
+        (False, "a", None, False),
+        (False, None, None, False),
+        (True, None, None, True),
+        (True, "a", None, False),
+        (True, None, "a", False),
+        (True, "a", "b", False),
+    ],
+)
+def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
+    share: bool, owner: str | None, reader: str | None, is_offered: bool, side: str
+) -> None:
+    world = secretive(side, Sources(history_tokens=1000, share_history=share).open)
+    world.admit("r", [1, 2], RequestParams(0.0, 200, frozenset(), tenant=owner))
+    for _ in range(12):
+        world.step()
+    world.proposer.finish("r")
+    world.texts.clear()
+    world.step()
+    assert offered(world, reader) == (is_offered and side == "target", is_offered)
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_a_datastore_is_read_by_no_side(side: str, tmp_path: Path) -> None:
+    build(tmp_path / "store", [np.array([5, 6, 7], np.int32), np.array(SECRET, np.int32)], VOCAB, bytes(32))
+    store = (str(tmp_path / "store"), bytes(32).hex())
+    world = secretive(side, Sources(context=False, datastores=(store,)).open)
+    assert offered(world, None) == (side == "target", True)
 
 
 class Faint(ContextRetriever):
