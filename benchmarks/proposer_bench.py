@@ -21,7 +21,6 @@ from vllm_double.draft.fake_engine import FakeEngine
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.proposer import Proposer, RequestParams, Row
-from vllm_double.retrieval.automaton import warm_up
 from vllm_double.retrieval.sources import Sources
 from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
 
@@ -134,7 +133,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "proposer.csv")
     parser.add_argument("--iterations", type=Path, default=rows.RESULTS / "iteration.csv")
     options = parser.parse_args()
-    warm_up()
     gc.collect()
     gc.freeze()  # as the draft worker does
     for batch, turns, long_prompt in ((1, 16, 0), (4, 12, 0), (32, 6, 0), (1, 16, 16384)):

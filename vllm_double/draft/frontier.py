@@ -304,7 +304,7 @@ class Frontier:
         records = np.zeros(len(nodes), dtype=NODE_DTYPE)
         if not nodes:
             return records
-        probs = np.nan_to_num(probs)  # a draft that overflows says nothing
+        probs = np.fmax(probs, 0.0)  # a draft that overflows, and so says NaN, says nothing
         log_probs = np.log(np.maximum(probs, 1e-9)).tolist()
         token_lists = tokens.tolist()
         for index, (request, node) in enumerate(nodes):
