@@ -73,8 +73,11 @@ def _draft_model(choices: Choices) -> list[dict[str, object] | None]:
 
 
 def _suffix(choices: Choices, **settings: object) -> list[dict[str, object] | None]:
-    return [{"method": "suffix", "num_speculative_tokens": max(choices.double_k)} | settings]
+    lengths = sorted({max(choices.double_k), _SUFFIX_K})
+    return [{"method": "suffix", "num_speculative_tokens": k} | settings for k in lengths]
 
+
+_SUFFIX_K = 24  # vLLM's default
 
 WARM = ("suffix-warm", "double-warm")
 """Arms that keep what they answered, so that from the second round on they have seen every answer."""
