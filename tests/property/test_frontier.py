@@ -75,6 +75,24 @@ def test_single_path_drafts_the_greedy_continuation_to_the_allowed_depth() -> No
     assert len(found) == 7
 
 
+def test_every_branch_counts_the_pages_of_a_long_text() -> None:
+    engine, frontier = make()
+    text = [index % VOCAB for index in range(90)]
+    admit(frontier, 1, text)
+    (request,) = frontier._requests.values()
+    for token in (None, 3, 5):  # another branch becomes the trunk, as a rule
+        if token is not None:
+            assert request.root is not None
+            commit(frontier, 1, len(text), [token])
+            text.append(token)
+        for _ in range(4):
+            turn(engine, frontier)
+        assert len(request.branches()) > 3
+        assert {frontier._pool._counts[page] for page in request.trunk.table[: 90 // 4]} == {1}
+    frontier.apply(Release(1, keep=False))
+    assert frontier._pool.num_free == 199
+
+
 def test_the_most_probable_path_is_worked_on_first() -> None:
     engine, frontier = make(nodes_per_iteration=1)
     admit(frontier, 1, [5])

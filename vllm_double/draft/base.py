@@ -11,12 +11,14 @@ import numpy.typing as npt
 
 __all__ = ["DraftEngine", "Row", "count_outputs"]
 
+_FEW_PAGES = 64  # up to here Python's min and max are quicker than numpy's
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """Query tokens of one branch: a chunk of a prompt, one token, or a path to be verified in one forward.
 
-    pages: the branch's block table; entry i holds positions i * page_size .. (i + 1) * page_size - 1 and
+    pages: the branch's block table, best as an array; entry i holds positions i * page_size .. (i + 1) * page_size - 1 and
         every page up to the last query token must be there.
     start: position of the first query token, which is the number of tokens that the branch has in its pages
         before it.
@@ -101,7 +103,15 @@ def count_outputs(rows: Sequence[Row], *, page_size: int, num_pages: int, max_le
         if row.temperature < 0:
             raise ValueError(f"row {index} has temperature {row.temperature}")
         used = row.pages if num_row_pages == len(row.pages) else row.pages[:num_row_pages]
-        if min(used) < 0 or max(used) >= num_pages:
+        least, greatest = _bounds(used)
+        if least < 0 or greatest >= num_pages:
             raise ValueError(f"row {index} uses a page outside 0..{num_pages - 1}")
         num_outputs += row.num_outputs
     return num_outputs
+
+
+def _bounds(pages: Sequence[int]) -> tuple[int, int]:
+    if len(pages) <= _FEW_PAGES:
+        return min(pages), max(pages)
+    found = np.asarray(pages)
+    return int(found.min()), int(found.max())

@@ -352,5 +352,5 @@ class Frontier:
         tables: list[Sequence[int]] = []
         for request in self._requests.values():
             request.check_integrity()
-            tables.extend(branch.table for branch in request.branches())
+            tables.extend(branch.table[branch.first :] for branch in request.branches())
         self._pool.check_integrity(tables)

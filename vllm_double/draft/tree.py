@@ -8,6 +8,7 @@ table: branches share full pages, and exactly one of them owns the writable slot
 import heapq
 import itertools
 import math
+from array import array
 from collections.abc import Sequence
 
 from vllm_double.draft.pages import PagePool, page_key, partition_key
@@ -20,13 +21,18 @@ _ITSELF = -1
 
 
 class Branch:
-    """A block table: ``table[p // page_size]`` holds position p, for p < length."""
+    """A block table: ``table[p // page_size]`` holds position p, for p < length.
 
-    __slots__ = ("holders", "length", "table")
+    Pages before ``first`` are full of committed text and held by the request's trunk, which has the same ones there: a branch
+    of a long text costs no more than one of a short text.
+    """
 
-    def __init__(self, table: list[int], length: int) -> None:
-        self.table = table
+    __slots__ = ("first", "holders", "length", "table")
+
+    def __init__(self, table: "array[int]", length: int, first: int = 0) -> None:
+        self.table = table  # the engine takes it over as one piece of memory
         self.length = length
+        self.first = first
         self.holders = 0  # computed nodes on it, plus one where it is the trunk
 
 
@@ -89,7 +95,7 @@ class DraftRequest:
         self.num_expanded = 0  # nodes expanded since the last commit
         self._pool = pool
         self._page_size = page_size
-        self.trunk = Branch([], 0)
+        self.trunk = Branch(array("i"), 0)
         self.trunk.holders = 1
         self.root: Node | None = None  # the last committed token, once the whole text at admission is here
         self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
@@ -146,6 +152,8 @@ class DraftRequest:
             cached = cached.parent
         if cached is not None and cached.branch is not None:
             self._hold(cached.branch)
+            # Whoever is the trunk holds the pages of the committed text.
+            self.trunk.first, cached.branch.first = cached.branch.first, 0
             self._let_go(self.trunk)
             self.trunk, self.num_cached = cached.branch, cached.position + 1
         old_root = self.root
@@ -352,8 +360,9 @@ class DraftRequest:
                 self._pool.release([branch.table.pop()])
             branch.table.extend(new)
         else:
-            self._pool.share(branch.table[:full])
-            branch = Branch([*branch.table[:full], *new], length)
+            first = self.num_cached // size
+            self._pool.share(branch.table[first:full])
+            branch = Branch(branch.table[:full] + array("i", new), length, first)
         branch.length = length + num_tokens
         return branch
 
@@ -366,6 +375,7 @@ class DraftRequest:
 
     def _truncate(self, branch: Branch, length: int) -> None:
         keep = -(-length // self._page_size)
+        assert keep >= branch.first, "pages of the committed text are not the branch's to give up"
         self._pool.release(branch.table[keep:])
         del branch.table[keep:]
         branch.length = min(branch.length, length)
@@ -376,8 +386,8 @@ class DraftRequest:
     def _let_go(self, branch: Branch) -> None:
         branch.holders -= 1
         if branch.holders == 0:
-            self._pool.release(branch.table)
-            branch.table, branch.length = [], 0
+            self._pool.release(branch.table[branch.first :])
+            branch.table, branch.length = array("i"), 0
 
     def _drop(self, top: Node, keep: Node | None = None) -> None:
         """Forget ``top`` and all below it but the subtree of ``keep``."""
@@ -410,7 +420,7 @@ class DraftRequest:
         if self.root is not None:
             self._drop(self.root)
         self._let_go(self.trunk)
-        self.trunk = Branch([], 0)
+        self.trunk = Branch(array("i"), 0)
         self.trunk.holders = 1
         self.num_cached = self._num_inserted = 0
         self.root = None
@@ -449,7 +459,9 @@ class DraftRequest:
         size, keys = self._page_size, [partition_key(self.tenant, self.epoch)]
         for end in range(size, self.num_cached + 1, size):
             keys.append(page_key(keys[-1], self.text[end - size : end]))
+        assert self.trunk.first == 0
         for branch in self.branches():
+            assert branch.table[: branch.first] == self.trunk.table[: branch.first], "not the trunk's pages"
             found = [self._pool.key_of(page) for page in branch.table]
             assert all(key in (None, expected) for key, expected in zip(found, keys[1:], strict=False)), "text of a page"
             assert not any(found[self._num_inserted :]), "a page of the prefix cache may be written"
