@@ -121,7 +121,12 @@ def _add_datastore(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='.jsonl files with "text" or "token_ids" in each line, text files, or folders of them',
     )
-    build.add_argument("--output", type=Path, required=True, help="file to write; it is replaced once the new one is whole")
+    build.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="file to write, which is replaced once the new one is whole; of shards a new folder",
+    )
     build.add_argument("--shard-tokens", type=int, help="write a new folder of files of about so many tokens each")
     build.add_argument("--max-match", type=int, default=32, help="tokens of context that are told apart (default: 32)")
     inspect = actions.add_parser("inspect", help="what a datastore holds")
@@ -140,7 +145,7 @@ def _datastore(options: argparse.Namespace) -> int:
     except DatastoreError as error:
         reason = str(error)
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename or options.output}."
+        reason = f"{error.strerror}: {error.filename or getattr(options, 'output', None) or options.store}."
     else:
         return 0
     print(f"vllm-double: {reason}", file=sys.stderr)
@@ -165,9 +170,9 @@ def _datastore_build(options: argparse.Namespace) -> None:
 
 
 def _datastore_inspect(options: argparse.Namespace) -> None:
-    from vllm_double.retrieval.datastore import FORMAT_VERSION, Datastore, shards
+    from vllm_double.retrieval.datastore import FORMAT_VERSION, Datastore, files_of
 
-    for path in shards(options.store):
+    for path in files_of(options.store):
         header = Datastore(path).header
         facts = {
             "file": path,
@@ -187,11 +192,11 @@ def _datastore_inspect(options: argparse.Namespace) -> None:
 
 def _datastore_verify(options: argparse.Namespace) -> None:
     from vllm_double.retrieval.corpus import load_tokenizer
-    from vllm_double.retrieval.datastore import Datastore, fingerprint, shards
+    from vllm_double.retrieval.datastore import Datastore, files_of, fingerprint
 
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     identity = fingerprint(tokenizer.get_vocab()) if tokenizer else None
-    for path in shards(options.store):
+    for path in files_of(options.store):
         Datastore(path, identity).verify()
     print("The datastore is whole" + (" and has the tokens of this tokenizer." if tokenizer else "."))
 

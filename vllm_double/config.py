@@ -1,7 +1,7 @@
 """The settings under "double" in --speculative-config: validated, bounded, frozen."""
 
 import difflib
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -31,7 +31,7 @@ class DoubleConfig(BaseModel):
         False, description="requests without a tenant share a history: how fast an answer comes then tells whether another got "
         "it before, as vLLM's prefix caching does for prompts",
     )  # fmt: skip
-    datastore: tuple[str, ...] = Field(
+    datastore: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="file or folder that `vllm-double datastore build` made with the target's tokenizer, or a list of "
         "such; all requests are offered what is in them",
     )  # fmt: skip

@@ -176,11 +176,9 @@ class Proposer:
             request = self._requests.get(row.request_id)
             if request is None or row.num_sampled == 0:
                 continue
-            end = self._commit(request, row)
+            self._commit(request, row)
             if request.params.use_drafts and not request.finished:
                 live.append((index, request))
-            elif request.session != 0 and self._end is not None and request.session == self._end.session:
-                self._tell(request, row.tokens[:end])  # how the text ends, for the history of the draft's side
         paths = [self._graft(request, rows[index].tokens) for index, request in live]
         lengths = chain_lengths([[step.reach for step in path] for path in paths], *self.step_cost.estimate())
         chains: list[list[int]] = [[] for _ in rows]
@@ -226,15 +224,12 @@ class Proposer:
                 elif count > 0:
                     request.trie.insert(prefix_hash, position, tokens[:count], probs[:count])
 
-    def _commit(self, request: _Request, row: Row) -> int:
-        """Walk the trie by what the target said; every listed child on the way is an example for the calibration.
-
-        Returns the length of the text, which ends where the request does.
-        """
+    def _commit(self, request: _Request, row: Row) -> None:
+        """Walk the trie by what the target said; every listed child on the way is an example for the calibration."""
         known = len(row.tokens) - row.num_sampled
         if known != request.length:
             self._rewind(request, row.tokens[:known])
-        new = row.tokens[known:].tolist()
+        new = [] if request.finished else row.tokens[known:].tolist()
         for place, token in enumerate(new):
             # Sampled tokens can run past the end of the text: only the scheduler trims them.
             if token in request.params.stop_token_ids or known + place + 1 >= request.params.max_length:
@@ -245,11 +240,12 @@ class Proposer:
         request.chain = []
         request.length = known + row.num_sampled
         if not request.params.use_drafts:
-            return request.length
+            return
         for retriever in self._retrievers:
             retriever.extend(request.key, new)
         if request.finished:
-            return known + len(new)
+            self._tell_end(request, row.tokens[: known + len(new)])
+            return
         trie, sampled = request.trie, request.params.temperature > 0
         for place, token in enumerate(new, known):
             wrong = []
@@ -263,7 +259,6 @@ class Proposer:
                 _note_refusals(request.refused, before, wrong, token)
             trie.commit(token)
         self.counters.harvested(trie.has_hit)
-        return request.length
 
     def _graft(self, request: _Request, tokens: npt.NDArray[np.int32]) -> list[PathToken]:
         """Retrieved continuations become edges of the same trie, behind the root and behind the best path so far.
@@ -351,6 +346,12 @@ class Proposer:
             request.told = len(tokens)
         else:
             self._dismiss(request)  # it is admitted again, whole, when there is room
+
+    def _tell_end(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
+        """Send how the text ends, for the history of the draft's side, which goes without it where there is no room."""
+        if self._end is not None and request.session != 0 and request.session == self._end.session:
+            nothing = np.empty(0, dtype=np.int32)
+            self._end.send(Commit(request.handle, request.told, tokens[request.told :], nothing, nothing.astype(np.float32)))
 
     def _admit_to_worker(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
         """Admit under a fresh handle, so that records of an earlier admission cannot be mistaken; chunk by chunk."""

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.property.test_retrieval_properties import BOUNDS, RANDOM, STREAMS, fibonacci_word
@@ -107,18 +107,16 @@ def test_a_large_corpus_of_all_kinds_is_looked_up_as_it_is_scanned(tmp_path: Pat
 
 
 @settings(deadline=None, max_examples=60)
-@given(corpora=st.lists(CORPORA, min_size=1, max_size=4), text=STREAMS, max_match=st.integers(1, 6))
+@given(corpora=st.lists(st.tuples(CORPORA, st.integers(1, 6)), min_size=1, max_size=4), text=STREAMS)
 def test_of_several_files_another_than_the_best_answers(
-    tmp_path_factory: pytest.TempPathFactory, corpora: list[list[list[int]]], text: list[int], max_match: int
+    tmp_path_factory: pytest.TempPathFactory, corpora: list[tuple[list[list[int]], int]], text: list[int]
 ) -> None:
-    corpora = [corpus for corpus in corpora if any(len(document) > 1 for document in corpus)]
-    if not corpora:
-        return
+    assume(all(any(len(document) > 1 for document in corpus) for corpus, _ in corpora))
     folder = tmp_path_factory.mktemp("stores")
-    stores = [built(folder / str(number), corpus, max_match) for number, corpus in enumerate(corpora)]
+    stores = [built(folder / str(number), *corpus) for number, corpus in enumerate(corpora)]
     retriever = DatastoreRetriever(*stores)
     retriever.start(0, np.array(text, np.int32))
-    found = [scan_documents(corpus, text[-max_match:], 8, max_match) for corpus in corpora]
+    found = [scan_documents(corpus, text[-max_match:], 8, max_match) for corpus, max_match in corpora]
     best = max((one for one in found if one is not None), key=lambda one: (one.match_length, one.totals[0]), default=None)
     assert retriever.lookup(0, [], 8) == best
 

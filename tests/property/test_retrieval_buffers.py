@@ -23,7 +23,7 @@ def test_a_lookup_finds_the_end_of_the_text_and_the_tail(keep: int, steps: list[
     for tokens, tail, room in steps:
         recent.append(np.array(tokens, np.int32) if len(tokens) % 2 else tokens)
         text += tokens
-        end = recent.follow(tail, room)
+        end = recent.write_behind(tail, room)
         assert min(len(text), keep) <= recent.length <= len(text)
         assert read(end - 4 * recent.length, recent.length + len(tail)) == text[len(text) - recent.length :] + tail
         ctypes.memset(end, 0xFF, 4 * (len(tail) + room))  # a lookup may write behind the text
@@ -36,4 +36,4 @@ def test_what_is_refused_is_not_kept(num_tokens: int) -> None:
     with pytest.raises(ValueError, match="negative"):
         recent.append([3] * (num_tokens - 1) + [-1])
     assert recent.length == 2
-    assert read(recent.follow([], 0) - 8, 2) == [1, 2]
+    assert read(recent.write_behind([], 0) - 8, 2) == [1, 2]

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm_double.cli import main
 from vllm_double.retrieval import Continuation, Datastore, DatastoreError, DatastoreRetriever
 from vllm_double.retrieval import build as builder
-from vllm_double.retrieval.datastore import fingerprint, shards
+from vllm_double.retrieval.datastore import files_of, fingerprint
 
 WORDS = ["<unk>", "a", "b", "c", "d", "e"]
 TOKENIZER = b"\1" * 32
@@ -95,18 +96,17 @@ def test_shards_are_files_of_a_folder_and_no_part_of_one_opens(
     store = tmp_path / "store"
     options = ["datastore", "build", "--tokenizer", str(tokenizers / "same"), "--input", str(text), "--output", str(store)]
     assert main([*options, "--shard-tokens", "0"]) == 1
-    assert "A shard has 1 token or more" in capsys.readouterr().err
-    assert main([*options, "--shard-tokens", "5"]) == 0
+    assert "A shard has 1 to 1073741823 tokens, not 0" in capsys.readouterr().err
+    assert main([*options, "--shard-tokens", "6"]) == 0
     assert [path.name for path in sorted(store.iterdir())] == ["00000.vdd", "00001.vdd"]
-    documents = [list(Datastore(path).documents()) for path in shards(store)]
+    documents = [list(Datastore(path).documents()) for path in files_of(store)]
     assert documents == [[[1, 2, 3, 1], [3, 4]], [[1, 2, 4, 5]]]
     capsys.readouterr()
     assert main(["datastore", "verify", str(store), "--tokenizer", str(tokenizers / "same")]) == 0
     assert main(["datastore", "inspect", str(store)]) == 0
     assert capsys.readouterr().out.count("documents") == 2
-    for size, reason in ("5", "exists already"), ("1", "exists already"):
-        assert main([*options, "--shard-tokens", size]) == 1
-        assert reason in capsys.readouterr().err
+    assert main([*options, "--shard-tokens", "6"]) == 1
+    assert "exists already" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
     assert main(["datastore", "verify", str(tmp_path / "none")]) == 1
     assert "holds no datastore" in capsys.readouterr().err
@@ -127,6 +127,7 @@ def test_what_a_build_of_shards_leaves_when_it_fails_or_is_killed(tmp_path: Path
         builder.build_shards(store, killed(), 100, 6, TOKENIZER)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not store.exists()
+    assert len(list(partial.iterdir())) == 2
     for path in partial.iterdir():
         with pytest.raises(DatastoreError, match=r"not a datastore|cut off"):
             Datastore(path)
@@ -135,7 +136,25 @@ def test_what_a_build_of_shards_leaves_when_it_fails_or_is_killed(tmp_path: Path
             builder.build_shards(store, documents, size, 6, TOKENIZER)
         assert not any(tmp_path.iterdir())
     builder.build_shards(store, [document] * 3, 100, 6, TOKENIZER)
-    assert [path.name for path in tmp_path.iterdir()] == ["store"] and len(shards(store)) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["store"] and len(files_of(store)) == 3
+
+
+def test_a_folder_of_others_is_in_the_way_and_stays(tmp_path: Path) -> None:
+    document = np.array([1, 2], np.int32)
+    partial = builder.partial_path(tmp_path / "store")
+    (partial / "mine").mkdir(parents=True)
+    (partial / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(DatastoreError, match="in the way"):
+        builder.build_shards(tmp_path / "store", [document], 100, 6, TOKENIZER)
+    assert (partial / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("build", [builder.build, lambda output, *rest: builder.build_shards(output, rest[0], 100, *rest[1:])])
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path, build: Callable[..., object]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(builder.os, "posix_fallocate", side_effect=full), pytest.raises(OSError, match="No space left"):
+        build(tmp_path / "store", [np.array([1, 2, 3] * 40, np.int32)], 6, TOKENIZER)
+    assert not any(tmp_path.iterdir())
 
 
 def test_more_tokens_than_a_file_can_have_are_refused(tmp_path: Path) -> None:

@@ -536,22 +536,40 @@ def test_history_goes_on_behind_a_stop_token() -> None:
     params = RequestParams(0.0, 200, frozenset({0}), tenant="a")
     proposer.admit("r", np.array([1, 2], np.int32), params)
     proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8], np.int32), 5, ())])
+    proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8, 9], np.int32), 1, ())])
     proposer.finish("r")
     proposer.propose([])
     assert past.num_tokens == 4, "3, 4, 0 and a separator"
 
 
-def test_the_drafts_history_lacks_the_end_of_an_answer() -> None:
+@pytest.mark.parametrize("stops", [False, True], ids=["by length", "by a stop token"])
+@pytest.mark.parametrize("is_full", [False, True], ids=["", "without room to say how"])
+def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     world, past = World(), HistoryRetriever(1000, share_unnamed=True)
     engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
     world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [past])
-    world.admit("r", [1, 5], RequestParams(0.0, 12, frozenset()))
-    while len(world.texts["r"]) < 12:
+    text = [1, 5]
+    while len(text) < 12:
+        text.append(int(np.argmax(world.target(text))))
+    stop = next(token for token in text[6:] if text.index(token) >= 6)
+    if stops:
+        del text[text.index(stop) + 1 :]
+    world.admit("r", [1, 5], RequestParams(0.0, 12, frozenset({stop} if stops else ())))
+    request, send = world.proposer._requests["r"], world.target_end.send
+    if is_full:
+        monkeypatch.setattr(world.target_end, "send", lambda command: not request.finished and send(command))
+    while not request.finished:
+        before = len(world.texts["r"])
         world.step()
+    monkeypatch.undo()
+    iterations = world.worker._counters["iterations"]
+    for _ in range(3):
+        world.worker.turn()
+    assert world.worker._counters["iterations"] == iterations, "it drafts behind the end"
     world.proposer.finish("r")
     for _ in range(3):
         world.worker.turn()
-    assert past.num_tokens == 11, "ten tokens of the answer and a separator"
+    assert past.num_tokens == (before if is_full else len(text)) - 2 + 1, "the answer and a separator"
 
 
 def test_a_long_prompt_is_indexed_at_once() -> None:

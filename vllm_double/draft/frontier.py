@@ -236,8 +236,8 @@ class Frontier:
             iteration.runs.append(run)
 
     def _is_idle(self, request: DraftRequest) -> bool:
-        """The draft model cannot help where the text is as long as it can read, or as the request can get."""
-        return len(request.text) >= min(self._max_length, request.max_length)
+        """The draft model cannot help where the text has ended, or is as long as it can read or as the request can get."""
+        return len(request.text) >= min(self._max_length, request.max_length) or request.has_ended
 
     def _add(
         self, iteration: Iteration, tips: dict[int, _Run], request: DraftRequest, node: Node,

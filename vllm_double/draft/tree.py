@@ -282,6 +282,11 @@ class DraftRequest:
         """Keep what ``best_candidate`` told of from being a candidate until the next commit."""
         self._deferred.append(heapq.heappop(self._candidates))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the target has said a stop token; a prompt may end with one."""
+        return len(self.text) > self.base and self.text[-1] in self.stop_token_ids
+
     def deepest_allowed(self, num_speculative_tokens: int) -> int:
         """Positions beyond this one are deeper than num_speculative_tokens behind any outcome of the verification."""
         return len(self.text) + self.chain_length + num_speculative_tokens

@@ -20,7 +20,7 @@ from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
 from vllm_double.integration.engine_core import inform_workers, receive_drafts, wait_asleep
 from vllm_double.integration.front_end import refuse_malformed
 from vllm_double.integration.runners import allow_v2
-from vllm_double.integration.tokenizers import check_datastore, check_same_tokenizer
+from vllm_double.integration.tokenizers import check_datastores, check_same_tokenizer
 
 __all__ = ["DoubleSpeculativeConfig", "build"]
 
@@ -110,7 +110,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         _check_draft(draft, double, target, num_engines)
     elif draft:
         raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
-    datastores = tuple(found for path in double.datastore for found in check_datastore(target, path))
+    datastores = check_datastores(target, double.datastore)
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything
     num_ranks = num_engines * parallel.tensor_parallel_size

@@ -1,5 +1,6 @@
 """Whether target and draft mean the same by a token id."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from vllm.config import ModelConfig
 
 from vllm_double.config import ConfigError
 
-__all__ = ["check_datastore", "check_same_tokenizer", "difference"]
+__all__ = ["check_datastores", "check_same_tokenizer", "difference"]
 
 _SAMPLE = "def f(x):\n    return x ** 2  # naïve café, 東京, 12345.678\n\tEnd. \U0001f600 <|im_end|></s>"
 
@@ -28,25 +29,26 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
         raise ConfigError(f'The draft model "{draft}" has another tokenizer than the target: {found}.')
 
 
-def check_datastore(target: ModelConfig, path: str) -> list[tuple[str, str]]:
-    """Of each file of a datastore the absolute path and the fingerprint (hexadecimal) of its tokenizer, with which it is to be
-    opened.
+def check_datastores(target: ModelConfig, paths: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Of each file the absolute path and the fingerprint (hexadecimal) of its tokenizer, with which it is to be opened.
 
     Raises ConfigError with one sentence where a file cannot be used or has another tokenizer.
     """
     # Not at the top: it imports numba, and vLLM 0.31's workers fail in what llvmlite has put into sys.modules before them.
-    from vllm_double.retrieval.datastore import Datastore, DatastoreError, fingerprint, shards
+    from vllm_double.retrieval.datastore import Datastore, DatastoreError, files_of, fingerprint
 
+    if not paths:
+        return ()
     tokenizer = fingerprint(_tokenizer_of(target).get_vocab())
-    found: list[tuple[str, str]] = []
+    found: dict[str, str] = {}
     try:
-        for file in shards(Path(path)):
+        for file in (file for path in paths for file in files_of(Path(path))):
             if Datastore(file, tokenizer).header.vocab_size > target.get_vocab_size():
                 raise ConfigError(f'The datastore "{file}" has token ids that the target has no embedding for.')
-            found.append((str(file.absolute()), tokenizer.hex()))
+            found[str(file.resolve())] = tokenizer.hex()
     except DatastoreError as error:
         raise ConfigError(str(error)) from None
-    return found
+    return tuple(found.items())
 
 
 def _tokenizer_of(target: ModelConfig) -> Any:

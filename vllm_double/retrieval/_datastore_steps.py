@@ -6,13 +6,12 @@ before it is used, and no loop's length depends on what is read.
 
 import functools
 from collections.abc import Callable
-from typing import cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval._steps import _compiled, _part, _pointer
+from vllm_double.retrieval._steps import _of_numbers, _part, _pointer
 
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
@@ -229,4 +228,4 @@ def _lookup(
 @functools.cache
 def lookup_step() -> Callable[..., tuple[int, int]]:
     """The compiled lookup; compiles it, or loads what an earlier process compiled, once."""
-    return cast(Callable[..., tuple[int, int]], _compiled(_lookup, f"UniTuple(int64, 2)({', '.join(['int64'] * 8)})"))
+    return _of_numbers(_lookup, 8)

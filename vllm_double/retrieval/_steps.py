@@ -1,16 +1,16 @@
-"""The compiled steps of the suffix automaton: functions on the arrays that `automaton` describes.
-
-One file, because numba's cache looks at the date of the file of the compiled function only.
-"""
+"""How steps are compiled, and those of the suffix automaton: functions on the arrays that `automaton` describes."""
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
 from numba.core import cgutils, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 Ints = npt.NDArray[np.int32]
@@ -317,21 +317,42 @@ class Steps(NamedTuple):
     rehash: Callable[..., None]
 
 
-def _dispatcher(function: Callable[..., Any], signature: str) -> Any:
+class _Cache(FunctionCache):
+    """numba's cache looks at size and date of one file; our functions are compiled into those of other files, too."""
+
+    def _index_key(self, *arguments: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(*arguments), _sources())
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of all compiled functions' files."""
+    files = sorted(Path(__file__).parent.glob("*_steps.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _compiled(function: Callable[..., Any], signature: str) -> Any:
     """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
 
     numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
     or damaged cache costs the compile time, nothing else.
     """
     try:
-        return numba.njit(signature, cache=True)(function)
+        dispatcher = numba.njit(function)
+        dispatcher._cache = _Cache(function)
+        dispatcher.compile(signature)
     except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
-        return numba.njit(signature)(function)
+        dispatcher = numba.njit(function)
+        dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher
 
 
-def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
-    """The machine code, past the dispatcher that looks at the types of all arguments: half of a short call."""
-    (only,) = _dispatcher(function, signature).overloads.values()
+def _of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:
+    """The machine code of a function of int64, past the dispatcher, which looks at the types of all arguments: half of a short
+    call. Not for arrays, which nothing would check."""
+    signature = f"{returns}({', '.join(['int64'] * num_arguments)})"
+    (only,) = _compiled(function, signature).overloads.values()
     return cast(Callable[..., Any], only.entry_point)
 
 
@@ -339,9 +360,9 @@ def _compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any
 def steps() -> Steps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     return Steps(
-        _compiled(_extend, "void(int64, int64, int64, int64)"),
-        _compiled(_lookup, "UniTuple(int64, 2)(int64, int64, int64, boolean, int64, int64)"),
-        _compiled(_source, "UniTuple(int64, 2)(int64)"),
-        _compiled(_recall, f"UniTuple(int64, 2)({', '.join(['int64'] * 8)})"),
+        _of_numbers(_extend, 4, "void"),
+        _of_numbers(_lookup, 6),
+        _of_numbers(_source, 1),
+        _of_numbers(_recall, 8),
         _compiled(_rehash, "void(int64[::1])"),
     )

@@ -141,7 +141,7 @@ class SuffixAutomaton:
 
     def lookup(self, scratch: Scratch, num_feed: int, from_end: bool, max_tokens: int) -> Continuation | None:
         """Match the first num_feed tokens of scratch.feed, if from_end behind the text, and continue it."""
-        found = self._steps.lookup(self._header_at, scratch.feed.at, num_feed, from_end, scratch.out_at, max_tokens)
+        found = self._steps.lookup(self._header_at, scratch.feed.address, num_feed, from_end, scratch.out_address, max_tokens)
         return scratch.continuation(*found)
 
     def source(self) -> tuple[int, int]:

@@ -11,22 +11,22 @@ __all__ = ["MAX_CONTINUATION", "Buffer", "Recent", "Scratch"]
 MAX_CONTINUATION = 1024
 """Most tokens that one lookup returns."""
 
-_FEW = 16
+_FEW = 16  # up to here it is quicker to write one by one
 
 
 class Buffer:
-    """tokens: int32 [num_tokens]; at: its address."""
+    """tokens: int32 [num_tokens]."""
 
-    __slots__ = ("_view", "at", "tokens")
+    __slots__ = ("_view", "address", "tokens")
 
     def __init__(self, num_tokens: int) -> None:
         self.tokens = np.empty(num_tokens, np.int32)
         self._view = memoryview(self.tokens)  # type: ignore[arg-type]
-        self.at = self.tokens.ctypes.data
+        self.address = self.tokens.ctypes.data
 
     def write(self, start: int, tokens: Sequence[int] | Tokens) -> None:
         """Write them at start; there must be room. ValueError: one is negative, and some may be written."""
-        if len(tokens) <= _FEW:  # a few go in through the view in a tenth of the time
+        if len(tokens) <= _FEW:
             view = self._view
             for token in tokens:
                 if token < 0:
@@ -54,18 +54,18 @@ class Recent:
         """ValueError: one is negative, and none is appended."""
         if len(tokens) > self._keep:
             check_tokens(tokens)
-            tokens, self.length = tokens[-self._keep :], 0
+            tokens, self.length = tokens[-self._keep :], 0  # none of what is held remains
         if self.length + len(tokens) > self._capacity:
             self._move(self._capacity)
         self._buffer.write(self.length, tokens)
         self.length += len(tokens)
 
-    def follow(self, tail: Sequence[int], room: int) -> int:
+    def write_behind(self, tail: Sequence[int], room: int) -> int:
         """Write a tail behind the text, not to be held, and have so much room behind it; the address of the text's end."""
         if self.length + len(tail) + room > self._capacity:
             self._move(max(self._capacity, self._keep + len(tail) + room))
         self._buffer.write(self.length, tail)
-        return self._buffer.at + 4 * self.length
+        return self._buffer.address + 4 * self.length
 
     def _move(self, capacity: int) -> None:
         last = self._buffer.tokens[max(0, self.length - self._keep) : self.length]
@@ -77,13 +77,13 @@ class Recent:
 class Scratch:
     """What a lookup reads and writes beside an index; one serves any number of them."""
 
-    __slots__ = ("_out", "feed", "out_at")
+    __slots__ = ("_out", "feed", "out_address")
 
     def __init__(self, num_feed: int = 0) -> None:
         """feed: room for tokens to be matched."""
         self.feed = Buffer(num_feed)
         out = np.empty(3 * MAX_CONTINUATION, np.int32)
-        self._out, self.out_at = memoryview(out), out.ctypes.data  # type: ignore[arg-type]
+        self._out, self.out_address = memoryview(out), out.ctypes.data  # type: ignore[arg-type]
 
     def continuation(self, num_found: int, match_length: int) -> Continuation | None:
         """What the latest lookup found; None: nothing."""

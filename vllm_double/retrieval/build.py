@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -72,8 +73,8 @@ def build_shards(
 
     The headers are written when all files have reached the disk.
     """
-    if num_tokens < 1:
-        raise DatastoreError(f"A shard has 1 token or more, not {num_tokens}.")
+    if not 1 <= num_tokens <= MAX_TOKENS // 2:
+        raise DatastoreError(f"A shard has 1 to {MAX_TOKENS // 2} tokens, not {num_tokens}.")
     headers: dict[Path, Header] = {}
     with _new_folder(output) as folder:
         for number, shard in enumerate(_shards(documents, num_tokens)):
@@ -98,7 +99,7 @@ def _shards(documents: Iterable[Ids], num_tokens: int) -> Iterator[Iterator[Ids]
         held = 0
         while document is not None:
             yield document
-            held += len(document)
+            held += len(document) + 1  # a separator
             document = next(source, None) if held < num_tokens else None
 
     for first in source:
@@ -108,19 +109,19 @@ def _shards(documents: Iterable[Ids], num_tokens: int) -> Iterator[Iterator[Ids]
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """An empty folder that gets its name in the end, or goes away where there is an error."""
-    if output.exists():
-        raise DatastoreError(f'The output "{output}" exists already.')
     partial = partial_path(output)
     partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        _lock(descriptor, partial, output)
+        left = list(partial.iterdir())
+        if not all(re.fullmatch(rf"\d+{re.escape(SUFFIX)}", path.name) for path in left):
+            raise DatastoreError(f'The folder "{partial}" is in the way: it holds other files.')
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatastoreError(f'Another build is writing "{output}".') from None
-        try:
-            for left in partial.iterdir():
-                left.unlink()
+            if output.exists():
+                raise DatastoreError(f'The output "{output}" exists already.')
+            for path in left:
+                path.unlink()
             yield partial
             os.fsync(descriptor)
             partial.rename(output)
@@ -132,6 +133,16 @@ def _new_folder(output: Path) -> Iterator[Path]:
     _sync(output.absolute().parent)
 
 
+def _lock(descriptor: int, partial: Path, output: Path) -> None:
+    """Raises DatastoreError where another build has the partial file or folder, or has just given it its name."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DatastoreError(f'Another build is writing "{output}".') from None
+    if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+        raise DatastoreError(f'Another build has just written "{output}".')
+
+
 @contextmanager
 def _replacing(output: Path) -> Iterator[BinaryIO]:
     """An empty file that takes the place of output in the end, or goes away where there is an error."""
@@ -139,12 +150,7 @@ def _replacing(output: Path) -> Iterator[BinaryIO]:
         raise DatastoreError(f'The output "{output}" is a folder.')
     partial = partial_path(output)
     with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatastoreError(f'Another build is writing "{output}".') from None
-        if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-            raise DatastoreError(f'Another build has just written "{output}".')
+        _lock(file.fileno(), partial, output)
         try:
             file.truncate(0)
             yield file
@@ -260,14 +266,19 @@ class _Builder:
         """Count the nodes, then fill them in."""
         arrays = [self._map(name) for name in ("followers", "successors", "shared")]
         counts = np.zeros(self._header.vocab_size, np.int32)
-        os.ftruncate(self._file.fileno(), self._header.num_bytes)
+        self._reserve()
         anchors = self._map("anchors", "r+")
         anchors.fill(NONE)
         num_nodes = self._steps.grow(*arrays, counts, anchors, np.empty((0, NUM_COLUMNS), np.int32))
         self._header = replace(self._header, num_nodes=num_nodes)
-        os.ftruncate(self._file.fileno(), self._header.num_bytes)
+        self._reserve()
         if num_nodes:
             self._steps.grow(*arrays, counts, anchors, self._map("nodes", "r+"))
+
+    def _reserve(self) -> None:
+        """Have room on the disk for all sections: where a mapped one finds none, the process is killed."""
+        self._file.flush()
+        os.posix_fallocate(self._file.fileno(), 0, self._header.num_bytes)
 
     def _section(self, name: str) -> Section:
         return next(section for section in self._header.sections if section.name == name)

@@ -42,7 +42,7 @@ class _Request:
 
     def index(self, end: int) -> None:
         """Index what is before end."""
-        self.automaton.extend_from(self.text.at, self.indexed, end)
+        self.automaton.extend_from(self.text.address, self.indexed, end)
         self.indexed = end
 
 

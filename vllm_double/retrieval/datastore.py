@@ -52,7 +52,7 @@ from vllm_double.retrieval._datastore_steps import (
 from vllm_double.retrieval.base import Continuation, Tokens
 from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
 
-__all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "fingerprint", "shards"]
+__all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "files_of", "fingerprint"]
 
 SEPARATOR = -1
 SUFFIX = ".vdd"
@@ -82,7 +82,7 @@ def fingerprint(vocabulary: Mapping[str, int]) -> bytes:
     return digest.digest()
 
 
-def shards(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The files of a datastore: itself, or all of a folder. Raises DatastoreError where there is none."""
     if not path.is_dir():
         return [path]
@@ -249,15 +249,11 @@ class Datastore:
             raise DatastoreError(f'The datastore "{path}" cannot be read: {error.strerror}.') from None
         except DatastoreError as error:
             raise DatastoreError(f'The datastore "{path}" cannot be used: {error}.') from None
-        self.sections: dict[str, npt.NDArray[Any]] = {
-            section.name: np.frombuffer(self._file, section.dtype, math.prod(section.shape), section.offset).reshape(
-                section.shape
-            )
-            for section in self.header.sections
-        }
+        self.sections = {section.name: section.view(self._file) for section in self.header.sections}
         words = np.frombuffer(self._file, "<i4")
         self._places = np.array([(section.offset, section.offset + section.num_bytes) for section in self.header.sections])
-        self._at = words.ctypes.data, len(words), self._places.ctypes.data
+        # Addresses of what ``_file`` and ``_places`` keep where it is.
+        self._file_arguments = words.ctypes.data, len(words), self._places.ctypes.data
         self._max_match = self.header.max_match
         self._lookup = lookup_step()
 
@@ -272,9 +268,9 @@ class Datastore:
         if wrong:
             raise DatastoreError(f'The datastore "{self.path}" is made up: numbers in {wrong} are out of range.')
 
-    def match(self, context_at: int, num_context: int, scratch: Scratch, max_tokens: int) -> Continuation | None:
-        """Continue the context at an address, int32 with room for ``max_tokens`` more; see `DatastoreRetriever`."""
-        found = self._lookup(*self._at, context_at, num_context, self._max_match, scratch.out_at, max_tokens)
+    def match(self, address: int, num_context: int, scratch: Scratch, max_tokens: int) -> Continuation | None:
+        """Continue the context at an address, int32 [num_context] with room for ``max_tokens``; see `DatastoreRetriever`."""
+        found = self._lookup(*self._file_arguments, address, num_context, self._max_match, scratch.out_address, max_tokens)
         return scratch.continuation(*found)
 
     def check_integrity(self) -> None:
@@ -343,7 +339,7 @@ class DatastoreRetriever:
     frequent ones the lowest id. Steps end with ``max_tokens``, or before a context would be shorter than the first one
     (``match_length``). `reference.scan_documents` is the same in a few obvious lines.
 
-    Of each text the last ``max_match`` tokens are kept. Not thread-safe. Costs: benchmarks/datastore_bench.py.
+    Of each text the last ``max_match`` tokens at least are kept. Not thread-safe. Costs: benchmarks/datastore_bench.py.
     """
 
     name = "datastore"
@@ -386,14 +382,10 @@ class DatastoreRetriever:
         if not 1 <= max_tokens <= MAX_CONTINUATION:
             raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
         num_recent = min(recent.length, self.max_match)
-        context_at = recent.follow(tail, max_tokens) - 4 * num_recent
-        best: Continuation | None = None
-        for datastore in self._datastores:
-            found = datastore.match(context_at, num_recent + len(tail), self._scratch, max_tokens)
-            if found is not None and (best is None or _rank(found) > _rank(best)):
-                best = found
-        return best
-
-
-def _rank(found: Continuation) -> tuple[int, int]:
-    return found.match_length, found.totals[0]
+        address, num_context = recent.write_behind(tail, max_tokens) - 4 * num_recent, num_recent + len(tail)
+        best, most = self._datastores[0], (0, 0)
+        for datastore in self._datastores if len(self._datastores) > 1 else ():
+            found = datastore.match(address, num_context, self._scratch, 1)
+            if found is not None and (found.match_length, found.totals[0]) > most:
+                best, most = datastore, (found.match_length, found.totals[0])
+        return best.match(address, num_context, self._scratch, max_tokens)

@@ -164,10 +164,10 @@ class HistoryRetriever:
             request.cursors_at = request.cursors.ctypes.data
             request.fresh = min(request.recent.length, self.max_match)
         num_kept = request.fresh
-        feed_at = request.recent.follow(tail, 0) - 4 * num_kept
+        feed_at = request.recent.write_behind(tail, 0) - 4 * num_kept
         request.fresh = 0
         found = self._steps.recall(
-            num_generations, headers_at, request.cursors_at, feed_at, num_kept, num_kept + len(tail), self._scratch.out_at,
+            num_generations, headers_at, request.cursors_at, feed_at, num_kept, num_kept + len(tail), self._scratch.out_address,
             max_tokens,
         )  # fmt: skip
         return self._scratch.continuation(*found)
