@@ -244,7 +244,8 @@ class Proposer:
         for retriever in self._retrievers:
             retriever.extend(request.key, new)
         if request.finished:
-            self._tell_end(request, row.tokens[: known + len(new)])
+            if new:
+                self._tell_end(request, row.tokens[: known + len(new)])
             return
         trie, sampled = request.trie, request.params.temperature > 0
         for place, token in enumerate(new, known):
