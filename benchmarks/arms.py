@@ -12,6 +12,9 @@ from benchmarks.machine import has_cuda
 __all__ = ["ARMS", "WARM", "Arm", "Choices", "default_arms", "variants"]
 
 
+_SUFFIX_K = 24  # vLLM's default
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to serve: a name, the value of --speculative-config, and threads (None: not set)."""
@@ -76,8 +79,6 @@ def _suffix(choices: Choices, **settings: object) -> list[dict[str, object] | No
     lengths = sorted({max(choices.double_k), _SUFFIX_K})
     return [{"method": "suffix", "num_speculative_tokens": k} | settings for k in lengths]
 
-
-_SUFFIX_K = 24  # vLLM's default
 
 WARM = ("suffix-warm", "double-warm")
 """Arms that keep what they answered, so that from the second round on they have seen every answer."""

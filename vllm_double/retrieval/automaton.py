@@ -57,7 +57,7 @@ from vllm_double.retrieval._steps import (
 from vllm_double.retrieval.base import Continuation
 from vllm_double.retrieval.buffers import Scratch
 
-__all__ = ["HEADER_LENGTH", "SEPARATOR", "SuffixAutomaton", "warm_up"]
+__all__ = ["SEPARATOR", "SuffixAutomaton", "warm_up"]
 
 
 def warm_up() -> None:

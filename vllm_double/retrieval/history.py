@@ -124,7 +124,7 @@ class HistoryRetriever:
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
-        """Begin a request with its prompt, int32 [n]. ValueError: the key is in use."""
+        """Begin a request with its prompt, int32 [n]. ValueError: the key is in use, or one of its last tokens is negative."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
         is_known = tenant is not None or self._share_unnamed
