@@ -66,9 +66,12 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
             return None
         if getattr(engine_args, "async_scheduling", None):
             raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
+        if getattr(engine_args, "watermark_config", None) is not None:
+            raise ConfigError('Method "double" does not support watermarking: leave out --watermark-config.')
         # Not every vLLM turns it off by itself for a speculator of its V2 runner that it does not know.
         engine_args.async_scheduling = False
-        _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
+        if engine_args._api_process_count == 1 or engine_args._api_process_rank < 0:  # once, of however many front ends
+            _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
         expose(config.metrics_key, target_parallel_config.data_parallel_size)
         return config
     except (ConfigError, UnsupportedVllm) as error:

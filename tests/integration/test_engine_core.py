@@ -1,5 +1,6 @@
 """The engine core and its worker: how one waits for the other, and how often one asks the other."""
 
+import inspect
 import os
 import pickle
 import time
@@ -180,6 +181,15 @@ def test_another_drafter_is_left_alone(runner: Any) -> None:
     assert not hasattr(runner.sample_tokens(None), engine_core.DRAFTS_ATTRIBUTE)
 
 
+def test_an_output_of_asynchronous_scheduling_is_left_alone(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = object()  # it names no requests
+    monkeypatch.setattr(GPUModelRunner, "sample_tokens", lambda self, grammar: output)
+    monkeypatch.setattr(GPUModelRunner.propose_draft_token_ids, "_vllm_double_wrapped", False)
+    v1._wrap_runner()
+    runner.drafter = object()
+    assert runner.sample_tokens(None) is output
+
+
 @pytest.mark.parametrize(
     ("cores", "launcher", "expected"),
     [
@@ -206,7 +216,8 @@ LORA = LoRARequest("french", 1, "/adapters/french")
 
 
 def _inform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NewRequestData, "from_request", NewRequestData.__dict__["from_request"])  # put back afterwards
+    vllms = inspect.unwrap(NewRequestData.from_request.__func__)  # an earlier test may have configured method double
+    monkeypatch.setattr(NewRequestData, "from_request", classmethod(vllms))
     monkeypatch.setattr(Scheduler, "reset_prefix_cache", Scheduler.reset_prefix_cache)
     engine_core.inform_workers()
     engine_core.inform_workers()

@@ -1,11 +1,14 @@
 """Bad input: one clear sentence and a non-zero exit, before weights are loaded."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET, DRAFT = ROOT / "benchmarks/pair/target", ROOT / "benchmarks/pair/draft"
+NGRAM = {"method": "ngram", "model": ..., "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
 
 def create(speculative: dict[str, object], **arguments: object) -> object:
@@ -96,6 +100,17 @@ def test_pipeline_parallelism_is_refused() -> None:
         create({}, pipeline_parallel_size=2)
 
 
+def test_the_external_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # vLLM switches it off for this launcher, for the whole process
+    with pytest.raises(ConfigError, match="external launcher"):
+        create({}, distributed_executor_backend="external_launcher")
+
+
+def test_watermarking_is_refused() -> None:
+    with pytest.raises(ConfigError, match="watermarking"):
+        create({}, watermark_config={"key": 1})
+
+
 def test_every_engine_of_this_machine_gets_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     bind = "|".join(map(str, cores))
@@ -112,6 +127,33 @@ def test_asynchronous_scheduling_is_refused() -> None:
         create({}, async_scheduling=True)
 
 
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """What vLLM and double said, which goes past the root logger."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger="vllm"):
+        yield lambda: [record.getMessage() for record in caplog.records]
+    logger.removeHandler(caplog.handler)
+
+
+def test_asynchronous_scheduling_is_switched_off_with_one_line(said: Callable[[], list[str]]) -> None:
+    config: Any = create({})
+    assert config.scheduler_config.async_scheduling is False
+    told = [line for line in said() if "asynchronous scheduling is off" in line]
+    assert len(told) == 1
+    assert not [line for line in said() if "Async scheduling not supported" in line], "vLLM says it of custom_class"
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(-1, 1), (0, 0), (1, 0)])
+def test_of_several_front_ends_the_first_process_alone_says_it(
+    said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, rank: int, lines: int
+) -> None:
+    monkeypatch.setenv("_VLLM_DOUBLE_METRICS_KEY", "a test's")
+    create({}, _api_process_count=2, _api_process_rank=rank)
+    assert len([line for line in said() if "asynchronous scheduling is off" in line]) == lines
+
+
 def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
     config = create({"double": {"nodes_per_iteration": 5}}).speculative_config  # type: ignore[attr-defined]
     assert config.method == "custom_class" and config.num_speculative_tokens == 8
@@ -125,8 +167,7 @@ def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
 def test_other_methods_get_vllms_own_configuration() -> None:
     from vllm.config import SpeculativeConfig
 
-    ngram = {"method": "ngram", "model": ..., "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    config = create(ngram).speculative_config  # type: ignore[attr-defined]
+    config = create(NGRAM).speculative_config  # type: ignore[attr-defined]
     assert type(config) is SpeculativeConfig and config.method == "ngram"
 
 
@@ -158,13 +199,29 @@ def test_a_datastore_that_cannot_be_used_is_refused_and_its_own_tokenizers_is_no
     create({"double": {"datastore": str(store)}})
 
 
-def test_reading_the_configuration_imports_numba() -> None:
-    code = "import sys, vllm.config; before = set(sys.modules); import vllm_double.integration.speculative_config"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; print({{'numba', 'llvmlite'}} & set(sys.modules) - before)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip().endswith("set()"), done.stdout
+_FRESH = """
+import sys, vllm.config
+before = set(sys.modules)
+import vllm_double.integration.speculative_config
+print("imported", sorted({"numba", "llvmlite"} & set(sys.modules) - before))
+from tests.integration.test_refusals import NGRAM, create
+from vllm.v1.worker.gpu import spec_decode
+def wrapped():
+    functions = (vllm.config.VllmConfig._get_v2_model_runner_unsupported_features, spec_decode.init_speculator)
+    return [hasattr(function, "__wrapped__") for function in functions]
+create(NGRAM)
+print("wrapped", wrapped())
+create({})
+print("wrapped", wrapped())
+"""
+
+
+def test_reading_the_configuration_imports_numba_or_another_method_changes_the_choice_of_runner() -> None:
+    """In a process of its own: in this one method double was configured before."""
+    done = subprocess.run([sys.executable, "-c", _FRESH], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith(("imported", "wrapped"))]
+    assert told == ["imported []", "wrapped [False, False]", "wrapped [True, True]"]
 
 
 def test_a_draft_on_the_cpu_beside_a_target_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

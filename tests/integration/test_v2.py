@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
+WRAPPED = ("update_requests", "execute_model", "sample_tokens", "take_draft_token_ids")
 
 
 def test_texts_are_not_those_of_plain_vllm_on_v1(monkeypatch: pytest.MonkeyPatch, plain: Texts) -> None:
@@ -56,7 +57,7 @@ def test_texts_are_not_those_of_plain_vllm_on_v1(monkeypatch: pytest.MonkeyPatch
 def v2(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The adapter's module; the runner's methods are put back afterwards."""
     module = importlib.import_module("vllm_double.integration.v2")
-    for name in ("update_requests", "execute_model", "sample_tokens", "take_draft_token_ids"):
+    for name in WRAPPED:
         monkeypatch.setattr(module.GPUModelRunner, name, getattr(module.GPUModelRunner, name))
     return module
 
@@ -89,7 +90,7 @@ def speculator(module: Any, proposer: Any) -> Any:
     made = object.__new__(module.DoubleSpeculator)
     made.__dict__.update(
         _proposer=proposer, _num_resets=0, _max_model_len=64, _draft_seeded=False, _num_tokens=3, _texts={}, _step=None,
-        _drafts=None, _watches_weights=True, _step_started=0.0,
+        _drafts=None, _watches_weights=True, _step_started=0.0, _device=torch.device("cpu"),
     )  # fmt: skip
     assert isinstance(made, TargetRank)
     return made
@@ -118,6 +119,14 @@ def states(*ids: str) -> Any:
 
 def output(**sampled: list[int]) -> Any:
     return SimpleNamespace(req_ids=list(sampled), sampled_token_ids=list(sampled.values()))
+
+
+def test_what_vllm_writes_into_stands_there_in_the_next_step(v2: Any) -> None:
+    made = speculator(v2, FakeProposer())
+    for num_requests in (2, 1):
+        found = made.propose(SimpleNamespace(num_reqs=num_requests), "what vLLM passes", num_speculative_tokens=2)
+        assert found.dtype == torch.int64 and found.tolist() == [[0, 0, 0]] * num_requests
+        found[:, 2:] = -1  # as vLLM's runner does where fewer are to be scheduled
 
 
 def test_what_was_scheduled_is_not_what_the_forward_reads(v2: Any) -> None:
@@ -166,12 +175,14 @@ def test_long_texts_are_cut(v2: Any) -> None:
 
 
 def test_another_speculator_is_changed(v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(v2.GPUModelRunner, "update_requests", lambda self, scheduled: "updated")
     monkeypatch.setattr(v2.GPUModelRunner, "execute_model", lambda self, scheduled, dummy_run=False: None)
     monkeypatch.setattr(v2.GPUModelRunner, "sample_tokens", lambda self, grammar: "sampled")
     monkeypatch.setattr(v2.GPUModelRunner, "take_draft_token_ids", lambda self: "vLLM's")
     v2._wrap_runner()
     runner = object.__new__(v2.GPUModelRunner)
     runner.speculator = object()
+    assert runner.update_requests(scheduled({}, {})) == "updated"
     assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False)) is None
     assert runner.sample_tokens(None) == "sampled"
     assert runner.take_draft_token_ids() == "vLLM's"
@@ -179,6 +190,25 @@ def test_another_speculator_is_changed(v2: Any, monkeypatch: pytest.MonkeyPatch)
     assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False), dummy_run=True) is None
     assert runner.execute_model(SimpleNamespace(has_structured_output_requests=True)) is None
     assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False)) == "sampled"
+
+
+@pytest.mark.parametrize(("choice", "on_v2"), [(None, True), ("1", True), ("0", False)])
+def test_vllms_choice_of_its_runner_is_not_followed(monkeypatch: pytest.MonkeyPatch, choice: str | None, on_v2: bool) -> None:
+    from tests.integration.test_refusals import NGRAM, create
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    if choice is None:
+        monkeypatch.delenv(SWITCH, raising=False)
+    else:
+        monkeypatch.setenv(SWITCH, choice)
+    config: Any = create({})
+    assert config.use_v2_model_runner is on_v2
+    unsupported = type(config)._get_v2_model_runner_unsupported_features
+    assert unsupported.__wrapped__(config) != unsupported(config) == []
+    ngram: Any = create(NGRAM)
+    assert unsupported(ngram) == unsupported.__wrapped__(ngram)
 
 
 def test_vllm_chooses_another_runner_or_speculator_for_other_methods(monkeypatch: pytest.MonkeyPatch) -> None:

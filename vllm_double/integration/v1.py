@@ -110,7 +110,8 @@ def _wrap_runner() -> None:
     @functools.wraps(sample)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = sample(self, *args, **kwargs)
-        if output.req_ids and isinstance(getattr(self, "drafter", None), DoubleProposer):
+        # Whose drafter it is comes first: other outputs, such as those of asynchronous scheduling, name no requests.
+        if isinstance(getattr(self, "drafter", None), DoubleProposer) and output.req_ids:
             setattr(output, DRAFTS_ATTRIBUTE, self.take_draft_token_ids())
         return output
 

@@ -20,7 +20,6 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_double.config import ConfigError
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
 from vllm_double.integration.rank import MARK, TargetRank
 from vllm_double.proposer import Row
@@ -58,14 +57,10 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
     draft_logits = None  # a chain is a deterministic proposal: it is accepted with the target's own probability
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        if getattr(vllm_config, "watermark_config", None) is not None:
-            raise ConfigError('Method "double" does not support watermarking.')
         _wrap_runner()
         super().__init__(vllm_config)
-        num_tokens = vllm_config.speculative_config.num_speculative_tokens
-        # What stands on the device until the next chains are written there. It is a valid token wherever it could be read.
-        self._filler = torch.zeros((vllm_config.scheduler_config.max_num_seqs, num_tokens), dtype=torch.int64, device=device)
-        self._num_tokens = num_tokens
+        self._num_tokens = vllm_config.speculative_config.num_speculative_tokens
+        self._device = device
         self._texts: dict[str, _Text] = {}  # of live requests, on the output rank
         self._step: Any = None  # the scheduler's output of the step that is being computed
         self._drafts: DraftTokenIds | None = None
@@ -78,8 +73,12 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         """See BaseSpeculator."""
 
     def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """int64 [requests, num_speculative_tokens]. vLLM asks before what was sampled is known here: see ``propose_rows``."""
-        return self._filler[: input_batch.num_reqs]
+        """int64 [requests, num_speculative_tokens]. vLLM asks before what was sampled is known here: see ``propose_rows``.
+
+        What stands on the device until the next chains are written there: a valid token wherever it could be read. vLLM may
+        write into it.
+        """
+        return torch.zeros((input_batch.num_reqs, self._num_tokens), dtype=torch.int64, device=self._device)
 
     def follow_step(self, runner: GPUModelRunner, scheduler_output: Any) -> None:
         """Before a target forward."""
