@@ -2,7 +2,7 @@
 
 The exact side (`next_token_probs`, `exact_joint`) is plain Python and shares nothing with vLLM. The sampled
 side (`sample_joint`) goes through vLLM's `RejectionSampler` step by step, with the tensors that
-`GPUModelRunner` would build for chains of drafted tokens.
+`GPUModelRunner` would build for chains of drafted tokens: here V1's, or those of another `Stepper`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -124,11 +124,12 @@ class Case:
     lengths: Lengths
 
 
-class _Rows:
-    """The state of a running batch: each row's case, and its text (two tokens of prompt, then the output)."""
+class Rows:
+    """The state of a running batch: each row's case, place at the start, and text (two tokens of prompt, then the output)."""
 
     def __init__(self, case: np.ndarray) -> None:
         self.case = case
+        self.place = np.arange(len(case))
         self.lengths = np.zeros(len(case), dtype=np.int64)
         self._text = np.zeros((len(case), 2 + JOINT + MAX_CHAIN), dtype=np.int64)
         self._text[:, :2] = PROMPT[-2:]
@@ -152,27 +153,41 @@ class _Rows:
         """Removes the rows with JOINT tokens or more; returns their cases and first JOINT tokens."""
         finished = self.lengths >= JOINT
         result = self.case[finished], self._text[finished, 2 : 2 + JOINT]
-        self.case, self.lengths, self._text = (
+        self.case, self.place, self.lengths, self._text = (
             self.case[~finished],
+            self.place[~finished],
             self.lengths[~finished],
             self._text[~finished],
         )
         return result
 
 
-def sample_joint(model: TokenModel, cases: Sequence[Case], samples: int, seed: int, batch: int = 4096) -> list[np.ndarray]:
+class Stepper(Protocol):
+    """One model runner's sampling."""
+
+    def start(self, cases: Sequence[Case], rows: Rows) -> None:
+        """A new batch, of which nothing is sampled yet."""
+
+    def step(self, model: TokenModel, cases: Sequence[Case], rows: Rows) -> None:
+        """One target forward and its sampling for every row, as the model runner does it; extends `rows`."""
+
+
+def sample_joint(
+    model: TokenModel, cases: Sequence[Case], samples: int, seed: int, batch: int = 4096, stepper: Stepper | None = None
+) -> list[np.ndarray]:
     """Counts of the first JOINT tokens, one array [VOCAB] * JOINT of total `samples` for every case.
 
     The cases are interleaved, so that neighbouring rows of a batch have different parameters and chains.
     """
     torch.manual_seed(seed)
+    stepper = V1Sampler() if stepper is None else stepper
     counts = np.zeros((len(cases), *(VOCAB,) * JOINT), dtype=np.int64)
-    sampler = _rejection_sampler()
     order = np.tile(np.arange(len(cases)), samples)
     for start in range(0, len(order), batch):
-        rows = _Rows(order[start : start + batch])
+        rows = Rows(order[start : start + batch])
+        stepper.start(cases, rows)
         while len(rows.case):
-            _step(model, cases, rows, sampler)
+            stepper.step(model, cases, rows)
             case, tokens = rows.take_finished()
             np.add.at(counts, (case, *tokens.T), 1)
     return list(counts)
@@ -203,31 +218,41 @@ def p_value(counts: np.ndarray, probs: np.ndarray, smallest_cell: float = 5.0) -
     return float(stats.chi2.sf(statistic, len(expected) - 1))
 
 
-def _rejection_sampler() -> Any:
-    from vllm.v1.sample.rejection_sampler import RejectionSampler
-    from vllm.v1.sample.sampler import Sampler
+class V1Sampler:
+    """The V1 runner's, which keeps nothing of a batch."""
 
-    return RejectionSampler(Sampler())
+    def __init__(self) -> None:
+        from vllm.v1.sample.rejection_sampler import RejectionSampler
+        from vllm.v1.sample.sampler import Sampler
+
+        self._sampler = RejectionSampler(Sampler())
+
+    def start(self, cases: Sequence[Case], rows: Rows) -> None:
+        """See Stepper."""
+
+    def step(self, model: TokenModel, cases: Sequence[Case], rows: Rows) -> None:
+        """See Stepper."""
+        last = rows.last_two()
+        scheduled, real = scheduled_lengths(cases, rows.case, last)
+        chain, logits = draft_and_score(model, last, scheduled, real)
+        sampling = _sampling_metadata(cases, rows, scheduled, chain)
+        if scheduled.any():
+            output = self._sampler(_metadata(scheduled, chain), None, logits, sampling)
+        else:
+            output = self._sampler.sampler(logits, sampling)
+        rows.extend(output.sampled_token_ids.numpy())
 
 
-def _step(model: TokenModel, cases: Sequence[Case], rows: _Rows, sampler: Any) -> None:
-    """One target forward and its sampling for every row, as the model runner does it; extends `rows`."""
-    last = rows.last_two()
-    scheduled = np.zeros(len(last), dtype=np.int64)
-    real = np.zeros(len(last), dtype=np.int64)
-    for index, case in enumerate(cases):
-        mine = rows.case == index
-        scheduled[mine], real[mine] = case.lengths(last[mine])
-    chain, logits = _draft_and_score(model, last, scheduled, real)
-    sampling = _sampling_metadata(cases, rows, scheduled, chain)
-    if scheduled.any():
-        output = sampler(_metadata(scheduled, chain), None, logits, sampling)
-    else:
-        output = sampler.sampler(logits, sampling)
-    rows.extend(output.sampled_token_ids.numpy())
+def scheduled_lengths(cases: Sequence[Case], case: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For rows of these cases: how many tokens are scheduled, and how many are not -1."""
+    scheduled, real = np.zeros((2, len(last)), dtype=np.int64)
+    for index, one in enumerate(cases):
+        mine = case == index
+        scheduled[mine], real[mine] = one.lengths(last[mine])
+    return scheduled, real
 
 
-def _draft_and_score(
+def draft_and_score(
     model: TokenModel, last: np.ndarray, scheduled: np.ndarray, real: np.ndarray
 ) -> tuple[np.ndarray, torch.Tensor]:
     """Chains [rows, MAX_CHAIN] and the target's logits at all positions, flat [sum(scheduled + 1), VOCAB]."""
@@ -262,7 +287,7 @@ def _metadata(scheduled: np.ndarray, chain: np.ndarray) -> Any:
     )
 
 
-def _sampling_metadata(cases: Sequence[Case], rows: _Rows, scheduled: np.ndarray, chain: np.ndarray) -> Any:
+def _sampling_metadata(cases: Sequence[Case], rows: Rows, scheduled: np.ndarray, chain: np.ndarray) -> Any:
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
 
