@@ -7,9 +7,16 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
+
 from vllm_double.draft.base import DraftEngine, Row
 from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.ranks import Meeting
+from vllm_double.draft.worker import DraftWorker
+from vllm_double.hashing import mix, seed
+from vllm_double.transport.inprocess import in_process_pair
+from vllm_double.transport.messages import Admit, Nodes
 
 
 def script(engine: DraftEngine) -> list[Any]:
@@ -28,6 +35,24 @@ def script(engine: DraftEngine) -> list[Any]:
     return found
 
 
+def drafted(engine: DraftEngine) -> list[int]:
+    """The most probable path that the drafting loop tells its target."""
+    target, end = in_process_pair(capacity=1 << 20)
+    worker = DraftWorker(engine, end, FrontierLimits(8, children_per_node=1, min_path_prob=1e-30))
+    text = np.array([(7 * place) % 250 + 1 for place in range(40)], np.int32)
+    target.send(Admit(1, base=40, tokens=text, temperature=0.0, max_length=90, stop_token_ids=(), tenant=""))
+    for _ in range(30):
+        worker.turn()
+    reports = target.drain(1 << 20)
+    records = [record for report in reports if isinstance(report, Nodes) for record in report.records]
+    best = {int(record["prefix_hash"]): int(record["tokens"][0]) for record in records}
+    path, prefix = [], seed(1)
+    while prefix in best:
+        path.append(best[prefix])
+        prefix = mix(prefix, path[-1])
+    return path
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     meeting = Meeting(settings["meeting"], settings["rank"], settings["num_ranks"])
@@ -41,7 +66,7 @@ def main() -> None:
         return
     if meeting.num_ranks > 1:
         engine = meeting.lead(engine)
-    print("found " + json.dumps(script(engine)), flush=True)
+    print("found " + json.dumps([script(engine), drafted(engine)]), flush=True)
 
 
 if __name__ == "__main__":

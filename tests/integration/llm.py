@@ -93,9 +93,52 @@ def ask(llm: Any) -> Texts:
     }
 
 
+def count(name: str, **labels: str) -> float:
+    """A counter's sum over its labels that are not given; engines before this one may be in it."""
+    return sum(
+        one.value
+        for family in REGISTRY.collect()
+        for one in family.samples
+        if one.name == f"{name}_total" and labels.items() <= one.labels.items()
+    )
+
+
+PAGE = 128  # tokens in a page of the CPU build's KV cache
+
+
+def begin_with_one_token(llm: Any, args: dict[str, Any] | None = None) -> list[list[int]]:
+    """Texts of requests that but for the first begin with one token to compute: behind a cached page, alone and beside a
+    request that runs, and with a prompt of one token. args: ``extra_args["double"]``.
+    """
+    from vllm import SamplingParams
+
+    tokens = llm.get_tokenizer().encode("\n".join(prompts(16)))[: PAGE + 1]
+    whole, one = {"prompt_token_ids": tokens}, {"prompt_token_ids": tokens[:1]}
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=args and {"double": args})
+    found = [text for _ in range(2) for text in generate(llm, [whole], params)]
+    running, texts = llm.llm_engine, {}
+    for number, prompt in enumerate((whole, one)):
+        running.add_request(str(number), prompt, params)
+        for output in running.step():
+            texts[output.request_id] = list(output.outputs[0].token_ids)
+    while running.has_unfinished_requests():
+        for output in running.step():
+            texts[output.request_id] = list(output.outputs[0].token_ids)
+    return [*found, texts["0"], texts["1"]]
+
+
+def check_begins(steps: list[dict[str, Any]]) -> None:
+    """Of the steps of ``begin_with_one_token``: what begins with one token costs one."""
+    begins: dict[str, tuple[int, list[int]]] = {}
+    for step in steps:
+        for name, num_tokens in step["tokens"].items():
+            begins.setdefault(name, (num_tokens, step["drafts"][name]))
+    assert list(begins.values()) == [(PAGE + 1, []), (1, []), (1, []), (1, [])]
+
+
 def double(**extra: Any) -> dict[str, Any]:
     return {"method": "double", "model": str(PAIR / "draft"), "num_speculative_tokens": 12} | extra
 
 
-def generate(llm: Any, texts: list[str], params: Any) -> list[list[int]]:
+def generate(llm: Any, texts: list[Any], params: Any) -> list[list[int]]:
     return [list(one.token_ids) for output in llm.generate(texts, params, use_tqdm=False) for one in output.outputs]

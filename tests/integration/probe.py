@@ -21,6 +21,10 @@ class Probe:
         """Whether this rank is the one that proposes."""
         return self._rank._proposer is not None
 
+    def probe_launches(self) -> bool:
+        """Whether this rank starts a draft."""
+        return self._rank._launch is not None
+
     def probe_start(self) -> None:
         proposer = self._rank._proposer
         self._probe_admitted: list[tuple[str | None, bool]] = []
@@ -59,22 +63,50 @@ class Probe:
         inner.propose = fail
 
     def probe_watch_steps(self) -> None:
-        """Note of every step how many query tokens it has, and how many of each request are drafts."""
-        self._probe_steps: list[tuple[int, dict[str, int]]] = []
-        execute = self.model_runner.execute_model
+        """Note of every step what the scheduler wants, what V2 makes of it on the device, and what is sampled."""
+        self._probe_steps: list[dict[str, Any]] = []
+        runner = self.model_runner
+        execute, prepare = runner.execute_model, getattr(runner, "prepare_inputs", None)
 
         def noted(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
             drafts = scheduled.scheduled_spec_decode_tokens
-            counts = {name: len(drafts.get(name, ())) for name in scheduled.num_scheduled_tokens}
-            self._probe_steps.append((scheduled.total_num_scheduled_tokens, counts))
-            return execute(scheduled, *args, **kwargs)
+            step = {
+                "tokens": dict(scheduled.num_scheduled_tokens),
+                "drafts": {name: list(drafts.get(name, ())) for name in scheduled.num_scheduled_tokens},
+            }
+            self._probe_steps.append(step)
+            output = execute(scheduled, *args, **kwargs)
+            step["sampled"] = [list(map(int, tokens)) for tokens in output.sampled_token_ids] if output is not None else None
+            return output
 
-        self.model_runner.execute_model = noted
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            batch = prepare(*args, **kwargs)  # type: ignore[misc]
+            drafts = batch.num_draft_tokens_per_req
+            self._probe_steps[-1]["device"] = {
+                "tokens": int(batch.num_tokens),
+                "padded": int(batch.num_tokens_after_padding),
+                "drafts": drafts.tolist() if drafts is not None else [0] * batch.num_reqs,
+            }
+            return batch
 
-    def probe_steps(self) -> list[tuple[int, dict[str, int]]]:
-        """(query tokens, drafts by request) of the steps since the last call."""
+        runner.execute_model = noted
+        if prepare is not None:
+            runner.prepare_inputs = prepared
+
+    def probe_steps(self) -> list[dict[str, Any]]:
+        """Of each step since the last call: "tokens" and "drafts" by request, "sampled" by row, on V2 "device"."""
         steps, self._probe_steps = self._probe_steps, []
         return steps
+
+    def probe_cut_the_first(self, cut: bool) -> None:
+        """Have the controller find that drafts of a batch's first row never pay; or no more."""
+        from vllm_double import control, proposer
+
+        def cut_first(reaches: Any, fixed: float, per_token: float) -> list[int]:
+            lengths = control.chain_lengths(reaches, fixed, per_token)
+            return [0 if index == 0 else length for index, length in enumerate(lengths)]
+
+        proposer.chain_lengths = cut_first if cut else control.chain_lengths
 
     def probe_masks_of_int(self) -> None:
         """Triton's interpreter stores under masks of bool alone; vLLM's kernel for grammars has one of int32, of 0 and 1."""

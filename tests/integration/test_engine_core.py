@@ -122,6 +122,21 @@ def test_the_worker_is_asked_where_no_drafts_came(asked: list[str]) -> None:
     assert len(asked) == 2
 
 
+def test_another_method_is_scheduled_without_placeholders_or_ours_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ours:
+        pass
+
+    def vllms(self: Any, vllm_config: Any, log_stats: bool) -> None:
+        self.__dict__.update(num_spec_tokens=4, max_num_running_reqs=2, dynamic_sd_lookup=None)
+
+    monkeypatch.setattr(Scheduler, "__init__", vllms)
+    for _ in range(2):
+        engine_core.schedule_without_placeholders(Ours)
+    for speculative, expected in ((Ours(), [4, 4, 4]), (object(), None), (None, None)):
+        scheduler: Any = Scheduler(vllm_config=SimpleNamespace(speculative_config=speculative), log_stats=True)
+        assert scheduler.dynamic_sd_lookup == expected
+
+
 @pytest.mark.parametrize(("target", "expected"), [({0, 1}, [{2, 3}]), ({0, 1, 2, 3}, []), (set(), [])])
 def test_with_the_first_answer_the_engine_core_leaves_the_targets_cores(
     monkeypatch: pytest.MonkeyPatch, target: set[int], expected: list[set[int]]

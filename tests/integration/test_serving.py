@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.integration.llm import MAX_LEN, Texts, ask, double, engine, generate, prompts, sample
+from tests.integration.llm import (
+    MAX_LEN,
+    Texts,
+    ask,
+    begin_with_one_token,
+    check_begins,
+    count,
+    double,
+    engine,
+    generate,
+    prompts,
+    sample,
+)
 from vllm_double.cli import main
 
 pytestmark = pytest.mark.integration
@@ -38,6 +50,13 @@ class TestWithDraft:
         found = generate(llm, prompts(6), SamplingParams(temperature=1.0, top_p=0.9, top_k=40, max_tokens=48, n=2))
         assert len(found) == 12 and all(0 < len(text) <= 48 for text in found)
         assert sample("proposed_tokens_total") > proposed
+
+    def test_a_request_that_begins_with_one_token_is_given_placeholders_to_verify(self, llm: Any) -> None:
+        llm.collective_rpc("probe_watch_steps")
+        found = begin_with_one_token(llm)
+        (steps,) = llm.collective_rpc("probe_steps")
+        check_begins(steps)
+        assert found == begin_with_one_token(llm, {"enabled": False})
 
     def test_texts_change_when_drafting_is_switched_or_fails_in_the_middle(self, plain: Texts, llm: Any) -> None:
         from vllm import SamplingParams
@@ -88,4 +107,6 @@ class TestWithDraft:
 def test_texts_differ_under_preemption_and_chunked_prefill(plain: Texts) -> None:
     settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
     with engine(double(), **settings) as llm:
+        before = count("vllm:num_preemptions")
         assert ask(llm) == plain
+        assert count("vllm:num_preemptions") > before

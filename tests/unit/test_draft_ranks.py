@@ -1,15 +1,20 @@
 """One rank leads, the others repeat."""
 
+import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vllm_double.draft import worker
 from vllm_double.draft.base import Row
 from vllm_double.draft.host import HostSettings
-from vllm_double.draft.ranks import Meeting
+from vllm_double.draft.ranks import Follower, Meeting
+from vllm_double.retrieval import automaton
+from vllm_double.transport.shared import SharedWorkerEnd
 
 
 class NotingEngine:
@@ -58,3 +63,42 @@ def test_ranks_share_a_core_or_a_device(num_ranks: int, devices: str | None, exp
     again = HostSettings.from_json(settings.to_json())
     assert again == settings
     assert HostSettings(num_ranks=2).cores_of(1) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_lead_publishes(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The logs have one writer: only the first rank attaches to them."""
+
+    class Attached(Exception):  # noqa: N818 (reads as what it says)
+        pass
+
+    class FakeMeeting:
+        file, num_ranks = "a meeting's", 2
+
+        def __init__(self, path: str, rank: int, num_ranks: int) -> None:
+            self.rank = rank
+
+        def lead(self, engine: Any) -> Any:
+            return engine
+
+        def follow(self, engine: Any) -> Any:
+            return Follower(engine, None)  # type: ignore[arg-type]
+
+    def attach(address: str) -> Any:
+        raise Attached
+
+    engine = ModuleType("vllm_double.draft.engine")  # the real one imports vLLM
+    engine.__dict__.update(EngineConfig=lambda **settings: settings, VllmDraftEngine=lambda config: NotingEngine())
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    monkeypatch.setattr(worker, "Meeting", FakeMeeting)
+    monkeypatch.setattr(automaton, "warm_up", lambda: None)
+    monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
+    settings = {
+        "meeting": "", "rank": rank, "engine": {"tensor_parallel_size": 2}, "limits": {"num_speculative_tokens": 4},
+        "retrieval": {"context": False}, "address": "", "prefix_caching": True,
+    }  # fmt: skip
+    if rank > 0:
+        assert isinstance(worker.build(settings), Follower)
+    else:
+        with pytest.raises(Attached):
+            worker.build(settings)

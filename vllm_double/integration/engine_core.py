@@ -10,6 +10,9 @@ millisecond of it is one that the target stands still: ``receive_drafts`` keeps 
 
 A request's ``cache_salt`` ends in the scheduler, and so does a reset of the prefix cache: ``inform_workers`` takes both on to
 the workers.
+
+A request that begins with one token to compute, such as one whose prompt is cached, is given ``num_speculative_tokens``
+placeholders to verify by vLLM, so that all rows are equally long. Ours never are: ``schedule_without_placeholders``.
 """
 
 import functools
@@ -25,7 +28,15 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_double.draft.affinity import bind_all_threads
 
-__all__ = ["DRAFTS_ATTRIBUTE", "RESETS_ATTRIBUTE", "SALT_ATTRIBUTE", "inform_workers", "receive_drafts", "wait_asleep"]
+__all__ = [
+    "DRAFTS_ATTRIBUTE",
+    "RESETS_ATTRIBUTE",
+    "SALT_ATTRIBUTE",
+    "inform_workers",
+    "receive_drafts",
+    "schedule_without_placeholders",
+    "wait_asleep",
+]
 
 DRAFTS_ATTRIBUTE = "double_draft_token_ids"  # of a ModelRunnerOutput: what the worker's take_draft_token_ids would return
 SALT_ATTRIBUTE = "double_cache_salt"  # of a NewRequestData, which is pickled into the workers: the request's cache_salt
@@ -86,6 +97,26 @@ def receive_drafts(target_cores: Iterable[int]) -> None:
     setattr(update_from_output, _MARK, True)
     Scheduler.update_from_output = update_from_output
     MultiprocExecutor.take_draft_token_ids = take_draft_token_ids
+
+
+def schedule_without_placeholders(config_class: type) -> None:
+    """Have this process's schedulers verify nothing that method double (``config_class``) did not propose. Once.
+
+    vLLM adds no placeholders where a table says how many drafts there are to be at each batch size. Ours says that there are
+    always as many as there can be, which is what vLLM assumes without one.
+    """
+    original = Scheduler.__init__
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if isinstance(vllm_config.speculative_config, config_class):
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+
+    setattr(init, _MARK, True)
+    Scheduler.__init__ = init
 
 
 def inform_workers() -> None:

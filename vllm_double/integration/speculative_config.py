@@ -17,7 +17,7 @@ from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
-from vllm_double.integration.engine_core import inform_workers, receive_drafts, wait_asleep
+from vllm_double.integration.engine_core import inform_workers, receive_drafts, schedule_without_placeholders, wait_asleep
 from vllm_double.integration.front_end import refuse_malformed
 from vllm_double.integration.runners import allow_v2
 from vllm_double.integration.tokenizers import check_datastores, check_same_tokenizer
@@ -142,6 +142,7 @@ def _teach_process() -> None:
     """In every process with our configuration: any can be a front end, hold the scheduler or run the model."""
     refuse_malformed(DoubleSpeculativeConfig)
     inform_workers()
+    schedule_without_placeholders(DoubleSpeculativeConfig)
     allow_v2(DoubleSpeculativeConfig)
 
 

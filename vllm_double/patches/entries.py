@@ -174,6 +174,19 @@ HOOKS: tuple[Entry, ...] = (
         expected=(Signature("self"),),
     ),
     Entry(
+        name="scheduler",
+        target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
+        what="wrapped: a request that begins with one token gets no placeholders to verify",
+        why="each would cost the target num_speculative_tokens query tokens that nobody proposed",
+        upstream=_lines("vllm/v1/core/sched/scheduler.py", 80, 85),
+        expected=(
+            Signature(
+                "self, vllm_config, kv_cache_config, structured_output_manager, block_size, hash_block_size=None, "
+                "mm_registry=MULTIMODAL_REGISTRY, include_finished_set=False, log_stats=False"
+            ),
+        ),
+    ),
+    Entry(
         name="engine-core-output",
         target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         what="wrapped: keeps the drafts that the worker's output carries",
@@ -243,6 +256,22 @@ HOOKS: tuple[Entry, ...] = (
             )
             for sync, last in (("dp_sync", ""), ("dp_sync_state", ", num_speculative_tokens=None"))
         ),
+    ),
+    Entry(
+        name="v2-graphs",
+        target="vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager",
+        what="implemented: does nothing",
+        why="the V2 runner asks its speculator to record graphs, and nothing of ours runs in the target's stream",
+        upstream=_lines("vllm/v1/worker/gpu/spec_decode/speculator.py", 65, 66),
+        expected=(Signature("self, cudagraph_mode"),),
+    ),
+    Entry(
+        name="v2-capture",
+        target="vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture",
+        what="implemented: does nothing",
+        why="as for v2-graphs",
+        upstream=_lines("vllm/v1/worker/gpu/spec_decode/speculator.py", 69, 70),
+        expected=(Signature("self"),),
     ),
     _v2(
         "v2-update-requests",
