@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.llm import Texts, ask, double, engine, generate, prompts, sample
+from tests.integration.llm import (
+    Texts,
+    ask,
+    begin_with_one_token,
+    check_begins,
+    count,
+    double,
+    engine,
+    generate,
+    prompts,
+    sample,
+)
 
 pytestmark = [
     pytest.mark.integration,
@@ -21,33 +33,98 @@ SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 WRAPPED = ("update_requests", "execute_model", "sample_tokens", "take_draft_token_ids")
 
 
-def test_texts_are_not_those_of_plain_vllm_on_v1(monkeypatch: pytest.MonkeyPatch, plain: Texts) -> None:
-    """In every row case, under preemption and chunked prefill; and a row without drafts costs no query token."""
-    from vllm import SamplingParams
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
+WITHOUT = {"double": {"enabled": False}}
 
-    monkeypatch.setenv(SWITCH, "1")
-    settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
-    with engine(double(), worker_extension_cls="tests.integration.probe.Probe", **settings) as llm:
-        assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
-        llm.collective_rpc("probe_masks_of_int")
-        found = ask(llm)
+
+class TestOnV2:
+    """On one engine: to start it under the interpreter takes a minute."""
+
+    @pytest.fixture(scope="class")
+    def llm(self) -> Iterator[Any]:
+        settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(SWITCH, "1")
+            with engine(double(), worker_extension_cls="tests.integration.probe.Probe", **settings) as llm:
+                assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
+                llm.collective_rpc("probe_masks_of_int")
+                llm.collective_rpc("probe_watch_steps")
+                yield llm
+                assert sample("failures_total") == 0
+
+    @pytest.fixture(scope="class")
+    def found(self, llm: Any) -> Texts:
+        before = count("vllm:num_preemptions")
+        texts = ask(llm)
+        assert count("vllm:num_preemptions") > before, "there was room for all"
+        return texts
+
+    def test_texts_are_not_those_of_plain_vllm_on_v1(self, plain: Texts, found: Texts) -> None:
+        """In every row case, under preemption and chunked prefill."""
         assert sample("accepted_tokens_total") > 0
         assert sample("committed_tokens_total") / sample("request_forwards_total") > 1.05
-        assert sample("failures_total") == 0
-        llm.collective_rpc("probe_watch_steps")
-        without = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args={"double": {"enabled": False}})
-        with_drafts = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-        generate(llm, prompts(3)[1:], [without, with_drafts])
-        decoding = [step for step in llm.collective_rpc("probe_steps")[0] if len(step[1]) == 2 and sum(step[1].values())]
-    # Seeded draws are each runner's own.
-    assert {name: texts for name, texts in found.items() if name != "seeded"} == {
-        name: texts for name, texts in plain.items() if name != "seeded"
-    }
-    assert decoding, "the two never ran side by side"
-    for num_tokens, drafts in decoding:
-        assert num_tokens == len(drafts) + sum(drafts.values()), "a query token that is neither sampled nor drafted"
-        assert min(drafts.values()) == 0, "drafts for who declined them"
-    assert len({sum(drafts.values()) for _, drafts in decoding}) > 1, "chains are not ragged"
+        # Seeded draws are each runner's own.
+        assert {name: texts for name, texts in found.items() if name != "seeded"} == {
+            name: texts for name, texts in plain.items() if name != "seeded"
+        }
+
+    def test_seeded_draws_are_not_those_without_drafts(self, llm: Any, found: Texts) -> None:
+        from vllm import SamplingParams
+
+        for seed, text in zip((1, 2), found["seeded"], strict=True):
+            params = SamplingParams(temperature=0.8, max_tokens=32, seed=seed, extra_args=WITHOUT)
+            assert generate(llm, prompts(1), params) == [text]
+
+    def test_drafts_of_sampled_requests_are_never_accepted(self, llm: Any) -> None:
+        from vllm import SamplingParams
+
+        accepted = count(ACCEPTED)
+        for _ in range(5):  # on a busy machine there may be no drafts in time
+            texts = generate(llm, prompts(2), SamplingParams(temperature=0.7, max_tokens=32, n=2))
+            assert len(texts) == 4 and all(0 < len(text) <= 32 for text in texts)
+            if count(ACCEPTED) > accepted:
+                return
+        pytest.fail("none was accepted")
+
+    def test_a_row_without_drafts_is_padded(self, llm: Any) -> None:
+        """Whether it declined them, or they do not pay."""
+        from vllm import SamplingParams
+
+        params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args=args) for args in (WITHOUT, None)]
+        llm.collective_rpc("probe_steps")
+        declined = self._side_by_side(llm, params)
+        llm.collective_rpc("probe_cut_the_first", args=(True,))
+        try:
+            unprofitable = self._side_by_side(llm, params[1])
+        finally:
+            llm.collective_rpc("probe_cut_the_first", args=(False,))
+        for decoding in (declined, unprofitable):
+            for step in decoding:
+                numbers = sorted(map(len, step["drafts"].values()))
+                assert numbers[0] == 0, "drafts for who is to have none"
+                assert step["device"] == {
+                    "tokens": 2 + numbers[1],
+                    "padded": 2 + numbers[1],
+                    "drafts": step["device"]["drafts"],
+                }
+                assert sorted(step["device"]["drafts"]) == numbers
+
+    @staticmethod
+    def _side_by_side(llm: Any, params: Any) -> list[dict[str, Any]]:
+        """Steps of two requests, one of which has drafts."""
+        for _ in range(5):  # on a busy machine there may be no drafts in time
+            generate(llm, prompts(3)[1:], params)
+            (steps,) = llm.collective_rpc("probe_steps")
+            if decoding := [step for step in steps if len(step["drafts"]) == 2 and any(step["drafts"].values())]:
+                return decoding
+        pytest.fail("the two never ran side by side")
+
+    def test_a_request_that_begins_with_one_token_is_given_placeholders_to_verify(self, llm: Any) -> None:
+        llm.collective_rpc("probe_steps")
+        texts = begin_with_one_token(llm)
+        (steps,) = llm.collective_rpc("probe_steps")
+        check_begins(steps)
+        assert texts == begin_with_one_token(llm, {"enabled": False})
 
 
 # Without an engine
