@@ -13,7 +13,6 @@ from vllm_double.draft import worker
 from vllm_double.draft.base import Row
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.ranks import Follower, Meeting
-from vllm_double.retrieval import automaton
 from vllm_double.transport.shared import SharedWorkerEnd
 
 
@@ -66,8 +65,8 @@ def test_ranks_share_a_core_or_a_device(num_ranks: int, devices: str | None, exp
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_does_not_lead_publishes(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    """The logs have one writer: only the first rank attaches to them."""
+def test_a_rank_that_does_not_lead_publishes_or_the_first_request_waits(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The logs have one writer: only the first rank attaches to them, once a forward has loaded what it takes."""
 
     class Attached(Exception):  # noqa: N818 (reads as what it says)
         pass
@@ -85,13 +84,15 @@ def test_a_rank_that_does_not_lead_publishes(monkeypatch: pytest.MonkeyPatch, ra
             return Follower(engine, None)  # type: ignore[arg-type]
 
     def attach(address: str) -> Any:
+        assert [call for call, *_ in noting.calls] == ["forward"]
         raise Attached
 
+    noting = NotingEngine()
+
     engine = ModuleType("vllm_double.draft.engine")  # the real one imports vLLM
-    engine.__dict__.update(EngineConfig=lambda **settings: settings, VllmDraftEngine=lambda config: NotingEngine())
+    engine.__dict__.update(EngineConfig=lambda **settings: settings, VllmDraftEngine=lambda config: noting)
     monkeypatch.setitem(sys.modules, engine.__name__, engine)
     monkeypatch.setattr(worker, "Meeting", FakeMeeting)
-    monkeypatch.setattr(automaton, "warm_up", lambda: None)
     monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
     settings = {
         "meeting": "", "rank": rank, "engine": {"tensor_parallel_size": 2}, "limits": {"num_speculative_tokens": 4},

@@ -211,7 +211,8 @@ def _init_distributed(vllm_config: VllmConfig, device: torch.device, config: Eng
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         else:
             store = torch.distributed.FileStore(config.rendezvous, size)  # type: ignore[attr-defined]
-            os.environ["VLLM_DIST_IDENT"] = Path(config.rendezvous).name  # by which vLLM's CPU ranks find their shared memory
+            # By which vLLM's CPU ranks find their shared memory: each server's runtime folder has a name of its own.
+            os.environ["VLLM_DIST_IDENT"] = "-".join(Path(config.rendezvous).parts[-2:])
         torch.distributed.init_process_group(backend=backend, store=store, rank=config.rank, world_size=size)
     init_worker_distributed_environment(vllm_config, config.rank, None, device.index or 0, backend)
 

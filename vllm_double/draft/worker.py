@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_double.draft.base import DraftEngine
+from vllm_double.draft.base import DraftEngine, Row
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.ranks import Follower, Meeting
 from vllm_double.retrieval.base import Retriever
@@ -114,6 +114,8 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
         return meeting.follow(engine)
     if meeting.num_ranks > 1:
         engine = meeting.lead(engine)
+    # The first forward imports and allocates for seconds; page 0 belongs to nobody.
+    engine.forward([Row([0], 0, [0], 1, 0.0)], 1)
     limits = FrontierLimits(**settings["limits"])
     sources = Sources(**settings["retrieval"])
     try:

@@ -1,0 +1,33 @@
+"""A draft model on two ranks in a real engine. What its ranks compute is tested in test_draft_ranks.py."""
+
+import os
+import time
+
+import psutil
+import pytest
+
+from tests.integration.llm import Texts, count, double, engine, generate, prompts
+
+CORES = sorted(os.sched_getaffinity(0))[:2]
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(len(CORES) < 2, reason="two ranks need two cores"),
+]
+
+
+def test_texts_are_not_those_of_plain_vllm_or_the_ranks_draft_nothing(plain: Texts) -> None:
+    from vllm import SamplingParams
+
+    drafts = double(draft_tensor_parallel_size=2, double={"draft_cores": ",".join(map(str, CORES))})
+    with engine(drafts, str(CORES[0])) as llm:
+        children = psutil.Process().children(recursive=True)
+        assert len([child for child in children if child.name().startswith("ray::DraftActor")]) == 2
+        # Whether anything is ready in time depends on the machine: the ranks share two cores with the target.
+        params, published = SamplingParams(temperature=0, max_tokens=64), count("vllm:double_worker_nodes_published")
+        for prompt, text in zip(prompts(3), plain["one by one"], strict=True):
+            assert generate(llm, [prompt], params) == [text]
+        deadline = time.monotonic() + 30
+        while count("vllm:double_worker_nodes_published") == published:  # it tells twice a second
+            assert time.monotonic() < deadline, "the ranks draft nothing"
+            time.sleep(0.05)
