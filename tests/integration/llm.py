@@ -112,7 +112,7 @@ def begin_with_one_token(llm: Any, args: dict[str, Any] | None = None) -> list[l
     """
     from vllm import SamplingParams
 
-    tokens = llm.get_tokenizer().encode("\n".join(prompts(16)))[: PAGE + 1]
+    tokens = llm.get_tokenizer().encode("\n".join(prompts(16)))[PAGE::-1]  # no other request begins so
     whole, one = {"prompt_token_ids": tokens}, {"prompt_token_ids": tokens[:1]}
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=args and {"double": args})
     found = [text for _ in range(2) for text in generate(llm, [whole], params)]
