@@ -186,7 +186,7 @@ class History:
         return [] if found is None else found.tokens
 
 
-_NOTHING = Continuation([], 0, [], [])
+_NOTHING = Continuation.of([], 0, [], [])
 
 
 def _worth(found: Continuation) -> float:

@@ -186,7 +186,7 @@ def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> Non
 def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
     class Corpus(ContextRetriever):
         def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-            return Continuation([4, VOCAB, 5], 9, [9, 9, 9], [9, 9, 9])
+            return Continuation.of([4, VOCAB, 5], 9, [9, 9, 9], [9, 9, 9])
 
     engine, frontier = make(logits=_period)
     frontier._retrievers.append(Corpus())

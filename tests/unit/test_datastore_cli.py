@@ -60,7 +60,7 @@ def test_text_token_ids_and_folders_become_documents_in_order(tmp_path: Path, bu
     datastore.check_integrity()
     retriever = DatastoreRetriever(datastore)
     retriever.start(0, np.array([1], np.int32))
-    assert retriever.lookup(0, [], 4) == Continuation([2, 3], 1, [2, 1], [2, 2])
+    assert retriever.lookup(0, [], 4) == Continuation.of([2, 3], 1, [2, 1], [2, 2])
 
 
 def test_a_long_text_is_cut_at_line_ends(tmp_path: Path, build: Callable[..., int]) -> None:
@@ -328,7 +328,7 @@ def test_misuse_of_the_retriever_is_an_error_and_changes_nothing(tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=r"must|cannot|already"):
             call()
-    assert retriever.lookup(7, [], 2) == Continuation([3, 4], 2, [1, 1], [1, 1])
+    assert retriever.lookup(7, [], 2) == Continuation.of([3, 4], 2, [1, 1], [1, 1])
     for call in (
         lambda: retriever.extend(8, [1]),
         lambda: retriever.lookup(8, [], 1),
@@ -342,9 +342,9 @@ def test_a_request_matches_the_end_of_what_is_left_of_its_text(tmp_path: Path) -
     builder.build(tmp_path / "store", [np.array([1, 2, 3, 4, 5, 1, 3, 5], np.int32)], 6, TOKENIZER, 3)
     retriever = DatastoreRetriever(Datastore(tmp_path / "store"))
     retriever.start(0, np.array([5, 5, 5, 1, 2], np.int32))
-    assert retriever.lookup(0, [3], 1) == Continuation([4], 3, [1], [1])
+    assert retriever.lookup(0, [3], 1) == Continuation.of([4], 3, [1], [1])
     retriever.extend(0, [0, 3])
-    assert retriever.lookup(0, [], 1) == Continuation([4], 1, [1], [2])
+    assert retriever.lookup(0, [], 1) == Continuation.of([4], 1, [1], [2])
     retriever.extend(0, np.array([2, 3, 4], np.int32))
-    assert retriever.lookup(0, [], 1) == Continuation([5], 3, [1], [1])
+    assert retriever.lookup(0, [], 1) == Continuation.of([5], 3, [1], [1])
     assert retriever.lookup(0, [6], 1) is None, "it is not in the vocabulary"

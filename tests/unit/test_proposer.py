@@ -518,7 +518,7 @@ class Faint(ContextRetriever):
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         found = super().lookup(key, tail, max_tokens)
-        return found and Continuation(found.tokens, 1, [1] * len(found.tokens), [50] * len(found.tokens))
+        return found and Continuation.of(found.tokens, 1, [1] * len(found.tokens), [50] * len(found.tokens))
 
 
 def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:

@@ -22,29 +22,29 @@ def random_tokens(length: int, alphabet: int, seed: int = 0) -> list[int]:
 
 def test_the_longest_match_is_continued_and_not_a_more_frequent_shorter_one() -> None:
     text = [1, 2, 3, 9, 2, 4, 9, 2, 4, 9, 1, 2]
-    assert indexed(text).lookup(KEY, [], 1) == Continuation([3], 2, [1], [1])
+    assert indexed(text).lookup(KEY, [], 1) == Continuation.of([3], 2, [1], [1])
 
 
 def test_the_most_frequent_token_is_returned_with_its_count_and_the_total() -> None:
     text = [5, 1, 5, 2, 5, 2, 5, 3, 5]
-    assert indexed(text).lookup(KEY, [], 1) == Continuation([2], 1, [2], [4])
+    assert indexed(text).lookup(KEY, [], 1) == Continuation.of([2], 1, [2], [4])
 
 
 def test_of_equally_frequent_tokens_the_latest_is_returned() -> None:
-    assert indexed([5, 1, 5, 2, 5, 3, 5]).lookup(KEY, [], 1) == Continuation([3], 1, [1], [3])
-    assert indexed([5, 2, 5, 1, 5, 1, 5, 2, 8, 5]).lookup(KEY, [], 1) == Continuation([2], 1, [2], [4])
+    assert indexed([5, 1, 5, 2, 5, 3, 5]).lookup(KEY, [], 1) == Continuation.of([3], 1, [1], [3])
+    assert indexed([5, 2, 5, 1, 5, 1, 5, 2, 8, 5]).lookup(KEY, [], 1) == Continuation.of([2], 1, [2], [4])
 
 
 def test_the_occurrence_at_the_end_of_the_text_counts_only_once_a_token_follows() -> None:
     retriever = indexed([5, 1, 5])
-    assert retriever.lookup(KEY, [], 1) == Continuation([1], 1, [1], [1])
+    assert retriever.lookup(KEY, [], 1) == Continuation.of([1], 1, [1], [1])
     retriever.extend(KEY, [1, 8, 5])
-    assert retriever.lookup(KEY, [], 1) == Continuation([1], 1, [2], [2])
+    assert retriever.lookup(KEY, [], 1) == Continuation.of([1], 1, [2], [2])
 
 
 def test_counts_fall_step_by_step_as_the_context_grows() -> None:
     text = [1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 1, 2, 6, 0, 9]
-    assert indexed(text).lookup(KEY, [1], 4) == Continuation([2, 3, 5, 0], 1, [3, 2, 1, 1], [3, 3, 2, 1])
+    assert indexed(text).lookup(KEY, [1], 4) == Continuation.of([2, 3, 5, 0], 1, [3, 2, 1, 1], [3, 3, 2, 1])
 
 
 def test_a_loop_is_continued_beyond_the_end_of_the_text() -> None:
@@ -56,20 +56,20 @@ def test_a_loop_is_continued_beyond_the_end_of_the_text() -> None:
 
 def test_a_continuation_ends_before_its_context_gets_shorter_than_the_match() -> None:
     # Behind 1 2 3 the text ends with 4, which never occurred with anything behind it.
-    assert indexed([1, 2, 3, 4]).lookup(KEY, [1, 2], 8) == Continuation([3, 4], 2, [1, 1], [1, 1])
+    assert indexed([1, 2, 3, 4]).lookup(KEY, [1, 2], 8) == Continuation.of([3, 4], 2, [1, 1], [1, 1])
 
 
 def test_the_tail_is_matched_behind_the_text_and_forgotten() -> None:
     retriever = indexed([1, 2, 3, 4, 9, 1, 2])
-    assert retriever.lookup(KEY, [3], 1) == Continuation([4], 3, [1], [1])
-    assert retriever.lookup(KEY, [], 1) == Continuation([3], 2, [1], [1])
+    assert retriever.lookup(KEY, [3], 1) == Continuation.of([4], 3, [1], [1])
+    assert retriever.lookup(KEY, [], 1) == Continuation.of([3], 2, [1], [1])
     retriever.check_integrity()
 
 
 def test_tokens_of_the_tail_that_never_occurred_end_the_match() -> None:
     retriever = indexed([1, 2, 3, 1, 2])
     assert retriever.lookup(KEY, [8], 4) is None
-    assert retriever.lookup(KEY, [8, 1], 1) == Continuation([2], 1, [2], [2])
+    assert retriever.lookup(KEY, [8, 1], 1) == Continuation.of([2], 1, [2], [2])
 
 
 @pytest.mark.parametrize("text", [[], [1], [1, 2, 3]], ids=str)
@@ -79,14 +79,14 @@ def test_without_repetition_nothing_is_returned(text: list[int]) -> None:
 
 def test_a_context_is_never_longer_than_max_match() -> None:
     text = [1, 2, 3, 4, 5, 6, 0, 9, 2, 3, 4, 5, 7, 9, 2, 3, 4, 5, 7, 1, 2, 3, 4, 5]
-    assert indexed(text, 32).lookup(KEY, [], 1) == Continuation([6], 5, [1], [1])
-    assert indexed(text, 4).lookup(KEY, [], 1) == Continuation([7], 4, [2], [3])
+    assert indexed(text, 32).lookup(KEY, [], 1) == Continuation.of([6], 5, [1], [1])
+    assert indexed(text, 4).lookup(KEY, [], 1) == Continuation.of([7], 4, [2], [3])
 
 
 def test_arrays_are_taken_as_tokens_and_as_tail() -> None:
     retriever = indexed([1, 2, 3])
     retriever.extend(KEY, np.array([9, 1], np.int32))
-    assert retriever.lookup(KEY, np.array([2], np.int32), 1) == Continuation([3], 2, [1], [1])
+    assert retriever.lookup(KEY, np.array([2], np.int32), 1) == Continuation.of([3], 2, [1], [1])
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 4000], ids="chunk{}".format)
@@ -128,8 +128,8 @@ def test_a_lookup_before_the_prompt_is_indexed_matches_the_true_end_of_the_text(
     retriever.start(KEY, np.array(text, np.int32))
     assert retriever.lookup(KEY, [], 2) is None
     retriever.work(4)
-    assert retriever.lookup(KEY, [], 2) == Continuation([3, 4], 2, [1, 1], [1, 1])
-    assert retriever.lookup(KEY, [3], 2) == Continuation([4], 3, [1], [1])
+    assert retriever.lookup(KEY, [], 2) == Continuation.of([3, 4], 2, [1, 1], [1, 1])
+    assert retriever.lookup(KEY, [3], 2) == Continuation.of([4], 3, [1], [1])
 
 
 def test_tokens_committed_while_a_prompt_waits_are_indexed_behind_it() -> None:
@@ -150,7 +150,7 @@ def test_requests_do_not_see_each_other() -> None:
     retriever.work(10)
     assert retriever.lookup(8, [1], 1) is None
     retriever.stop(KEY)
-    assert retriever.lookup(8, [4], 1) == Continuation([5], 1, [1], [1])
+    assert retriever.lookup(8, [4], 1) == Continuation.of([5], 1, [1], [1])
 
 
 def test_a_stopped_request_leaves_the_queue_and_may_start_again() -> None:
@@ -161,7 +161,7 @@ def test_a_stopped_request_leaves_the_queue_and_may_start_again() -> None:
     retriever.work(100)
     retriever.start(KEY, np.array([3, 4], np.int32))
     retriever.work(100)
-    assert retriever.lookup(KEY, [3], 1) == Continuation([4], 1, [1], [1])
+    assert retriever.lookup(KEY, [3], 1) == Continuation.of([4], 1, [1], [1])
 
 
 def test_an_unknown_key_is_a_key_error() -> None:

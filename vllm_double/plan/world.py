@@ -129,7 +129,7 @@ class ScriptedRetriever:
         for place in range(max_tokens):
             last = self._tables.target(last) if place < left else self._tables.elsewhere(last)
             tokens.append(last)
-        return Continuation(tokens, _MATCH_LENGTH, [1] * len(tokens), [1] * len(tokens))
+        return Continuation.of(tokens, _MATCH_LENGTH, [1] * len(tokens), [1] * len(tokens))
 
     def _walk(self, last: int, left: int, tokens: Sequence[int]) -> tuple[int, int]:
         for token in tokens:

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval._steps import _of_numbers, _part, _pointer
+from vllm_double.retrieval._steps import _believe, _of_numbers, _outputs, _part, _pointer
 
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
@@ -182,7 +182,7 @@ def _lookup(
     out_at: int,
     max_tokens: int,
 ) -> tuple[int, int]:
-    """Continue context[:num_context], which has room for ``max_tokens`` more; fill out, int32 [n, 3], with token, count, total.
+    """Continue context[:num_context], which has room for ``max_tokens`` more; fill `_outputs`.
 
     Arrays come as addresses: to take one over from Python costs much of a short call. ``places``, int64 [sections, 2], has
     first and last byte of each section. Returns (tokens found, match length).
@@ -190,7 +190,7 @@ def _lookup(
     file = numba.carray(_pointer(file_at), (num_words,), np.int32)
     places = numba.carray(_pointer(places_at), (NODES + 1, 2), np.int64)
     context = numba.carray(_pointer(context_at), (num_context + max_tokens,), np.int32)
-    out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
+    beliefs, out = _outputs(out_at, max_tokens)
     tokens = _section(file, places, TOKENS)
     starts = _section(file, places, STARTS)
     samples = file.view(np.uint8)[places[SAMPLES, 0] : places[SAMPLES, 1]].view(np.int64)
@@ -201,28 +201,26 @@ def _lookup(
     anchors = _section(file, places, ANCHORS)
     nodes = _section(file, places, NODES).reshape((-1, NUM_COLUMNS))
     entry, length = _search(tokens, starts, samples, order, context, num_context, max_match)
-    match_length = length
-    for i in range(max_tokens):
-        if length < max(match_length, 1):
-            return i, match_length
+    match_length, num_found = length, 0
+    while num_found < max_tokens and length >= max(match_length, 1):
         first, stop = _around(shared, entry, length)
         if stop - first <= SCAN:
             token, count, total, successor = _tally(followers, successors, first, stop)
         else:
             token, count, total, successor = _recall(anchors, nodes, (first + SCAN - 1) // SCAN * SCAN, length)
         if not 0 <= token < starts.size - 1 or total > order.size:
-            return i, match_length  # a damaged file
-        out[i, 0] = token
-        out[i, 1] = count
-        out[i, 2] = total
-        context[num_context + i] = token
+            break  # a damaged file
+        out[num_found, 0], out[num_found, 1], out[num_found, 2] = token, count, total
+        context[num_context + num_found] = token
+        num_found += 1
         if 0 <= successor < order.size:
             # The context grew by one. A longer one does not occur: without its last token it would have before.
             entry, length = successor, min(length + 1, max_match)
-        else:
+        elif num_found < max_tokens:
             # The grown context occurs at the end of documents only.
-            entry, length = _search(tokens, starts, samples, order, context, num_context + i + 1, max_match)
-    return max_tokens, match_length
+            entry, length = _search(tokens, starts, samples, order, context, num_context + num_found, max_match)
+    _believe(beliefs, out, num_found, match_length)
+    return num_found, match_length
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -14,6 +15,7 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float64]
 Header = npt.NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,6 +30,8 @@ ROOT = 0
 NONE = -1
 # The last token of a document: contexts do not reach across it, and nothing is continued with it.
 SEPARATOR = 2**31 - 1
+MAX_CONTINUATION = 1024
+"""Most tokens that one lookup returns."""
 
 
 def _part(function: Function) -> Function:
@@ -54,6 +58,24 @@ def _arrays(header: Header) -> tuple[Ints, Ints, Ints]:
         numba.carray(_pointer(header[EDGES_AT]), (capacity, 4), np.int32),
         numba.carray(_pointer(header[TABLE_AT]), (2 * capacity,), np.int32),
     )
+
+
+@_part
+def _outputs(out_at: int, max_tokens: int) -> tuple[Floats, Ints]:
+    """What a lookup fills at an address: float64 [n] of beliefs, and int32 [n, 3] of tokens, counts and totals behind them."""
+    return (
+        numba.carray(_pointer(out_at), (max_tokens,), np.float64),
+        numba.carray(_pointer(out_at + 8 * MAX_CONTINUATION), (max_tokens, 3), np.int32),
+    )
+
+
+@_part
+def _believe(beliefs: Floats, out: Ints, num_found: int, match_length: int) -> None:
+    """As `base.beliefs`."""
+    doubt = 0.5 ** (match_length / 2)
+    for i in range(num_found):
+        beliefs[i] = (1.0 - doubt) * out[i, 1] / (out[i, 2] + 0.1)
+        doubt *= math.sqrt(0.5)
 
 
 @_part
@@ -254,13 +276,15 @@ def _lookup(header_at: int, feed_at: int, num_feed: int, from_window: bool, out_
     """Match feed[:num_feed], behind the window or on its own, and continue it: see `_continue`."""
     header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
     feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
-    out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
+    beliefs, out = _outputs(out_at, max_tokens)
     states, edges, table = _arrays(header)
     state = header[WINDOW] if from_window else ROOT
     length = header[WINDOW_LENGTH] if from_window else 0
     for i in range(num_feed):
         state, length = _advance(states, edges, table, state, length, feed[i], header[MAX_MATCH])
-    return _continue(header, states, state, length, out, max_tokens)
+    num_found, match_length = _continue(header, states, state, length, out, max_tokens)
+    _believe(beliefs, out, num_found, match_length)
+    return num_found, match_length
 
 
 def _source(header_at: int) -> tuple[int, int]:
@@ -284,7 +308,7 @@ def _recall(
     headers = numba.carray(_pointer(headers_at), (num_automata, HEADER_LENGTH), np.int64)
     cursors = numba.carray(_pointer(cursors_at), (num_automata, 2), np.int64)
     feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
-    out = numba.carray(_pointer(out_at), (max_tokens, 3), np.int32)
+    beliefs, out = _outputs(out_at, max_tokens)
     newest, best_length, best_state = 0, 0, ROOT
     for n in range(num_automata):
         states, edges, table = _arrays(headers[n])
@@ -299,7 +323,9 @@ def _recall(
     if best_length == 0:
         return 0, 0
     states = _arrays(headers[newest])[0]
-    return _continue(headers[newest], states, best_state, best_length, out, max_tokens)
+    num_found, match_length = _continue(headers[newest], states, best_state, best_length, out, max_tokens)
+    _believe(beliefs, out, num_found, match_length)
+    return num_found, match_length
 
 
 def _rehash(header: Header) -> None:

@@ -55,7 +55,7 @@ from vllm_double.retrieval._steps import (
     steps,
 )
 from vllm_double.retrieval.base import Continuation
-from vllm_double.retrieval.buffers import Scratch
+from vllm_double.retrieval.buffers import Scratch, zeros
 
 __all__ = ["SEPARATOR", "SuffixAutomaton", "warm_up"]
 
@@ -82,9 +82,9 @@ class SuffixAutomaton:
         self._header_at = self._header.ctypes.data
         self.extend_from: Callable[[int, int, int], None] = partial(self._steps.extend, self._header_at)
         """`extend` from the address of an int32 array that is contiguous."""
-        self._states = np.empty((2 * capacity, 8), np.int32)
-        self._edges = np.empty((capacity, 4), np.int32)
-        self._table = np.zeros(2 * capacity, np.int32)
+        self._states = zeros((2 * capacity, 8), np.int32)
+        self._edges = zeros((capacity, 4), np.int32)
+        self._table = zeros((2 * capacity,), np.int32)
         self._note_arrays()
         self.clear()
 
@@ -126,11 +126,11 @@ class SuffixAutomaton:
         while self.capacity < num_tokens:
             self.capacity *= 2
         num_states, num_edges = (int(n) for n in self._header[:2])
-        states = np.empty((2 * self.capacity, 8), np.int32)
+        states = zeros((2 * self.capacity, 8), np.int32)
         states[:num_states] = self._states[:num_states]
-        edges = np.empty((self.capacity, 4), np.int32)
+        edges = zeros((self.capacity, 4), np.int32)
         edges[:num_edges] = self._edges[:num_edges]
-        table = np.zeros(2 * self.capacity, np.int32)
+        table = zeros((2 * self.capacity,), np.int32)
         self._states, self._edges, self._table = states, edges, table
         self._note_arrays()
         self._steps.rehash(self._header)

@@ -1,20 +1,16 @@
 """What every source of repeated text offers to the proposer."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Continuation", "Retriever", "Tokens", "check_tokens"]
+__all__ = ["Continuation", "Retriever", "Tokens", "beliefs", "check_tokens"]
 
 Tokens = npt.NDArray[np.int32]
 """Token ids, one dimension, none negative."""
-
-
-# How far a match of so many tokens is to be trusted, before anything is learnt; a longer one as much as the longest here.
-_TRUST = [1.0 - 0.5 ** (length / 2) for length in range(2048)]
-_LONGEST = 1024
 
 
 class Continuation(NamedTuple):
@@ -31,14 +27,26 @@ class Continuation(NamedTuple):
     """How often this token followed the context of its step, >= 1."""
     totals: list[int]
     """How often the context of this step occurred with some token behind it, >= counts."""
+    beliefs: list[float]
+    """How far to believe in this token before anything is learnt, see `beliefs`."""
 
-    @property
-    def beliefs(self) -> list[float]:
-        """For each token, how far to believe in it before anything is learnt: the share of occurrences that went on so,
-        trusted more the longer the match and the more there are."""
-        start = min(self.match_length, _LONGEST)
-        trusts = _TRUST[start : start + len(self.counts)]
-        return [trust * count / (total + 0.1) for trust, count, total in zip(trusts, self.counts, self.totals, strict=True)]
+    @classmethod
+    def of(cls, tokens: list[int], match_length: int, counts: list[int], totals: list[int]) -> "Continuation":
+        """With its beliefs."""
+        return cls(tokens, match_length, counts, totals, beliefs(match_length, counts, totals))
+
+
+def beliefs(match_length: int, counts: Sequence[int], totals: Sequence[int]) -> list[float]:
+    """For each token the share of occurrences that went on so, trusted more the longer the match and the more there are.
+
+    Compiled lookups bring their own, which are the same.
+    """
+    believed = []
+    doubt = 0.5 ** (match_length / 2)
+    for count, total in zip(counts, totals, strict=True):
+        believed.append((1.0 - doubt) * count / (total + 0.1))
+        doubt *= math.sqrt(0.5)
+    return believed
 
 
 def check_tokens(tokens: Sequence[int] | Tokens) -> None:

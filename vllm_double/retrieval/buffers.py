@@ -1,17 +1,36 @@
 """Tokens at known addresses: to hand an array over to compiled code costs as much as all the rest of a short call."""
 
+import math
+import mmap
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from vllm_double.retrieval._steps import MAX_CONTINUATION
 from vllm_double.retrieval.base import Continuation, Tokens, check_tokens
 
-__all__ = ["MAX_CONTINUATION", "Buffer", "Recent", "Scratch"]
-
-MAX_CONTINUATION = 1024
-"""Most tokens that one lookup returns."""
+__all__ = ["MAX_CONTINUATION", "Buffer", "Recent", "Scratch", "zeros"]
 
 _FEW = 16  # up to here it is quicker to write one by one
+_MAPPED_BYTES = 1 << 20
+
+
+def zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """An array of which only what is written takes memory, by pages of 4 KiB.
+
+    For large arrays numpy asks for huge pages of 2 MiB. Indexes reserve more than they use, and are no slower without.
+    """
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if num_bytes < _MAPPED_BYTES:
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class Buffer:
@@ -20,7 +39,7 @@ class Buffer:
     __slots__ = ("_view", "address", "tokens")
 
     def __init__(self, num_tokens: int) -> None:
-        self.tokens = np.empty(num_tokens, np.int32)
+        self.tokens = zeros((num_tokens,), np.int32)
         self._view = memoryview(self.tokens)  # type: ignore[arg-type]
         self.address = self.tokens.ctypes.data
 
@@ -77,17 +96,18 @@ class Recent:
 class Scratch:
     """What a lookup reads and writes beside an index; one serves any number of them."""
 
-    __slots__ = ("_out", "feed", "out_address")
+    __slots__ = ("_beliefs", "_out", "feed", "out_address")
 
     def __init__(self, num_feed: int = 0) -> None:
-        """feed: room for tokens to be matched."""
+        """feed: room for tokens to be matched. At ``out_address`` is what `_steps._outputs` tells of."""
         self.feed = Buffer(num_feed)
-        out = np.empty(3 * MAX_CONTINUATION, np.int32)
-        self._out, self.out_address = memoryview(out), out.ctypes.data  # type: ignore[arg-type]
+        self._beliefs = array("d", bytes(20 * MAX_CONTINUATION))
+        self._out = memoryview(self._beliefs).cast("B")[8 * MAX_CONTINUATION :].cast("i")
+        self.out_address = self._beliefs.buffer_info()[0]
 
     def continuation(self, num_found: int, match_length: int) -> Continuation | None:
         """What the latest lookup found; None: nothing."""
         if num_found == 0:
             return None
         flat = self._out[: 3 * num_found].tolist()
-        return Continuation(flat[::3], match_length, flat[1::3], flat[2::3])
+        return Continuation(flat[::3], match_length, flat[1::3], flat[2::3], self._beliefs[:num_found].tolist())

@@ -28,17 +28,12 @@ class _Request:
         self.indexed = 0
         self.automaton = SuffixAutomaton(capacity, max_match)
 
-    def append(self, tokens: Sequence[int] | Tokens) -> int:
-        """Its length now. ValueError: one is negative, and none is appended."""
-        end = self.length + len(tokens)
-        if end > self.automaton.capacity:
-            self.automaton.reserve(end)
-            text = Buffer(self.automaton.capacity)
-            text.tokens[: self.length] = self.text.tokens[: self.length]
-            self.text = text
-        self.text.write(self.length, tokens)
-        self.length = end
-        return end
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens in all."""
+        self.automaton.reserve(num_tokens)
+        text = Buffer(self.automaton.capacity)
+        text.tokens[: self.length] = self.text.tokens[: self.length]
+        self.text = text
 
     def index(self, end: int) -> None:
         """Index what is before end."""
@@ -116,7 +111,11 @@ class ContextRetriever:
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
         request = self._requests[key]
-        end = request.append(tokens)
+        end = request.length + len(tokens)
+        if end > request.automaton.capacity:
+            request.reserve(end)
+        request.text.write(request.length, tokens)
+        request.length = end
         if end - request.indexed > _AT_ONCE:
             self._queue[key] = None
             return

@@ -215,4 +215,4 @@ class EditRetriever:
         if not tokens:
             return None
         ones = [1] * len(tokens)
-        return Continuation(tokens, 1 + run, ones, ones)
+        return Continuation.of(tokens, 1 + run, ones, ones)

@@ -66,7 +66,7 @@ def _continue(
         counts.append(followers.count(token))
         totals.append(len(followers))
         context.append(token)
-    return Continuation(tokens, match_length, counts, totals) if tokens else None
+    return Continuation.of(tokens, match_length, counts, totals) if tokens else None
 
 
 def _longest_followed_suffix(documents: list[list[int]], context: list[int], max_match: int) -> tuple[int, list[int]]:
