@@ -1,4 +1,4 @@
-"""How many tokens to verify: a token is added while it pays for what it costs the target.
+"""How many tokens to verify: a token is added while it pays for what it costs the target. And whether the draft works at all.
 
 The target's step time is learnt as ``fixed + per_token * query tokens``. Tokens are taken in falling order of their chance
 to be accepted, as long as each raises the expected number of tokens per second of the whole batch.
@@ -6,9 +6,12 @@ to be accepted, as long as each raises the expected number of tokens per second 
 
 from collections.abc import Sequence
 
-__all__ = ["StepCost", "chain_lengths", "speed_up"]
+__all__ = ["DraftUse", "StepCost", "chain_lengths", "speed_up"]
 
 _DECAY = 0.98
+_TRIAL_TOKENS = 64  # by which the draft is judged
+_LEAST_SHARE = 0.02  # of the committed tokens that the draft has to bring
+_FIRST_REST, _LONGEST_REST = 256, 1024  # tokens; each rest is twice as long as the one before, while trials fail
 _PRIOR_TOKENS_FOR_DOUBLE = 24.0  # before anything is measured: so many more query tokens double a step's time
 
 
@@ -74,3 +77,36 @@ def speed_up(
     """
     plain = fixed * rounds + per_token * rows
     return committed / rows * plain / (plain + per_token * proposed + propose_seconds)
+
+
+class DraftUse:
+    """Whether the draft model is of use to one request. Where retrieval brings all that is accepted, the draft only takes
+    memory bandwidth from a target beside it, and time from other requests: it rests, and is tried again.
+    """
+
+    __slots__ = ("_brought", "_committed", "_next_rest", "_rest")
+
+    def __init__(self) -> None:
+        self._committed = self._brought = 0
+        self._rest, self._next_rest = 0, _FIRST_REST
+
+    @property
+    def is_resting(self) -> bool:
+        return self._rest > 0
+
+    def observe(self, committed: int, brought: int) -> bool:
+        """So many tokens were committed, ``brought`` of them by the draft; True where it rests from now on."""
+        if self._rest > 0:
+            self._rest -= min(committed, self._rest)
+            return False
+        self._committed += committed
+        self._brought += brought
+        if self._committed < _TRIAL_TOKENS:
+            return False
+        is_of_use = self._brought >= _LEAST_SHARE * self._committed
+        self._committed = self._brought = 0
+        if is_of_use:
+            self._next_rest = _FIRST_REST
+        else:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+        return not is_of_use

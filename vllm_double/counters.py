@@ -31,6 +31,7 @@ class Counters:
     rounds_without_worker: int = 0
     failures: int = 0
     losses: int = 0
+    draft_rests: int = 0
     offered: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     proposed_tokens: int = 0

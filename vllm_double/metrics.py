@@ -57,6 +57,10 @@ _COUNTERS = {
         "vllm:double_losses",
         "Times that drafting paused because it cost more time than it saved.",
     ),
+    "draft_rests": (
+        "vllm:double_draft_rests",
+        "Times that the draft model rested for a request to which it had brought next to nothing.",
+    ),
     "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
 }
 _WORKER_GAUGES = frozenset({"requests"})

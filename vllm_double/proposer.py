@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.calibration import NUM_BUCKETS, Calibration
-from vllm_double.control import StepCost, chain_lengths
+from vllm_double.control import DraftUse, StepCost, chain_lengths
 from vllm_double.counters import Counters
 from vllm_double.hashing import mix, seed
 from vllm_double.retrieval.base import Continuation, Retriever
@@ -78,6 +78,8 @@ class _Request:
     handle: int = 0
     session: int = 0
     told: int = 0  # length of the text that the worker has been told
+    was_heard: bool = False  # the worker has drafted since it was told of the request, or since its last rest
+    use: DraftUse = field(default_factory=DraftUse)
     finished: bool = False
     chain: list[PathToken] = field(default_factory=list)
     # Retrieved tokens that the target did not want, each behind the tokens before it; oldest first.
@@ -217,6 +219,8 @@ class Proposer:
                 strict=True,
             ):
                 request = self._by_handle.get(handle)
+                if request is not None:
+                    request.was_heard = not request.use.is_resting
                 if request is None or position < request.length:
                     self.counters.late_nodes += 1
                 elif count >= _CHILDREN_READ:
@@ -236,7 +240,10 @@ class Proposer:
                 del new[place + 1 :]
                 request.finished = True
                 break
-        self.counters.committed(len(new), min(len(new), row.num_sampled - 1), row.verified, request.chain)
+        num_accepted = min(len(new), row.num_sampled - 1)
+        self.counters.committed(len(new), num_accepted, row.verified, request.chain)
+        if request.use.is_resting or (request.was_heard and row.verified):
+            self._judge_draft(request, len(new), num_accepted)
         request.chain = []
         request.length = known + row.num_sampled
         if not request.params.use_drafts:
@@ -260,6 +267,13 @@ class Proposer:
                 _note_refusals(request.refused, before, wrong, token)
             trie.commit(token)
         self.counters.harvested(trie.has_hit)
+
+    def _judge_draft(self, request: _Request, num_new: int, num_accepted: int) -> None:
+        """While it rests the worker is told nothing, and has soon no work left; then it is told all that it missed."""
+        brought = sum(step.source == DRAFT for step in request.chain[:num_accepted])
+        if request.use.observe(num_new, brought):
+            self.counters.draft_rests += 1
+            request.was_heard = False
 
     def _graft(self, request: _Request, tokens: npt.NDArray[np.int32]) -> list[PathToken]:
         """Retrieved continuations become edges of the same trie, behind the root and behind the best path so far.
@@ -333,7 +347,7 @@ class Proposer:
 
     def _tell(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
         """Send what was committed and which chain is now being verified; admit the request where it is not known."""
-        if self._end is None or not request.params.use_worker:
+        if self._end is None or not request.params.use_worker or request.use.is_resting:
             return
         if request.session == 0 or request.session != self._end.session:
             self._dismiss(request)
@@ -388,7 +402,7 @@ class Proposer:
             del self._by_handle[handle]
             self._to_say.append(Release(handle, keep=False))
             return
-        request.session, request.told = session, len(tokens)
+        request.session, request.told, request.was_heard = session, len(tokens), False
         for start in range(chunk, len(tokens), chunk):
             if not end.send(Commit(handle, start, tokens[start : start + chunk], empty, np.empty(0, dtype=np.float32))):
                 self._dismiss(request)

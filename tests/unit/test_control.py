@@ -2,9 +2,11 @@ import itertools
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_double.calibration import NUM_BUCKETS, Calibration
-from vllm_double.control import StepCost, chain_lengths, speed_up
+from vllm_double.control import DraftUse, StepCost, chain_lengths, speed_up
 
 
 def rate(reaches: list[list[float]], lengths: tuple[int, ...], fixed: float, per_token: float) -> float:
@@ -94,3 +96,25 @@ def test_the_speed_up_is_not_that_of_the_two_clocks(seed: int) -> None:
     plain_seconds = committed / batch * (fixed + per_token * batch)
     found = speed_up(steps, rows, committed, proposed, propose_seconds, fixed, per_token)
     assert found == pytest.approx(plain_seconds / drafted_seconds)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=400))
+def test_the_draft_rests_twice_as_long_each_time_until_it_is_of_use(rounds: list[tuple[int, int]]) -> None:
+    """Against a slow twin that looks at all rounds since the last judgement."""
+    use = DraftUse()
+    trial: list[tuple[int, int]] = []
+    rest, failed = 0, 0
+    for committed, brought in ((n, min(b, n) if b < 3 else 0) for n, b in rounds):
+        begins = False
+        if rest > 0:
+            rest = max(0, rest - committed)
+        else:
+            trial.append((committed, brought))
+            total = sum(n for n, _ in trial)
+            if total >= 64:
+                begins = sum(b for _, b in trial) / total < 0.02
+                failed = failed + 1 if begins else 0
+                rest = min(1024, 128 * 2**failed) if begins else 0
+                trial = []
+        assert use.observe(committed, brought) is begins
+        assert use.is_resting is (rest > 0)

@@ -319,6 +319,56 @@ def test_drafts_that_do_not_pay_are_verified_for_ever_or_never_again() -> None:
     assert min(proposed[-10:]) > 0
 
 
+def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again() -> None:
+    world = World(retrieval=True)
+    period = [3, 4, 5, 6, 7]
+    is_periodic = True
+
+    def target(context: Sequence[int]) -> np.ndarray:
+        return 9 * np.eye(VOCAB)[period[len(context) % 5] if is_periodic else (context[-1] * 7 + context[-2] + 1) % VOCAB]
+
+    world.target = target
+    world.draft = lambda context: np.roll(target(context), 1) if is_periodic else target(context)
+    world.worker = world.make_worker()
+    world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
+    counters = world.proposer.counters
+    while counters.draft_rests == 0:
+        world.step()
+    text = world.texts["r"]
+    began = len(text)
+    assert began - 15 >= 64, "it is judged by so many tokens"
+    assert counters.accepted.keys() == {"context"}
+    (request,) = world.worker.frontier._requests.values()
+    known = len(request.text)
+    for _ in range(6):
+        world.step()
+        assert len(request.text) == known, "the worker is told nothing"
+    assert world.worker.turn() is False, "it has no work left"
+    while len(request.text) == known:
+        world.step()
+    assert len(text) - began >= 256 > len(text) - began - 18
+    is_periodic = False
+    while "draft" not in counters.accepted:
+        world.step()
+    assert request.text == text[: len(request.text)] and len(text) < 400
+    assert counters.draft_rests == 1
+
+
+def test_a_draft_that_is_of_use_or_was_not_heard_never_rests() -> None:
+    world = World(retrieval=True)
+    world.admit("r", [1, 5], RequestParams(0.0, 400, frozenset()))
+    while len(world.texts["r"]) < 390:
+        world.step()
+    assert world.proposer.counters.draft_rests == 0
+    world = World(retrieval=True, turns=0)
+    period = [3, 4, 5, 6, 7]
+    world.target = lambda context: np.eye(VOCAB)[period[len(context) % 5]]
+    world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
+    while len(world.texts["r"]) < 390:
+        world.step()
+    assert world.proposer.counters.draft_rests == 0
+
+
 def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
     world = World(turns=200)
     prompt = [1 + index % 20 for index in range(9000)]
