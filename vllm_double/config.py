@@ -48,7 +48,7 @@ class DoubleConfig(BaseModel):
     draft_dtype: str = Field(
         "auto",
         pattern=r"^(auto|float32|float16|bfloat16)$",
-        description='"auto": the draft\'s own, or float32 on a CPU that is slow in it',
+        description='"auto": as vLLM chooses (16 bits for a float32 draft, too), or float32 on a CPU that is slow in it',
     )
     draft_kv_cache_gib: float = Field(
         0.25,

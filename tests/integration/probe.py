@@ -1,5 +1,6 @@
 """A worker extension through which a test looks into the worker's process."""
 
+import sys
 from typing import Any
 
 
@@ -24,6 +25,12 @@ class Probe:
     def probe_launches(self) -> bool:
         """Whether this rank starts a draft."""
         return self._rank._launch is not None
+
+    def probe_judge_never(self) -> None:
+        """Drafts go on though they cost more than they give, as they may beside a target so small."""
+        from vllm_double import guard
+
+        guard._JUDGED_ROUNDS = sys.maxsize
 
     def probe_start(self) -> None:
         proposer = self._rank._proposer

@@ -54,7 +54,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def _serve(connection: Connection, path: str) -> None:
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
 
-    engine = VllmDraftEngine(EngineConfig(model=path, num_pages=NUM_PAGES))
+    # As vLLM's, "auto" is 16 bits on a CPU that has instructions for them.
+    engine = VllmDraftEngine(EngineConfig(model=path, num_pages=NUM_PAGES, dtype="float32"))
     for cache in engine._caches:
         cache.fill_(1e3)
     sizes = (engine.page_size, engine.num_pages, engine.max_length, engine.vocab_size)

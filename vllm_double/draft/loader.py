@@ -39,7 +39,7 @@ class EngineConfig:
 
     model, revision, quantization, load_format, trust_remote_code, max_model_len, seed, enforce_eager: as in
         vLLM; None is the model's own.
-    dtype: as in vLLM; 'auto' is the model's own, but float32 on a CPU without instructions for 16-bit types.
+    dtype: as in vLLM, whose 'auto' is 16 bits for a float32 model, too; but float32 on a CPU without instructions for them.
     longest_text: of the target; a draft model that could read more is not given room for it.
     device: 'cpu' or 'cuda:N'; vLLM must be built for it.
     num_threads: threads of the operators on a CPU. OMP_NUM_THREADS and the affinity of the process are its
