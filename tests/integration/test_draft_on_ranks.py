@@ -23,11 +23,11 @@ def test_texts_are_not_those_of_plain_vllm_or_the_ranks_draft_nothing(plain: Tex
     with engine(drafts, str(CORES[0])) as llm:
         children = psutil.Process().children(recursive=True)
         assert len([child for child in children if child.name().startswith("ray::DraftActor")]) == 2
-        # Whether anything is ready in time depends on the machine: the ranks share two cores with the target.
+        # How long it takes until something is ready depends on the machine: the ranks share two cores with the target.
         params, published = SamplingParams(temperature=0, max_tokens=64), count("vllm:double_worker_nodes_published")
-        for prompt, text in zip(prompts(3), plain["one by one"], strict=True):
-            assert generate(llm, [prompt], params) == [text]
-        deadline = time.monotonic() + 30
-        while count("vllm:double_worker_nodes_published") == published:  # it tells twice a second
+        deadline, num_asked = time.monotonic() + 120, 0
+        while count("vllm:double_worker_nodes_published") == published or num_asked < 3:
             assert time.monotonic() < deadline, "the ranks draft nothing"
-            time.sleep(0.05)
+            number = num_asked % 3
+            assert generate(llm, [prompts(3)[number]], params) == [plain["one by one"][number]]
+            num_asked += 1
