@@ -31,7 +31,7 @@ class TestWithDraft:
     @pytest.fixture(scope="class")
     def llm(self) -> Iterator[Any]:
         with engine(double(), worker_extension_cls="tests.integration.probe.Probe") as llm:
-            llm.collective_rpc("probe_judge_never")
+            llm.collective_rpc("probe_draft_always")
             yield llm
 
     def test_texts_differ_from_plain_vllm(self, plain: Texts, llm: Any) -> None:

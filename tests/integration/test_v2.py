@@ -47,6 +47,7 @@ class TestOnV2:
             patch.setenv(SWITCH, "1")
             with engine(double(), worker_extension_cls="tests.integration.probe.Probe", **settings) as llm:
                 assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
+                llm.collective_rpc("probe_draft_always")
                 llm.collective_rpc("probe_masks_of_int")
                 llm.collective_rpc("probe_watch_steps")
                 yield llm
