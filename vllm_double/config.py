@@ -24,7 +24,7 @@ class DoubleConfig(BaseModel):
     context_retrieval: bool = Field(True, description="retrieve continuations from the request's own prompt and output")
     history_tokens: int = Field(
         1 << 20, ge=0, le=1 << 30, description="tokens of earlier answers that are kept to retrieve from, those dropped first "
-        "that have waited longest for another of their tenant's; about 90 bytes each on either side. A request is offered its "
+        "that have waited longest for another of their tenant's; about 70 bytes each on either side. A request is offered its "
         "own tenant's (cache_salt) only; 0: none are kept",
     )  # fmt: skip
     share_history: bool = Field(

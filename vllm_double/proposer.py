@@ -242,8 +242,7 @@ class Proposer:
                 break
         num_accepted = min(len(new), row.num_sampled - 1)
         self.counters.committed(len(new), num_accepted, row.verified, request.chain)
-        if request.use.is_resting or (request.was_heard and row.verified):
-            self._judge_draft(request, len(new), num_accepted)
+        self._judge_draft(request, row.verified, len(new), num_accepted)
         request.chain = []
         request.length = known + row.num_sampled
         if not request.params.use_drafts:
@@ -268,8 +267,13 @@ class Proposer:
             trie.commit(token)
         self.counters.harvested(trie.has_hit)
 
-    def _judge_draft(self, request: _Request, num_new: int, num_accepted: int) -> None:
-        """While it rests the worker is told nothing, and has soon no work left; then it is told all that it missed."""
+    def _judge_draft(self, request: _Request, verified: Sequence[int], num_new: int, num_accepted: int) -> None:
+        """While it rests the worker is told nothing, and has soon no work left; then it is told all that it missed.
+
+        It is judged by what was verified while it was there to draft.
+        """
+        if not request.use.is_resting and not (verified and request.was_heard and self._is_known(request)):
+            return
         brought = sum(step.source == DRAFT for step in request.chain[:num_accepted])
         if request.use.observe(num_new, brought):
             self.counters.draft_rests += 1
@@ -349,7 +353,7 @@ class Proposer:
         """Send what was committed and which chain is now being verified; admit the request where it is not known."""
         if self._end is None or not request.params.use_worker or request.use.is_resting:
             return
-        if request.session == 0 or request.session != self._end.session:
+        if not self._is_known(request):
             self._dismiss(request)
             self._admit_to_worker(request, tokens)
         if request.session == 0:
@@ -362,9 +366,13 @@ class Proposer:
         else:
             self._dismiss(request)  # it is admitted again, whole, when there is room
 
+    def _is_known(self, request: _Request) -> bool:
+        """Whether the worker that is up was told of the request."""
+        return self._end is not None and request.session != 0 and request.session == self._end.session
+
     def _tell_end(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
         """Send how the text ends, for the history of the draft's side, which goes without it where there is no room."""
-        if self._end is not None and request.session != 0 and request.session == self._end.session:
+        if self._end is not None and self._is_known(request):
             nothing = np.empty(0, dtype=np.int32)
             self._end.send(Commit(request.handle, request.told, tokens[request.told :], nothing, nothing.astype(np.float32)))
 

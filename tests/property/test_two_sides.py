@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.witness import Wire, WitnessEnd, WitnessEngine, WitnessRetriever
+from vllm_double import control
 from vllm_double import proposer as proposer_module
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.frontier import FrontierLimits
@@ -43,7 +44,8 @@ SMALL = {
         "_INDEX_TOKENS_PER_ROUND": 16, "_ADMIT_TOKENS_PER_COMMAND": 8, "_ADMIT_TOKENS_PER_ROUND": 40,
         "_DRAIN_BYTES_PER_ROUND": 3000, "_PLACE_TOKENS": 3, "_MAX_REFUSED": 4,
     },
-    messages: {"MAX_TOKENS": 8},
+    control: {"_TRIAL_TOKENS": 4, "_FIRST_REST": 2, "_LONGEST_REST": 3},
+    messages: {"MAX_TOKENS": 16},  # a command behind a rest is the longest
     frontier_module: {"_INDEX_TOKENS_PER_ITERATION": 16, "_MIN_BELIEF": 0.05},
     context: {"_AT_ONCE": 4, "_SLICE": 4},
 }  # fmt: skip
@@ -239,7 +241,10 @@ class TwoSides(RuleBasedStateMachine):
         if not live.params.use_drafts or not live.params.use_worker:
             assert request.session == 0
         elif not live.finished:
-            if request.session != 0:
+            if request.use.is_resting:
+                told = self.end.texts.get(request.handle, b"") if request.session == self.end.session else b""
+                assert bytes(live.text).startswith(told), "it was told something else before it rested"
+            elif request.session != 0:
                 assert request.session == self.end.session
                 assert self.end.texts[request.handle] == bytes(live.text) and self.end.chains[request.handle] == chain
             else:

@@ -354,16 +354,29 @@ def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again()
     assert counters.draft_rests == 1
 
 
-def test_a_draft_that_is_of_use_or_was_not_heard_never_rests() -> None:
+def test_a_draft_that_is_of_use_rests() -> None:
     world = World(retrieval=True)
     world.admit("r", [1, 5], RequestParams(0.0, 400, frozenset()))
     while len(world.texts["r"]) < 390:
         world.step()
     assert world.proposer.counters.draft_rests == 0
-    world = World(retrieval=True, turns=0)
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_draft_that_is_not_there_is_judged_all_the_same(was_there: bool) -> None:
+    world = World(retrieval=True, turns=12 * was_there)
     period = [3, 4, 5, 6, 7]
     world.target = lambda context: np.eye(VOCAB)[period[len(context) % 5]]
+    world.draft = lambda context: np.eye(VOCAB)[1]
+    world.worker = world.make_worker()
     world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
+    for _ in range(3):
+        world.step()
+    (request,) = world.proposer._requests.values()
+    assert request.was_heard is was_there
+    world.turns = 0
+    if was_there:
+        world.worker_end.close()
     while len(world.texts["r"]) < 390:
         world.step()
     assert world.proposer.counters.draft_rests == 0

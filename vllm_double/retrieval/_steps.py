@@ -248,43 +248,43 @@ def _followed(states: Ints, state: int, length: int) -> tuple[int, int]:
 
 
 @_part
-def _continue(header: Header, states: Ints, state: int, length: int, out: Ints, max_tokens: int) -> tuple[int, int]:
-    """Fill out, int32 [n, 3], with token, count and total of each step behind a context: (tokens found, match length)."""
+def _continue(header: Header, states: Ints, state: int, length: int, out_at: int, max_tokens: int) -> tuple[int, int]:
+    """Fill `_outputs` with token, count and total of each step behind a context: (tokens found, match length)."""
+    beliefs, out = _outputs(out_at, max_tokens)
     num_tokens, max_match = header[NUM_TOKENS], header[MAX_MATCH]
-    match_length = 0
-    for i in range(max_tokens):
+    match_length, num_found = 0, 0
+    while num_found < max_tokens:
         state, length = _followed(states, state, length)
         if state == ROOT or length < match_length:
-            return i, match_length
+            break
         best = states[state, BEST]
         if states[best, TOKEN] == SEPARATOR:
-            return i, match_length
-        if i == 0:
+            break
+        if num_found == 0:
             match_length = length
-        out[i, 0] = states[best, TOKEN]
-        out[i, 1] = states[best, COUNT]
+        out[num_found, 0] = states[best, TOKEN]
+        out[num_found, 1] = states[best, COUNT]
         # The occurrence at the very end of the text has no token behind it.
-        out[i, 2] = states[state, COUNT] - (states[state, END] == num_tokens)
+        out[num_found, 2] = states[state, COUNT] - (states[state, END] == num_tokens)
+        num_found += 1
         if length < max_match:
             state, length = best, length + 1
         else:
             state = _clamp(states, best, max_match)
-    return max_tokens, match_length
+    _believe(beliefs, out, num_found, match_length)
+    return num_found, match_length
 
 
 def _lookup(header_at: int, feed_at: int, num_feed: int, from_window: bool, out_at: int, max_tokens: int) -> tuple[int, int]:
     """Match feed[:num_feed], behind the window or on its own, and continue it: see `_continue`."""
     header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
     feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
-    beliefs, out = _outputs(out_at, max_tokens)
     states, edges, table = _arrays(header)
     state = header[WINDOW] if from_window else ROOT
     length = header[WINDOW_LENGTH] if from_window else 0
     for i in range(num_feed):
         state, length = _advance(states, edges, table, state, length, feed[i], header[MAX_MATCH])
-    num_found, match_length = _continue(header, states, state, length, out, max_tokens)
-    _believe(beliefs, out, num_found, match_length)
-    return num_found, match_length
+    return _continue(header, states, state, length, out_at, max_tokens)
 
 
 def _source(header_at: int) -> tuple[int, int]:
@@ -308,7 +308,6 @@ def _recall(
     headers = numba.carray(_pointer(headers_at), (num_automata, HEADER_LENGTH), np.int64)
     cursors = numba.carray(_pointer(cursors_at), (num_automata, 2), np.int64)
     feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
-    beliefs, out = _outputs(out_at, max_tokens)
     newest, best_length, best_state = 0, 0, ROOT
     for n in range(num_automata):
         states, edges, table = _arrays(headers[n])
@@ -323,9 +322,7 @@ def _recall(
     if best_length == 0:
         return 0, 0
     states = _arrays(headers[newest])[0]
-    num_found, match_length = _continue(headers[newest], states, best_state, best_length, out, max_tokens)
-    _believe(beliefs, out, num_found, match_length)
-    return num_found, match_length
+    return _continue(headers[newest], states, best_state, best_length, out_at, max_tokens)
 
 
 def _rehash(header: Header) -> None:
