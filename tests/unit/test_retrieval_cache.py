@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from vllm_double import compiling
 from vllm_double.retrieval import _steps
 
 USE = """
-import numpy as np, _steps
-rehash = _steps._compiled(_steps._rehash, "void(int64[::1])")
+import numpy as np
+from vllm_double.compiling import compiled
+from vllm_double.retrieval import _steps
+rehash = compiled(_steps._rehash, "void(int64[::1])")
 edges = np.array([[0, 5, 1, -1]] * 4, np.int32)
 table = np.zeros(8, np.int32)
 header = np.zeros(_steps.HEADER_LENGTH, np.int64)
@@ -29,11 +32,17 @@ def compile_in(package: Path, cache_home: Path) -> int:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     environment |= {
         "XDG_CACHE_HOME": str(cache_home),
-        "PYTHONPATH": str(package),
+        "PYTHONPATH": str(package.parent),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", USE], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", USE],
+        cwd=package.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -42,10 +51,13 @@ def compile_in(package: Path, cache_home: Path) -> int:
 @pytest.fixture
 def read_only_package(tmp_path: Path) -> Path:
     """A copy with no room for a cache beside it: a file in the folder's place stops root, too."""
-    package = tmp_path / "package"
-    package.mkdir()
-    shutil.copy(_steps.__file__, package / "_steps.py")
-    (package / "__pycache__").touch()
+    package = tmp_path / "vllm_double"
+    (package / "retrieval").mkdir(parents=True)
+    shutil.copy(compiling.__file__, package)
+    shutil.copy(_steps.__file__, package / "retrieval")
+    for folder in (package, package / "retrieval"):
+        (folder / "__init__.py").touch()
+        (folder / "__pycache__").touch()
     return package
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_double.compiling import compiled, part
 from vllm_double.retrieval._datastore_steps import (
     COUNT,
     DEPTH,
@@ -22,7 +23,6 @@ from vllm_double.retrieval._datastore_steps import (
     Longs,
     _bits,
 )
-from vllm_double.retrieval._steps import _compiled, _part
 
 
 def _count_entries(tokens: Ints, counts: Ints) -> None:
@@ -42,7 +42,7 @@ def _collect(tokens: Ints, low: int, high: int, positions: Ints) -> int:
     return found
 
 
-@_part
+@part
 def _key(tokens: Ints, position: int, depth: int, max_match: int, bits: int, num_tokens: int) -> int:
     """Tokens depth, depth + 1, ... before position, ``num_tokens`` of them in one number; 0 in the last place: the end."""
     key = np.int64(0)
@@ -58,7 +58,7 @@ def _key(tokens: Ints, position: int, depth: int, max_match: int, bits: int, num
     return key  # type: ignore[return-value]
 
 
-@_part
+@part
 def _swap(positions: Ints, keys: Longs, i: int, j: int) -> None:
     positions[i], positions[j] = positions[j], positions[i]
     keys[i], keys[j] = keys[j], keys[i]
@@ -148,7 +148,7 @@ def _link(order: Ints, low: int, ranks: Ints, successors: Ints) -> None:
             successors[i] = ranks[order[i] + 1 - low]
 
 
-@_part
+@part
 def _tell(followers: Ints, successors: Ints, counts: Ints, node: Ints) -> None:
     """TOKEN, COUNT and SUCCESSOR of a node; counts is all zero before and after."""
     token, count = NONE, 0
@@ -227,12 +227,12 @@ def build_steps() -> BuildSteps:
     ints, read, read_bytes = "int32[::1]", "Array(int32, 1, 'C', True)", "Array(uint8, 1, 'C', True)"
 
     return BuildSteps(
-        _compiled(_count_entries, f"void({read}, {ints})"),
-        _compiled(_collect, f"int64({read}, int64, int64, {ints})"),
-        _compiled(_sort, f"void({read}, {ints}, int64[::1], int64, int64)"),
-        _compiled(_sample, f"void({read}, {ints}, int64[::1], int64, int64)"),
-        _compiled(_describe, f"void({read}, {ints}, int64, {ints}, uint8[::1], int64)"),
-        _compiled(_rank, f"void({ints}, int64, int64, {ints})"),
-        _compiled(_link, f"void({ints}, int64, {ints}, {ints})"),
-        _compiled(_grow, f"int64({read}, {read}, {read_bytes}, {ints}, {ints}, int32[:, ::1])"),
+        compiled(_count_entries, f"void({read}, {ints})"),
+        compiled(_collect, f"int64({read}, int64, int64, {ints})"),
+        compiled(_sort, f"void({read}, {ints}, int64[::1], int64, int64)"),
+        compiled(_sample, f"void({read}, {ints}, int64[::1], int64, int64)"),
+        compiled(_describe, f"void({read}, {ints}, int64, {ints}, uint8[::1], int64)"),
+        compiled(_rank, f"void({ints}, int64, int64, {ints})"),
+        compiled(_link, f"void({ints}, int64, {ints}, {ints})"),
+        compiled(_grow, f"int64({read}, {read}, {read_bytes}, {ints}, {ints}, int32[:, ::1])"),
     )

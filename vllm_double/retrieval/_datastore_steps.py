@@ -11,7 +11,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval._steps import _believe, _of_numbers, _outputs, _part, _pointer
+from vllm_double.compiling import of_numbers, part, pointer
+from vllm_double.retrieval._steps import _believe, _outputs
 
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
@@ -31,7 +32,7 @@ NONE = -1
 MAX_DEPTH = 256
 
 
-@_part
+@part
 def _bits(vocab_size: int) -> int:
     """Bits of a token id plus one."""
     bits = 1
@@ -40,7 +41,7 @@ def _bits(vocab_size: int) -> int:
     return bits
 
 
-@_part
+@part
 def _narrow(samples: Longs, key: int, first: int, stop: int) -> tuple[int, int]:
     """The part of [first, stop) in which the samples leave open whether an entry is before a context with this key."""
     low, high = (first + SCAN - 1) // SCAN, min((stop + SCAN - 1) // SCAN, samples.size)
@@ -61,7 +62,7 @@ def _narrow(samples: Longs, key: int, first: int, stop: int) -> tuple[int, int]:
     return max(first, (low - 1) * SCAN + 1), min(stop, after * SCAN)
 
 
-@_part
+@part
 def _common(tokens: Ints, position: int, context: Ints, end: int, limit: int, length: int) -> int:
     """How many tokens, at most limit, the end of context[:end] shares with those before position: ``length`` or more."""
     index = position - 1 - length
@@ -71,7 +72,7 @@ def _common(tokens: Ints, position: int, context: Ints, end: int, limit: int, le
     return length
 
 
-@_part
+@part
 def _search(
     tokens: Ints, starts: Ints, samples: Longs, order: Ints, context: Ints, end: int, max_match: int
 ) -> tuple[int, int]:
@@ -108,7 +109,7 @@ def _search(
     return (low - 1, below) if below > above else (low, above)
 
 
-@_part
+@part
 def _around(shared: Bytes, entry: int, length: int) -> tuple[int, int]:
     """The entries [first, stop) that share ``length`` tokens with this one; if more than SCAN do, more than SCAN of them."""
     first = entry
@@ -120,7 +121,7 @@ def _around(shared: Bytes, entry: int, length: int) -> tuple[int, int]:
     return first, stop
 
 
-@_part
+@part
 def _tally(followers: Ints, successors: Ints, first: int, stop: int) -> tuple[int, int, int, int]:
     """(token, count, total, successor) of the most frequent follower of these entries."""
     # Most often one is the majority, which two passes find: Boyer and Moore 1981, "MJRTY".
@@ -150,7 +151,7 @@ def _tally(followers: Ints, successors: Ints, first: int, stop: int) -> tuple[in
     return token, count, stop - first, successor
 
 
-@_part
+@part
 def _recall(anchors: Ints, nodes: Ints, entry: int, length: int) -> tuple[int, int, int, int]:
     """(token, count, total, successor) of the node around an entry that is a multiple of SCAN; token NONE: no such node."""
     node = anchors[entry // SCAN] if entry // SCAN < anchors.size else NONE
@@ -167,7 +168,7 @@ def _recall(anchors: Ints, nodes: Ints, entry: int, length: int) -> tuple[int, i
     return nodes[node, TOKEN], nodes[node, COUNT], total, nodes[node, SUCCESSOR]
 
 
-@_part
+@part
 def _section(file: Ints, places: Longs, section: int) -> Ints:
     return file[places[section, 0] // 4 : places[section, 1] // 4]
 
@@ -187,9 +188,9 @@ def _lookup(
     Arrays come as addresses: to take one over from Python costs much of a short call. ``places``, int64 [sections, 2], has
     first and last byte of each section. Returns (tokens found, match length).
     """
-    file = numba.carray(_pointer(file_at), (num_words,), np.int32)
-    places = numba.carray(_pointer(places_at), (NODES + 1, 2), np.int64)
-    context = numba.carray(_pointer(context_at), (num_context + max_tokens,), np.int32)
+    file = numba.carray(pointer(file_at), (num_words,), np.int32)
+    places = numba.carray(pointer(places_at), (NODES + 1, 2), np.int64)
+    context = numba.carray(pointer(context_at), (num_context + max_tokens,), np.int32)
     beliefs, out = _outputs(out_at, max_tokens)
     tokens = _section(file, places, TOKENS)
     starts = _section(file, places, STARTS)
@@ -226,4 +227,4 @@ def _lookup(
 @functools.cache
 def lookup_step() -> Callable[..., tuple[int, int]]:
     """The compiled lookup; compiles it, or loads what an earlier process compiled, once."""
-    return _of_numbers(_lookup, 8)
+    return of_numbers(_lookup, 8)

@@ -1,23 +1,19 @@
-"""How steps are compiled, and those of the suffix automaton: functions on the arrays that `automaton` describes."""
+"""Steps of the suffix automaton: compiled functions on the arrays that `automaton` describes."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core import cgutils, types
-from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
+
+from vllm_double.compiling import compiled, of_numbers, part, pointer
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 Header = npt.NDArray[np.int64]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Columns of a state (32 bytes). NONE marks an absent link, transition or best.
 LENGTH, LINK, COUNT, END, BEST, TOKEN, FIRST, EDGES = range(8)
@@ -34,42 +30,27 @@ MAX_CONTINUATION = 1024
 """Most tokens that one lookup returns."""
 
 
-def _part(function: Function) -> Function:
-    """A function that is compiled into its callers."""
-    return cast(Function, numba.njit(function))
-
-
-@intrinsic
-def _pointer(_typing: Any, address: Any) -> Any:
-    """The address as a pointer, for `numba.carray`."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-@_part
+@part
 def _arrays(header: Header) -> tuple[Ints, Ints, Ints]:
     """States, transitions and table that a header leads to."""
     capacity = header[CAPACITY]
     return (
-        numba.carray(_pointer(header[STATES_AT]), (2 * capacity, 8), np.int32),
-        numba.carray(_pointer(header[EDGES_AT]), (capacity, 4), np.int32),
-        numba.carray(_pointer(header[TABLE_AT]), (2 * capacity,), np.int32),
+        numba.carray(pointer(header[STATES_AT]), (2 * capacity, 8), np.int32),
+        numba.carray(pointer(header[EDGES_AT]), (capacity, 4), np.int32),
+        numba.carray(pointer(header[TABLE_AT]), (2 * capacity,), np.int32),
     )
 
 
-@_part
+@part
 def _outputs(out_at: int, max_tokens: int) -> tuple[Floats, Ints]:
     """What a lookup fills at an address: float64 [n] of beliefs, and int32 [n, 3] of tokens, counts and totals behind them."""
     return (
-        numba.carray(_pointer(out_at), (max_tokens,), np.float64),
-        numba.carray(_pointer(out_at + 8 * MAX_CONTINUATION), (max_tokens, 3), np.int32),
+        numba.carray(pointer(out_at), (max_tokens,), np.float64),
+        numba.carray(pointer(out_at + 8 * MAX_CONTINUATION), (max_tokens, 3), np.int32),
     )
 
 
-@_part
+@part
 def _believe(beliefs: Floats, out: Ints, num_found: int, match_length: int) -> None:
     """As `base.beliefs`."""
     doubt = 0.5 ** (match_length / 2)
@@ -78,7 +59,7 @@ def _believe(beliefs: Floats, out: Ints, num_found: int, match_length: int) -> N
         doubt *= math.sqrt(0.5)
 
 
-@_part
+@part
 def _slot(edges: Ints, table: Ints, state: int, token: int) -> int:
     """The table slot of a transition, or the empty one where it belongs."""
     mask = table.size - 1
@@ -91,7 +72,7 @@ def _slot(edges: Ints, table: Ints, state: int, token: int) -> int:
         slot = (slot + 1) & mask
 
 
-@_part
+@part
 def _find(states: Ints, edges: Ints, table: Ints, state: int, token: int) -> int:
     """The state that ``token`` leads to, or NONE."""
     first = states[state, FIRST]
@@ -103,7 +84,7 @@ def _find(states: Ints, edges: Ints, table: Ints, state: int, token: int) -> int
     return edges[edge, TARGET] if edge >= 0 else NONE
 
 
-@_part
+@part
 def _connect(header: Header, states: Ints, edges: Ints, table: Ints, state: int, token: int, target: int) -> None:
     """Add a transition, or give the one that is there another target, whose TOKEN is set already."""
     first = states[state, FIRST]
@@ -123,7 +104,7 @@ def _connect(header: Header, states: Ints, edges: Ints, table: Ints, state: int,
     edges[edge, TARGET] = target
 
 
-@_part
+@part
 def _split(header: Header, states: Ints, edges: Ints, table: Ints, parent: int, token: int) -> int:
     """Give the substrings of parent + token a state of their own: they now end where longer ones don't."""
     whole = _find(states, edges, table, parent, token)
@@ -144,7 +125,7 @@ def _split(header: Header, states: Ints, edges: Ints, table: Ints, parent: int, 
     return part  # type: ignore[no-any-return]
 
 
-@_part
+@part
 def _clamp(states: Ints, state: int, length: int) -> int:
     """The state of the last ``length`` tokens of a substring that ``state`` holds."""
     while state != ROOT and states[states[state, LINK], LENGTH] >= length:
@@ -152,7 +133,7 @@ def _clamp(states: Ints, state: int, length: int) -> int:
     return state
 
 
-@_part
+@part
 def _insert(header: Header, states: Ints, edges: Ints, table: Ints, parent: int, token: int) -> int:
     """States, links and transitions for window + token, which is new; ``parent`` is the window's state."""
     new = header[NUM_STATES]
@@ -178,7 +159,7 @@ def _insert(header: Header, states: Ints, edges: Ints, table: Ints, parent: int,
     return new  # type: ignore[no-any-return]
 
 
-@_part
+@part
 def _append(header: Header, states: Ints, edges: Ints, table: Ints, token: int) -> None:
     """One more token, and one more occurrence of all that ends with it."""
     length, max_match = header[WINDOW_LENGTH], header[MAX_MATCH]
@@ -215,8 +196,8 @@ def _extend(header_at: int, text_at: int, start: int, stop: int) -> None:
 
     Here and below arrays come as addresses: to take one over from Python costs as much as all the rest of a short call.
     """
-    header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
-    text = numba.carray(_pointer(text_at), (stop,), np.int32)
+    header = numba.carray(pointer(header_at), (HEADER_LENGTH,), np.int64)
+    text = numba.carray(pointer(text_at), (stop,), np.int32)
     states, edges, table = _arrays(header)
     for position in range(start, stop):
         _append(header, states, edges, table, text[position])
@@ -224,7 +205,7 @@ def _extend(header_at: int, text_at: int, start: int, stop: int) -> None:
             header[WINDOW], header[WINDOW_LENGTH] = ROOT, 0
 
 
-@_part
+@part
 def _advance(states: Ints, edges: Ints, table: Ints, state: int, length: int, token: int, max_match: int) -> tuple[int, int]:
     """The longest suffix of (what ``state`` holds with ``length`` tokens) + token that occurs: its state and length."""
     target = _find(states, edges, table, state, token)
@@ -238,7 +219,7 @@ def _advance(states: Ints, edges: Ints, table: Ints, state: int, length: int, to
     return (target, length + 1) if length < max_match else (_clamp(states, target, max_match), max_match)
 
 
-@_part
+@part
 def _followed(states: Ints, state: int, length: int) -> tuple[int, int]:
     """The longest suffix that occurs with a token behind it."""
     while state != ROOT and states[state, BEST] == NONE:
@@ -247,7 +228,7 @@ def _followed(states: Ints, state: int, length: int) -> tuple[int, int]:
     return state, length
 
 
-@_part
+@part
 def _continue(header: Header, states: Ints, state: int, length: int, out_at: int, max_tokens: int) -> tuple[int, int]:
     """Fill `_outputs` with token, count and total of each step behind a context: (tokens found, match length)."""
     beliefs, out = _outputs(out_at, max_tokens)
@@ -277,8 +258,8 @@ def _continue(header: Header, states: Ints, state: int, length: int, out_at: int
 
 def _lookup(header_at: int, feed_at: int, num_feed: int, from_window: bool, out_at: int, max_tokens: int) -> tuple[int, int]:
     """Match feed[:num_feed], behind the window or on its own, and continue it: see `_continue`."""
-    header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
-    feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
+    header = numba.carray(pointer(header_at), (HEADER_LENGTH,), np.int64)
+    feed = numba.carray(pointer(feed_at), (num_feed,), np.int32)
     states, edges, table = _arrays(header)
     state = header[WINDOW] if from_window else ROOT
     length = header[WINDOW_LENGTH] if from_window else 0
@@ -289,7 +270,7 @@ def _lookup(header_at: int, feed_at: int, num_feed: int, from_window: bool, out_
 
 def _source(header_at: int) -> tuple[int, int]:
     """Where the latest occurrence of a lookup's first token is, and the length of its context; (-1, 0): nowhere."""
-    header = numba.carray(_pointer(header_at), (HEADER_LENGTH,), np.int64)
+    header = numba.carray(pointer(header_at), (HEADER_LENGTH,), np.int64)
     states = _arrays(header)[0]
     state, length = _followed(states, header[WINDOW], header[WINDOW_LENGTH])
     if state == ROOT:
@@ -305,9 +286,9 @@ def _recall(
 
     A cursor is a state and a length. feed[:num_kept] moves the cursors, feed[num_kept:num_feed] does not.
     """
-    headers = numba.carray(_pointer(headers_at), (num_automata, HEADER_LENGTH), np.int64)
-    cursors = numba.carray(_pointer(cursors_at), (num_automata, 2), np.int64)
-    feed = numba.carray(_pointer(feed_at), (num_feed,), np.int32)
+    headers = numba.carray(pointer(headers_at), (num_automata, HEADER_LENGTH), np.int64)
+    cursors = numba.carray(pointer(cursors_at), (num_automata, 2), np.int64)
+    feed = numba.carray(pointer(feed_at), (num_feed,), np.int32)
     newest, best_length, best_state = 0, 0, ROOT
     for n in range(num_automata):
         states, edges, table = _arrays(headers[n])
@@ -340,52 +321,13 @@ class Steps(NamedTuple):
     rehash: Callable[..., None]
 
 
-class _Cache(FunctionCache):
-    """numba's cache looks at size and date of one file; our functions are compiled into those of other files, too."""
-
-    def _index_key(self, *arguments: Any) -> tuple[Any, ...]:
-        return (*super()._index_key(*arguments), _sources())
-
-
-@functools.cache
-def _sources() -> str:
-    """Digest of all compiled functions' files."""
-    files = sorted(Path(__file__).parent.glob("*_steps.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _compiled(function: Callable[..., Any], signature: str) -> Any:
-    """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
-
-    numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
-    or damaged cache costs the compile time, nothing else.
-    """
-    try:
-        dispatcher = numba.njit(function)
-        dispatcher._cache = _Cache(function)
-        dispatcher.compile(signature)
-    except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
-        dispatcher = numba.njit(function)
-        dispatcher.compile(signature)
-    dispatcher.disable_compile()
-    return dispatcher
-
-
-def _of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:
-    """The machine code of a function of int64, past the dispatcher, which looks at the types of all arguments: half of a short
-    call. Not for arrays, which nothing would check."""
-    signature = f"{returns}({', '.join(['int64'] * num_arguments)})"
-    (only,) = _compiled(function, signature).overloads.values()
-    return cast(Callable[..., Any], only.entry_point)
-
-
 @functools.cache
 def steps() -> Steps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     return Steps(
-        _of_numbers(_extend, 4, "void"),
-        _of_numbers(_lookup, 6),
-        _of_numbers(_source, 1),
-        _of_numbers(_recall, 8),
-        _compiled(_rehash, "void(int64[::1])"),
+        of_numbers(_extend, 4, "void"),
+        of_numbers(_lookup, 6),
+        of_numbers(_source, 1),
+        of_numbers(_recall, 8),
+        compiled(_rehash, "void(int64[::1])"),
     )

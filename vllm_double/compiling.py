@@ -1,0 +1,70 @@
+"""How functions on arrays are compiled by numba: for one signature, before the first request, kept for later processes."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from numba.core import cgutils, types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+__all__ = ["compiled", "of_numbers", "part", "pointer"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def part(function: Function) -> Function:
+    """A function that is compiled into its callers."""
+    return cast(Function, numba.njit(function))
+
+
+@intrinsic
+def pointer(_typing: Any, address: Any) -> Any:
+    """The address as a pointer, for `numba.carray`."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+class _Cache(FunctionCache):
+    """numba's cache looks at size and date of one file; our functions are compiled into those of other files, too."""
+
+    def _index_key(self, *arguments: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(*arguments), _sources())
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of all compiled functions' files."""
+    files = [Path(__file__), *sorted(Path(__file__).parent.rglob("*_steps.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def compiled(function: Callable[..., Any], signature: str) -> Any:
+    """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
+
+    numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
+    or damaged cache costs the compile time, nothing else.
+    """
+    try:
+        dispatcher = numba.njit(function)
+        dispatcher._cache = _Cache(function)
+        dispatcher.compile(signature)
+    except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
+        dispatcher = numba.njit(function)
+        dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+def of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:
+    """The machine code of a function of int64, past the dispatcher, which looks at the types of all arguments: half of a short
+    call. Not for arrays, which nothing would check."""
+    signature = f"{returns}({', '.join(['int64'] * num_arguments)})"
+    (only,) = compiled(function, signature).overloads.values()
+    return cast(Callable[..., Any], only.entry_point)
