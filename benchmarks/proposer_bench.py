@@ -55,11 +55,10 @@ class FastEngine(FakeEngine):
 
     def forward(self, batch, num_children):  # type: ignore[no-untyped-def]
         started = time.perf_counter()
-        states = []
-        for row in batch:
-            for place in range(len(row.tokens) - row.num_outputs, len(row.tokens)):
-                before = row.tokens[place - 1] if place > 0 else self._tokens[row.pages[0], 0]
-                states.append((row.tokens[place] * 31 + int(before)) % 512)
+        wanted = batch.output_indices
+        is_first = np.isin(wanted, batch.query_start)
+        before = np.where(is_first, -1, batch.token_ids[wanted - 1])
+        states = (batch.token_ids[wanted] * 31 + before) % 512
         found = self.best[states, :num_children], self.probs[states, :num_children]
         self.seconds, self.num_rows = time.perf_counter() - started, len(batch)
         return found

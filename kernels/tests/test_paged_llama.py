@@ -22,7 +22,7 @@ from double_kernels.triton_fork_pages import fork_pages_triton
 from double_kernels.triton_insert_guidance import insert_guidance_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
-from vllm_double.draft.base import Row, count_outputs
+from vllm_double.draft.base import Batch, Row, count_outputs
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.transport.messages import Admit, Commit, Release
 
@@ -123,20 +123,17 @@ class LlamaEngine:
         self.llama = Llama(device)
         self._device, self._insert, self._fork, self._top = device, insert, fork, top
 
-    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        ends = np.cumsum([len(row.tokens) for row in rows])
-        table = np.zeros((len(rows), MAX_LENGTH // PAGE_SIZE), dtype=np.int32)
-        for index, row in enumerate(rows):
-            table[index, : len(row.pages)] = row.pages
-        block_table = self._tensor(table, np.int32)
-        batch = self._insert(
-            self._tensor([token for row in rows for token in row.tokens], np.int64),
-            self._tensor([0, *ends], np.int32),
-            self._tensor([row.start for row in rows], np.int32),
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        rows, ends = list(batch), batch.query_start[1:].tolist()
+        block_table = self._tensor(batch.pages, np.int32)
+        laid_out = self._insert(
+            self._tensor(batch.token_ids, np.int64),
+            self._tensor(batch.query_start, np.int32),
+            self._tensor(batch.starts, np.int32),
             block_table,
             page_size=PAGE_SIZE,
         )
-        logits = self.llama.paged(batch, block_table)
+        logits = self.llama.paged(laid_out, block_table)
         outputs = [index for row, end in zip(rows, ends, strict=True) for index in range(end - row.num_outputs, end)]
         temperatures = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
         tokens, probs = self._top(logits[outputs], num_children, self._tensor(temperatures, np.float32))
@@ -158,12 +155,12 @@ class TwinEngine(LlamaEngine):
         self._texts = np.full((NUM_PAGES, PAGE_SIZE), -1)  # which token each slot holds
         self.num_outputs = 0
 
-    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         sizes = {"page_size": PAGE_SIZE, "num_pages": NUM_PAGES, "max_length": MAX_LENGTH, "vocab_size": VOCAB}
-        self.num_outputs += count_outputs(rows, **sizes)
-        found, expected = super().forward(rows, num_children), self._twin.forward(rows, num_children)
+        self.num_outputs += count_outputs(batch, **sizes)
+        found, expected = super().forward(batch, num_children), self._twin.forward(batch, num_children)
         same_answers(found, expected)
-        self._check_texts(rows, found)
+        self._check_texts(list(batch), found)
         return found
 
     def _check_texts(self, rows: Sequence[Row], found: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]) -> None:
@@ -214,11 +211,11 @@ def test_drafting_on_the_kernels_is_that_on_the_references() -> None:
             text = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 24))]
             texts[number] = text
             frontier.apply(Admit(number, len(text), np.array(text, np.int32), rng.choice([0.0, 1.3]), MAX_LENGTH, (), ""))
-        iteration = frontier.select()
-        if iteration.runs:
-            engine.copy_slots(iteration.copies)
-            num_copies += len(iteration.copies)
-            frontier.expand(iteration, *engine.forward(iteration.rows, NUM_CHILDREN))
+        batch = frontier.select()
+        if len(batch):
+            engine.copy_slots(frontier.tail_copies)
+            num_copies += len(frontier.tail_copies)
+            frontier.expand(*engine.forward(batch, NUM_CHILDREN))
         if number % 2:
             continue  # a target step takes as long as two draft forwards
         for handle, text in list(texts.items()):

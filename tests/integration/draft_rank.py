@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.draft.base import DraftEngine, Row
+from vllm_double.draft.base import Batch, DraftEngine, Row
 from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.ranks import Meeting
@@ -25,7 +25,7 @@ def script(engine: DraftEngine) -> list[Any]:
     found = []
 
     def forward(*rows: Row) -> None:
-        tokens, probs = engine.forward(rows, 5)
+        tokens, probs = engine.forward(Batch.of(rows), 5)
         found.append([tokens.tolist(), probs.tolist()])
 
     forward(Row([1, 2, 3], 0, text[:40], 1, 0.0), Row([4], 0, text[30:50], 0, 1.0))

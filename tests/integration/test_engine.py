@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_double.draft.base import Row
+from vllm_double.draft.base import Batch, Row
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("vllm")
@@ -87,7 +87,7 @@ class RemoteEngine:
         return result
 
     def forward(self, rows: Sequence[Row], num_children: int = NUM_CHILDREN) -> Any:
-        return self._call("forward", list(rows), num_children)
+        return self._call("forward", Batch.of(rows), num_children)
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
         self._call("copy_slots", list(triples))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_double.draft._tree_steps import TREE
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.pages import OutOfPagesError, PagePool, page_key, partition_key
@@ -43,26 +44,26 @@ class World:
 
     def turn(self) -> set[int]:
         """One forward; returns the handles of the requests in it."""
-        iteration = self.frontier.select()
-        self.engine.poison(self.frontier._pool._free)
-        if iteration.runs:
-            self.engine.copy_slots(iteration.copies)
-            tokens, probs = self.engine.forward(iteration.rows, self.frontier._limits.children_per_node)
-            self.frontier.expand(iteration, tokens, probs)
-        for run in iteration.runs:
-            committed = len(run.request.text) - run.start
-            self.read[run.request.handle] += max(0, min(committed, len(run.tokens)))
+        batch = self.frontier.select()
+        self.engine.poison(self.frontier._pool.free_pages)
+        if len(batch):
+            self.engine.copy_slots(self.frontier.tail_copies)
+            self.frontier.expand(*self.engine.forward(batch, self.frontier._limits.children_per_node))
+        work = self.frontier._work
+        requests = [work.requests[index] for index in work.runs[: len(batch), TREE]]
+        for request, row in zip(requests, batch, strict=True):
+            self.read[request.handle] += max(0, min(request.length - row.start, len(row.tokens)))
         self.frontier.check_integrity()
-        return {run.request.handle for run in iteration.runs}
+        return {request.handle for request in requests}
 
     def read_all(self) -> None:
-        while any(request.num_cached < len(request.text) for request in self.frontier._requests.values()):
+        while any(request.num_cached < request.length for request in self.frontier._requests.values()):
             self.turn()
 
     def answer(self, handle: int, tokens: Sequence[int]) -> None:
         """The target's answer, a few tokens a step, as the draft foresaw them or not."""
         for start in range(0, len(tokens), 3):
-            self.commit(handle, len(self.frontier._requests[handle].text), tokens[start : start + 3])
+            self.commit(handle, self.frontier._requests[handle].length, tokens[start : start + 3])
             self.read_all()
             self.turn()
 
@@ -114,7 +115,7 @@ def test_a_live_request_shares_its_pages_and_each_writes_its_own_tail() -> None:
     world.admit(2, [*text, 5])
     world.read_all()
     assert world.read[2] == 2
-    tables = [world.frontier._requests[handle].trunk.table for handle in (1, 2)]
+    tables = [world.frontier._requests[handle].table(0) for handle in (1, 2)]
     assert tables[0][:8] == tables[1][:8] and tables[0][8] != tables[1][8]
     world.answer(1, text_of(1, 20))
     world.answer(2, text_of(2, 20))
@@ -380,7 +381,7 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
 
     def step() -> None:
         nonlocal hits
-        before = {h: r.num_cached for h, r in world.frontier._requests.items() if r.num_cached < len(r.text)}
+        before = {h: r.num_cached for h, r in world.frontier._requests.items() if r.num_cached < r.length}
         was_starved = world.frontier._starved
         seen = world.turn()
         if not was_starved:

@@ -263,12 +263,12 @@ class TwoSides(RuleBasedStateMachine):
         self.end.room = None
         self.worker.turn()
         frontier = self.worker.frontier
-        self.engine.poison([frontier._pool._free])  # type: ignore[list-item]
+        self.engine.poison(frontier._pool.free_pages)
         self.starved |= frontier._starved
         frontier.check_integrity()
         texts = self.end.texts
         for handle, request in frontier._requests.items():
-            assert self.worker_end.superseded or bytes(request.text) == texts[handle]
+            assert self.worker_end.superseded or bytes(request.tokens.tolist()) == texts[handle]
             assert request.epoch == self.end.epochs[handle], "it finds what was read before a reset"
         for handle, text in texts.items():
             # A request is given up where pages ran out, or where the draft does not know a token.

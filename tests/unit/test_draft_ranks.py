@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_double.draft import worker
-from vllm_double.draft.base import Row
+from vllm_double.draft import build
+from vllm_double.draft.base import Batch, Row
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.ranks import Follower, Meeting
 from vllm_double.transport.shared import SharedWorkerEnd
@@ -22,9 +22,9 @@ class NotingEngine:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def forward(self, rows: Any, num_children: int) -> Any:
-        self.calls.append(("forward", list(rows), num_children))
-        return np.zeros((len(rows), num_children), np.int32), np.ones((len(rows), num_children), np.float32)
+    def forward(self, batch: Any, num_children: int) -> Any:
+        self.calls.append(("forward", list(batch), num_children))
+        return np.zeros((len(batch), num_children), np.int32), np.ones((len(batch), num_children), np.float32)
 
     def copy_slots(self, triples: Any) -> None:
         self.calls.append(("copy_slots", triples))
@@ -39,7 +39,7 @@ def test_followers_do_something_else_or_outlive_their_leader(tmp_path: Path) -> 
     for follower in followers:
         follower.start()
     leader = meetings[0].lead(engines[0])
-    tokens, _ = leader.forward([Row([1, 2], 3, [5, 6], 1, 0.5), Row(range(3, 5), 0, (1,), 0, 0.0)], 3)
+    tokens, _ = leader.forward(Batch.of([Row([1, 2], 3, [5, 6], 1, 0.5), Row(range(3, 5), 0, (1,), 0, 0.0)]), 3)
     assert tokens.shape == (2, 3)
     leader.copy_slots([(1, 2, 3)])
     assert (leader.page_size, leader.num_pages, leader.max_length, leader.vocab_size) == (4, 8, 64, 10)
@@ -92,14 +92,14 @@ def test_a_rank_that_does_not_lead_publishes_or_the_first_request_waits(monkeypa
     engine = ModuleType("vllm_double.draft.engine")  # the real one imports vLLM
     engine.__dict__.update(EngineConfig=lambda **settings: settings, VllmDraftEngine=lambda config: noting)
     monkeypatch.setitem(sys.modules, engine.__name__, engine)
-    monkeypatch.setattr(worker, "Meeting", FakeMeeting)
+    monkeypatch.setattr(build, "Meeting", FakeMeeting)
     monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
     settings = {
         "meeting": "", "rank": rank, "engine": {"tensor_parallel_size": 2}, "limits": {"num_speculative_tokens": 4},
         "retrieval": {"context": False}, "address": "", "prefix_caching": True,
     }  # fmt: skip
     if rank > 0:
-        assert isinstance(worker.build(settings), Follower)
+        assert isinstance(build.build(settings), Follower)
     else:
         with pytest.raises(Attached):
-            worker.build(settings)
+            build.build(settings)

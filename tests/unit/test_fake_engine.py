@@ -9,15 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from vllm_double.draft.base import DraftEngine, Row
+from vllm_double.draft.base import Batch, DraftEngine, Row
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 
 VOCAB_SIZE = 11
 PAGE_SIZE = 4
 
 
-def _engine() -> FakeEngine:
-    return FakeEngine(hashed_logits(VOCAB_SIZE), vocab_size=VOCAB_SIZE, num_pages=12, page_size=PAGE_SIZE, max_length=24)
+class _RowEngine(FakeEngine):
+    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]
+        return super().forward(Batch.of(rows), num_children)
+
+
+def _engine() -> _RowEngine:
+    return _RowEngine(hashed_logits(VOCAB_SIZE), vocab_size=VOCAB_SIZE, num_pages=12, page_size=PAGE_SIZE, max_length=24)
 
 
 def _row(pages: Sequence[int], start: int, tokens: Sequence[int], num_outputs: int = 1, t: float = 0.0) -> Row:
@@ -43,7 +48,7 @@ def _check(outputs: tuple[np.ndarray, np.ndarray], texts: Sequence[Sequence[int]
 
 
 def test_it_is_no_draft_engine() -> None:
-    engine: DraftEngine = _engine()
+    engine: DraftEngine = FakeEngine(hashed_logits(11), vocab_size=11, num_pages=12, page_size=4, max_length=24)
     assert (engine.page_size, engine.num_pages, engine.max_length, engine.vocab_size) == (4, 12, 24, 11)
 
 

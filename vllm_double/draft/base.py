@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DraftEngine", "Row", "count_outputs"]
-
-_FEW_PAGES = 64  # up to here Python's min and max are quicker than numpy's
+__all__ = ["Batch", "DraftEngine", "Row", "count_outputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +32,55 @@ class Row:
     tokens: Sequence[int]
     num_outputs: int
     temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one forward, flat; see `Row` for what they mean.
+
+    token_ids: int64 [tokens], row after row. query_start: int32 [rows + 1], where each row's tokens begin. starts, num_outputs:
+    int32 [rows]. temperatures: float32 [rows]. pages: int32 [rows, width], block tables; entries behind a row's last page mean
+    nothing. The arrays are good until the caller makes its next batch.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    query_start: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    num_outputs: npt.NDArray[np.int32]
+    temperatures: npt.NDArray[np.float32]
+    pages: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Batch:
+        """The same rows."""
+        pages = np.zeros((len(rows), max((len(row.pages) for row in rows), default=0)), np.int32)
+        for table, row in zip(pages, rows, strict=True):
+            table[: len(row.pages)] = row.pages
+        return cls(
+            np.array([token for row in rows for token in row.tokens], np.int64),
+            np.array([0, *accumulate(len(row.tokens) for row in rows)], np.int32),
+            np.array([row.start for row in rows], np.int32),
+            np.array([row.num_outputs for row in rows], np.int32),
+            np.array([row.temperature for row in rows], np.float32),
+            pages,
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def output_indices(self) -> npt.NDArray[np.int64]:
+        """Where among the tokens those are whose next-token distribution is wanted, int64 [outputs]: each row's last ones."""
+        ends, counts = self.query_start[1:], self.num_outputs
+        before = np.cumsum(counts) - counts
+        return np.repeat(ends - counts - before, counts) + np.arange(counts.sum())
+
+    def __iter__(self) -> Iterator[Row]:
+        ends = self.query_start.tolist()
+        rows = zip(self.starts.tolist(), self.num_outputs.tolist(), self.temperatures.tolist(), strict=True)
+        for index, (start, num_outputs, temperature) in enumerate(rows):
+            tokens = self.token_ids[ends[index] : ends[index + 1]].tolist()
+            yield Row(self.pages[index].tolist(), start, tokens, num_outputs, temperature)
 
 
 class DraftEngine(Protocol):
@@ -61,7 +109,7 @@ class DraftEngine(Protocol):
         """Tokens in the true vocabulary (without padding of the embedding)."""
         ...
 
-    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Write the rows' keys and values, and return the best next tokens after each wanted query token.
 
         Returns tokens int32 [N, num_children] and probabilities float32 [N, num_children], where N is the sum
@@ -80,38 +128,31 @@ class DraftEngine(Protocol):
         ...
 
 
-def count_outputs(rows: Sequence[Row], *, page_size: int, num_pages: int, max_length: int, vocab_size: int) -> int:
+def count_outputs(batch: Batch, *, page_size: int, num_pages: int, max_length: int, vocab_size: int) -> int:
     """Check the rows of one forward and return N, the sum of their num_outputs.
 
     Raises ValueError that names the first malformed row.
     """
-    num_outputs = 0
-    for index, row in enumerate(rows):
-        num_tokens = len(row.tokens)
-        end = row.start + num_tokens
-        num_row_pages = -(-end // page_size)
-        if num_tokens == 0:
-            raise ValueError(f"row {index} has no query tokens")
-        if row.start < 0 or end > max_length:
-            raise ValueError(f"row {index} has positions {row.start}..{end - 1}, the model takes 0..{max_length - 1}")
-        if min(row.tokens) < 0 or max(row.tokens) >= vocab_size:
-            raise ValueError(f"row {index} has a token outside 0..{vocab_size - 1}")
-        if not 0 <= row.num_outputs <= num_tokens:
-            raise ValueError(f"row {index} wants {row.num_outputs} outputs of {num_tokens} tokens")
-        if num_row_pages > len(row.pages):
-            raise ValueError(f"row {index} ends at position {end - 1} but has only {len(row.pages)} pages")
-        if row.temperature < 0:
-            raise ValueError(f"row {index} has temperature {row.temperature}")
-        used = row.pages if num_row_pages == len(row.pages) else row.pages[:num_row_pages]
-        least, greatest = _bounds(used)
-        if least < 0 or greatest >= num_pages:
-            raise ValueError(f"row {index} uses a page outside 0..{num_pages - 1}")
-        num_outputs += row.num_outputs
-    return num_outputs
+    if not len(batch):
+        return 0
+    for is_wrong, what in _faults(batch, page_size, num_pages, max_length, vocab_size):
+        if is_wrong.any():
+            raise ValueError(f"row {is_wrong.nonzero()[0][0]} {what}")
+    return int(batch.num_outputs.sum())
 
 
-def _bounds(pages: Sequence[int]) -> tuple[int, int]:
-    if len(pages) <= _FEW_PAGES:
-        return min(pages), max(pages)
-    found = np.asarray(pages)
-    return int(found.min()), int(found.max())
+def _faults(batch: Batch, page_size: int, num_pages: int, max_length: int, vocab_size: int) -> Iterator[tuple[Any, str]]:
+    """For each thing that can be wrong with rows, bool [rows] and what to say."""
+    lengths = np.diff(batch.query_start)
+    yield lengths < 1, "has no query tokens"
+    ends = batch.starts + lengths
+    yield (batch.starts < 0) | (ends > max_length), f"has positions outside 0..{max_length - 1}"
+    is_foreign = (batch.token_ids < 0) | (batch.token_ids >= vocab_size)
+    yield np.logical_or.reduceat(is_foreign, batch.query_start[:-1]), f"has a token outside 0..{vocab_size - 1}"
+    yield (batch.num_outputs < 0) | (batch.num_outputs > lengths), "wants fewer outputs than none, or more than it has tokens"
+    num_row_pages, width = -(-ends // page_size), batch.pages.shape[1]
+    yield num_row_pages > width, f"has more positions than {width} pages hold"
+    pages = batch.pages[:, : num_row_pages.max()]
+    is_used = np.arange(pages.shape[1]) < num_row_pages[:, None]
+    yield (((pages < 0) | (pages >= num_pages)) & is_used).any(axis=1), f"uses a page outside 0..{num_pages - 1}"
+    yield batch.temperatures < 0, "has a negative temperature"

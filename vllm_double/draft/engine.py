@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from double_kernels import fork_pages, insert_guidance, top_branches
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_double.draft.base import Row, count_outputs
+from vllm_double.draft.base import Batch, count_outputs
 from vllm_double.draft.loader import EngineConfig, load
 
 __all__ = ["EngineConfig", "VllmDraftEngine"]
@@ -40,23 +39,23 @@ class VllmDraftEngine:
         self._slot_dim = loaded.slot_dim
         self._caches = _merge(list(loaded.caches.values()))
         self._layer_names = [name for _, names in loaded.builders for name in names]
-        self._batch = _Batch(loaded.device, loaded.page_size, -(-self.max_length // loaded.page_size))
+        self._device = loaded.device
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. Ties go to the lower token id."""
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
         num_outputs = count_outputs(
-            rows,
+            batch,
             page_size=self.page_size,
             num_pages=self.num_pages,
             max_length=self.max_length,
             vocab_size=self.vocab_size,
         )
-        if not rows:
+        if not len(batch):
             return _no_outputs(num_children)
-        common, token_ids = self._batch.lay_out(rows)
+        common, token_ids = self._lay_out(batch)
         metadata: dict[str, Any] = {}
         for builder, names in self._builders:
             metadata.update(dict.fromkeys(names, builder.build(0, common)))
@@ -70,11 +69,11 @@ class VllmDraftEngine:
             if num_outputs == 0:
                 return _no_outputs(num_children)
             if num_outputs < common.num_actual_tokens:
-                hidden = hidden[self._batch.output_indices(rows)]
+                hidden = hidden[self._tensor(batch.output_indices)]
             logits = self._model.compute_logits(hidden)
         if logits is None:
             return _no_outputs(num_children)  # of several ranks the first has them
-        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._batch.temperatures(rows))
+        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._temperatures(batch))
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 
     @torch.inference_mode()
@@ -82,72 +81,40 @@ class VllmDraftEngine:
         """See DraftEngine.copy_slots."""
         fork_pages(self._caches, triples, page_size=self.page_size, slot_dim=self._slot_dim)
 
-
-class _Batch:
-    """Lays the rows of a forward out as vLLM's flat tensors: guidance behind which nothing is cached.
-
-    The block table is kept from call to call and grows; on a CPU the tensor is a view of it, so at most one
-    forward may be under way.
-    """
-
-    def __init__(self, device: torch.device, page_size: int, max_row_pages: int) -> None:
-        self._device = device
-        self._page_size = page_size
-        self._block_table = np.zeros((8, max_row_pages), dtype=np.int32)
-
-    def lay_out(self, rows: Sequence[Row]) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-        """Attention metadata with int64 positions and slots [tokens], and token ids int64 [tokens]."""
-        num_rows = len(rows)
-        lengths = [len(row.tokens) for row in rows]
-        starts = [row.start for row in rows]
-        query_start = [0, *accumulate(lengths)]
-        num_tokens = query_start[-1]
-        token_ids = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=num_tokens)
-        if num_rows > len(self._block_table):
-            self._block_table = np.zeros((2 * num_rows, self._block_table.shape[1]), dtype=np.int32)
-        table = self._block_table
-        for index, row in enumerate(rows):
-            table[index, : len(row.pages)] = row.pages
-        block_table = self._tensor(table[:num_rows])
-        query_start_cpu = torch.from_numpy(np.array(query_start, dtype=np.int32))
-        batch = insert_guidance(
-            self._tensor(token_ids),
-            query_start_cpu.to(self._device, non_blocking=True),
-            self._tensor(np.array(starts, dtype=np.int32)),
+    def _lay_out(self, batch: Batch) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+        """Attention metadata with int64 positions and slots [tokens], and token ids int64 [tokens]: guidance without a path."""
+        lengths = np.diff(batch.query_start)
+        seq_lens = batch.starts + lengths
+        block_table = self._tensor(batch.pages)
+        query_start_cpu = torch.from_numpy(batch.query_start)
+        laid_out = insert_guidance(
+            self._tensor(batch.token_ids),
+            self._tensor(batch.query_start),
+            self._tensor(batch.starts),
             block_table,
-            page_size=self._page_size,
+            page_size=self.page_size,
         )
-        seq_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
         common = CommonAttentionMetadata(
-            query_start_loc=batch.query_start_loc,
+            query_start_loc=laid_out.query_start_loc,
             query_start_loc_cpu=query_start_cpu,
-            seq_lens=batch.seq_lens,
-            num_reqs=num_rows,
-            num_actual_tokens=num_tokens,
-            max_query_len=max(lengths),
-            max_seq_len=max(seq_lens),
+            seq_lens=laid_out.seq_lens,
+            num_reqs=len(batch),
+            num_actual_tokens=len(batch.token_ids),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
             block_table_tensor=block_table,
-            slot_mapping=batch.slot_mapping,
-            positions=batch.positions,
-            seq_lens_cpu_upper_bound=torch.from_numpy(np.array(seq_lens, dtype=np.int32)),
+            slot_mapping=laid_out.slot_mapping,
+            positions=laid_out.positions,
+            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
         )
-        return common, batch.input_ids
+        return common, laid_out.input_ids
 
-    def output_indices(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Flat indices int64 [outputs] of the query tokens whose next-token distribution is wanted."""
-        indices: list[int] = []
-        end = 0
-        for row in rows:
-            end += len(row.tokens)
-            indices.extend(range(end - row.num_outputs, end))
-        return self._tensor(np.array(indices, dtype=np.int64))
-
-    def temperatures(self, rows: Sequence[Row]) -> torch.Tensor | None:
+    def _temperatures(self, batch: Batch) -> torch.Tensor | None:
         """float32 [outputs], or None if all are 1."""
-        if all(row.temperature in (0.0, 1.0) for row in rows):
+        if ((batch.temperatures == 0.0) | (batch.temperatures == 1.0)).all():
             return None
-        values = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
-        return self._tensor(np.array(values, dtype=np.float32))
+        values = np.where(batch.temperatures == 0.0, np.float32(1.0), batch.temperatures)
+        return self._tensor(np.repeat(values, batch.num_outputs))
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         # The array may change afterwards: from memory that is not pinned CUDA takes what it copies before it returns.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.draft.base import Row, count_outputs
+from vllm_double.draft.base import Batch, Row, count_outputs
 from vllm_double.hashing import mix
 
 __all__ = ["FakeEngine", "NextToken", "hashed_logits"]
@@ -65,10 +65,10 @@ class FakeEngine:
         self._tokens = np.full((num_pages, page_size), _POISON, dtype=np.int32)
         self._prefixes = np.zeros((num_pages, page_size), dtype=np.uint64)
 
-    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. Ties go to the lower token id."""
         num_outputs = count_outputs(
-            rows,
+            batch,
             page_size=self.page_size,
             num_pages=self.num_pages,
             max_length=self.max_length,
@@ -76,6 +76,7 @@ class FakeEngine:
         )
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
+        rows = list(batch)
         # All cached contexts are read before anything is written, so that a row never profits from a
         # neighbour.
         cached = [self._read(index, row) for index, row in enumerate(rows)]

@@ -4,21 +4,22 @@ Anytime best-first drafting: each iteration takes the most probable nodes that a
 one child this is PEARL (2408.11850); where the chain's nodes get siblings, Saguaro's verification outcomes (2603.03251).
 """
 
-import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.draft.base import DraftEngine, Row
-from vllm_double.draft.pages import OutOfPagesError, PagePool
-from vllm_double.draft.tree import Branch, DraftRequest, Node
+from vllm_double.draft import _tree_steps as at
+from vllm_double.draft.base import Batch, DraftEngine
+from vllm_double.draft.pages import PagePool
+from vllm_double.draft.tree import MAX_AHEAD, DraftRequest
 from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Forget, Release
 
-__all__ = ["Frontier", "FrontierLimits", "Iteration"]
+__all__ = ["Frontier", "FrontierLimits"]
 
 _INDEX_TOKENS_PER_ITERATION = 1024
 _MIN_BELIEF = 0.5  # a retrieved token that is less sure than this is left to the draft
@@ -43,35 +44,6 @@ class FrontierLimits:
     min_path_prob: float = 3e-3
 
 
-@dataclass(slots=True)
-class _Run:
-    """One row of the next forward: consecutive tokens of one branch, the last of which are nodes of the tree."""
-
-    request: DraftRequest
-    branch: Branch
-    start: int
-    tokens: list[int]
-    nodes: list[Node]
-
-
-@dataclass(slots=True)
-class Iteration:
-    """One draft forward: copies of tail pages to make first, then its rows."""
-
-    runs: list[_Run] = field(default_factory=list)
-    tail_copies: dict[int, tuple[int, int]] = field(default_factory=dict)  # source page and used slots, by destination page
-    fresh: set[int] = field(default_factory=set)  # identities of the nodes that this forward computes
-
-    @property
-    def copies(self) -> list[tuple[int, int, int]]:
-        """(source page, destination page, used slots), to be copied before the forward."""
-        return [(source, destination, used) for destination, (source, used) in self.tail_copies.items()]
-
-    @property
-    def rows(self) -> list[Row]:
-        return [Row(run.branch.table, run.start, run.tokens, len(run.nodes), run.request.temperature) for run in self.runs]
-
-
 class Frontier:
     """All admitted requests, their trees and the pages of one draft engine."""
 
@@ -84,21 +56,31 @@ class Frontier:
         self._max_length = engine.max_length
         self._vocab_size = engine.vocab_size
         self._page_size = engine.page_size
+        self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._pool = PagePool(engine.num_pages, prefix_caching)
         self._retrievers = list(retrievers)
         self._requests: dict[int, DraftRequest] = {}
+        self._steps = at.steps()
+        self._work = _Work(limits, engine.max_length, -(-engine.max_length // engine.page_size))
         self._starved = False
-        self._min_log_prob = math.log(limits.min_path_prob)
         self.num_late_commands = 0
         self.num_committed = 0
         self.num_foreseen = 0
-        self.num_retrieved = 0
-        self.num_confirmed = 0
         self.num_prefix_queries = 0  # tokens at admission
         self.num_prefix_hits = 0  # those of them that were in the prefix cache
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    @property
+    def num_retrieved(self) -> int:
+        """Retrieved tokens that the draft has read."""
+        return int(self._work.header[at.NUM_RETRIEVED])
+
+    @property
+    def num_confirmed(self) -> int:
+        """Those of them that it would have said itself."""
+        return int(self._work.header[at.NUM_CONFIRMED])
 
     # ---- commands ---------------------------------------------------------------------------------------------
 
@@ -115,9 +97,11 @@ class Frontier:
                 return
             request = DraftRequest(
                 command.handle, command.base, command.temperature, command.max_length, command.stop_token_ids,
-                self._pool, self._page_size, command.tenant or None, command.epoch,
+                self._pool, self._page_size, self._num_children, self._limits.num_speculative_tokens, self._max_length,
+                command.tenant or None, command.epoch,
             )  # fmt: skip
             self._requests[command.handle] = request
+            self._work.serve(list(self._requests.values()))
             self.num_prefix_queries += command.base
             self._commit(request, 0, command.tokens)
         elif request is None:
@@ -125,14 +109,15 @@ class Frontier:
         elif isinstance(command, Release):
             self._forget(request, keep=command.keep)
         elif self._commit(request, command.keep, command.tokens) and not self._is_foreign(command.chain):
-            request.follow(command.chain.tolist(), np.log(np.clip(command.chain_probs, 1e-9, 1.0)).tolist())
+            longest = self._limits.num_speculative_tokens
+            request.follow(command.chain[:longest], np.log(np.clip(command.chain_probs[:longest], 1e-9, 1.0)))
 
     def _commit(self, request: DraftRequest, keep: int, tokens: npt.NDArray[np.int32]) -> bool:
         """False where nothing can be drafted for the text any more, and the request is forgotten."""
         try:
             if self._is_foreign(tokens):
                 raise ValueError("a token that the draft model does not know")
-            was_whole, is_rewind = request.root is not None, keep < len(request.text)
+            was_whole, is_rewind = request.is_whole, keep < request.length
             new = tokens.tolist()
             self.num_foreseen += request.commit(keep, new)
         except ValueError:  # or something of the text was lost on the way
@@ -140,7 +125,7 @@ class Frontier:
             self._forget(request)
             return False
         self.num_committed += len(new)
-        if request.root is None:
+        if not request.is_whole:
             return True  # the text at admission is still arriving
         for retriever in self._retrievers:
             if was_whole and not is_rewind:
@@ -148,7 +133,7 @@ class Frontier:
                 continue
             if was_whole:
                 retriever.stop(request.handle, keep=False)
-            retriever.start(request.handle, np.array(request.text, dtype=np.int32), request.tenant)
+            retriever.start(request.handle, request.tokens.copy(), request.tenant)
         return True
 
     def _is_foreign(self, tokens: npt.NDArray[np.int32]) -> bool:
@@ -157,168 +142,92 @@ class Frontier:
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
-    def select(self) -> Iteration:
-        """The most useful work for one forward; no runs where there is none."""
-        iteration = Iteration()
+    def select(self) -> Batch:
+        """The most useful work for one forward; no rows where there is none. Copy `tail_copies` before it."""
         if self._starved:
             self._reclaim()
-        tips: dict[int, _Run] = {}  # the run that ends with a node, by the node's identity
-        self._catch_up(iteration, tips)
-        put_back: list[tuple[DraftRequest, Node]] = []
-        heap = []
-        for order, request in enumerate(self._requests.values()):
-            best = self._best(request)
-            if best is not None:
-                # A request that was not served since its last commit comes before all others' second helpings.
-                heap.append((request.num_expanded > 0, -best, order, request))
-        heapq.heapify(heap)
-        budget = self._limits.nodes_per_iteration
-        while heap and (budget > 0 or not heap[0][0]):
-            _, _, order, request = heapq.heappop(heap)
-            node = request.take_candidate()
-            try:
-                budget -= self._add(iteration, tips, request, node, put_back)
-            except OutOfPagesError:
-                put_back.append((request, node))
+        work, pool = self._work, self._pool.address
+        work.begin(bool(self._retrievers))
+        self._catch_up()
+        while (outcome := self._steps.select(work.address, pool)) != at.DONE:
+            asked = work.requests[work.header[at.ASKED_TREE]]
+            if outcome == at.ASKS:
+                self._retrieve(asked, int(work.header[at.ASKED_NODE]), int(work.header[at.ASKED_ROOM]))
+            elif outcome == at.FULL:
+                asked.reserve(2 * (self._limits.nodes_per_iteration + 1))
+            else:
                 self._starved = True
                 break
-            best = self._best(request)
-            if best is not None:
-                heapq.heappush(heap, (request.num_expanded > 0, -best, order, request))
-        for request, node in put_back:
-            request.put_back(node)
         for retriever in self._retrievers:
             retriever.work(_INDEX_TOKENS_PER_ITERATION)
-        return iteration
+        return work.batch()
 
-    def _best(self, request: DraftRequest) -> float | None:
-        """Path log-probability of the request's best candidate, if that is worth a place in a forward."""
-        if request.root is None or request.num_cached < len(request.text):
-            return None
-        limit = min(request.deepest_allowed(self._limits.num_speculative_tokens), self._max_length)
-        while (best := request.best_candidate()) is not None:
-            log_prob, position = best
-            if log_prob < self._min_log_prob:
-                return None
-            if position < limit:
-                return log_prob
-            request.defer_candidate()
-        return None
+    @property
+    def tail_copies(self) -> list[tuple[int, int, int]]:
+        """(source page, destination page, used slots) of the tail pages that the latest batch's branches leave others with."""
+        return self._work.copies()
 
-    def _catch_up(self, iteration: Iteration, tips: dict[int, _Run]) -> None:
+    def _catch_up(self) -> None:
         """Committed tokens that the draft has not read: short gaps first, so that a long prompt silences nobody."""
-        waiting = [r for r in self._requests.values() if r.num_cached < len(r.text) and not self._is_idle(r)]
-        for request in waiting:
+        work = self._work
+        num_waiting = self._steps.waiting(work.address, work.scratch_at)
+        if not num_waiting:
+            return
+        waiting = [(index, work.requests[index]) for index in work.scratch[:num_waiting].tolist()]
+        for _, request in waiting:
             self.num_prefix_hits += request.match_prefix()
-        waiting.sort(key=lambda request: len(request.text) - request.num_cached)
+        waiting.sort(key=lambda entry: entry[1].length - entry[1].num_cached)
         budget = self._limits.prefill_tokens
-        for request in waiting:
+        for index, request in waiting:
             if budget <= 0:
                 break
-            start = request.num_cached
-            end = min(len(request.text), start + budget, self._max_length)
-            reads_root = request.root is not None and end == len(request.text)
-            try:
-                branch = request.extend(None, end - start, iteration.tail_copies)
-            except OutOfPagesError:
+            num_tokens = min(request.length - request.num_cached, budget)
+            reads_root = request.is_whole and request.num_cached + num_tokens == request.length
+            request.reserve(1)
+            if not self._steps.read(work.address, self._pool.address, index, num_tokens, reads_root):
                 self._starved = True
                 break
-            budget -= end - start
-            run = _Run(request, branch, start, request.text[start:end], [])
-            request.num_cached = end
-            if reads_root:
-                assert request.root is not None
-                run.nodes.append(request.root)
-                request.computed(request.root, branch)
-                tips[id(request.root)] = run
-                iteration.fresh.add(id(request.root))
-                self._look_ahead(request, request.root)
-            iteration.runs.append(run)
+            budget -= num_tokens
+            if reads_root and self._retrievers:
+                if self._steps.ask(work.address, index, 0):
+                    self._retrieve(request, 0, int(work.header[at.ASKED_ROOM]))
+                self._steps.look_ahead(request.address, 0)
 
-    def _is_idle(self, request: DraftRequest) -> bool:
-        """The draft model cannot help where the text has ended, or is as long as it can read or as the request can get."""
-        return len(request.text) >= min(self._max_length, request.max_length) or request.has_ended
-
-    def _add(
-        self, iteration: Iteration, tips: dict[int, _Run], request: DraftRequest, node: Node,
-        put_back: list[tuple[DraftRequest, Node]],
-    ) -> int:  # fmt: skip
-        """Give ``node`` a place in the forward; returns how many. Raises OutOfPagesError."""
-        parent = node.parent
-        assert parent is not None, "the root is read with the committed text"
-        run = tips.pop(id(parent), None)
-        if run is not None:
-            # A path that is already given (a chain with retrieved tokens) is read in one forward.
-            try:
-                request.extend(parent, 1, iteration.tail_copies)
-            except OutOfPagesError:
-                tips[id(parent)] = run
-                raise
-            run.tokens.append(node.token)
-        elif parent.branch is None or id(parent) in iteration.fresh:
-            put_back.append((request, node))  # its parent's keys and values come with this very forward
-            return 0
-        else:
-            run = _Run(request, request.extend(parent, 1, iteration.tail_copies), node.position, [node.token], [])
-            iteration.runs.append(run)
-        run.nodes.append(node)
-        request.computed(node, run.branch)
-        tips[id(node)] = run
-        iteration.fresh.add(id(node))
-        self._look_ahead(request, node)
-        return 1
-
-    def _look_ahead(self, request: DraftRequest, node: Node) -> None:
+    def _retrieve(self, request: DraftRequest, node: int, room: int) -> None:
         """A Retrieval Forward (Double, 2601.05524): what is retrieved behind a node is read in the same forward as the node.
 
         Where the draft then says otherwise, its word counts.
         """
-        if not self._retrievers or node.children:
-            return
-        if not node.ahead:
-            room = request.deepest_allowed(self._limits.num_speculative_tokens) - node.position - 1
-            if room <= 0:
-                return
-            tail = request.path_to(node)
-            best: list[tuple[int, float]] = []
-            for retriever in self._retrievers:
-                found = retriever.lookup(request.handle, tail, room)
-                if found is None:
-                    continue
-                path = []
-                for token, belief in zip(found.tokens, found.beliefs, strict=True):
-                    if belief < _MIN_BELIEF or token >= self._vocab_size:
-                        break
-                    path.append((token, math.log(belief)))
-                best = max(best, path, key=len)
-            request.retrieved(node, best)
-        request.look_ahead(node)
+        work = self._work
+        num_tail = self._steps.path_to(request.address, node, work.scratch_at)
+        tail = work.scratch[:num_tail].tolist()
+        best: list[tuple[int, float]] = []
+        for retriever in self._retrievers:
+            found = retriever.lookup(request.handle, tail, room)
+            if found is not None:
+                pairs = zip(found.tokens, found.beliefs, strict=True)
+                sure = takewhile(lambda pair: pair[1] >= _MIN_BELIEF and pair[0] < self._vocab_size, pairs)
+                best = max(best, list(sure), key=len)
+        if best:
+            work.scratch[: len(best)] = [token for token, _ in best]
+            work.beliefs[: len(best)] = [math.log(belief) for _, belief in best]
+            self._steps.retrieved(request.address, node, len(best), work.scratch_at, work.beliefs_at)
 
-    def expand(
-        self, iteration: Iteration, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.void]:
-        """Grow the trees by the forward's answer, int32 and float32 [outputs, children]; returns NODE_DTYPE records."""
-        for run in iteration.runs:
-            run.request.insert_prefix()
-        nodes = [(run.request, node) for run in iteration.runs for node in run.nodes]
-        records = np.zeros(len(nodes), dtype=NODE_DTYPE)
-        if not nodes:
+    def expand(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> npt.NDArray[np.void]:
+        """Grow the trees by the latest batch's answer, int32 and float32 [outputs, children]; returns NODE_DTYPE records."""
+        work = self._work
+        for index in set(work.runs[: work.header[at.NUM_RUNS], at.TREE].tolist()):
+            work.requests[index].insert_prefix()
+        records = np.zeros(len(tokens), dtype=NODE_DTYPE)
+        if not len(tokens):
             return records
-        probs = np.fmax(probs, 0.0)  # a draft that overflows, and so says NaN, says nothing
-        log_probs = np.log(np.maximum(probs, 1e-9)).tolist()
-        token_lists = tokens.tolist()
-        for index, (request, node) in enumerate(nodes):
-            if node.is_retrieved:
-                self.num_retrieved += 1
-                self.num_confirmed += node.parent is not None and node.parent.alternatives[0] == node.token
-            request.expand(node, token_lists[index], log_probs[index])
-        records["handle"] = [request.handle for request, _ in nodes]
-        records["prefix_hash"] = [node.prefix_hash for _, node in nodes]
-        records["position"] = [node.position + 1 for _, node in nodes]
-        told = min(tokens.shape[1], MAX_CHILDREN)
-        records["count"] = told
-        records["tokens"][:, :told] = tokens[:, :told]
-        records["probs"][:, :told] = probs[:, :told]
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        probs = np.fmax(probs, np.float32(0.0), dtype=np.float32)  # a draft that overflows, and so says NaN, says nothing
+        log_probs = np.log(np.maximum(probs, np.float32(1e-9)))
+        num_listed = tokens.shape[1]
+        tokens_at, probs_at, log_probs_at, records_at = (a.ctypes.data for a in (tokens, probs, log_probs, records))
+        num_told = min(num_listed, MAX_CHILDREN)
+        self._steps.expand(work.address, num_listed, tokens_at, probs_at, log_probs_at, records_at, num_told)
         return records
 
     # ---- pages ------------------------------------------------------------------------------------------------
@@ -337,20 +246,88 @@ class Frontier:
 
     def _num_lacking(self, request: DraftRequest) -> int:
         """Pages that the request's text and one token more need beyond those that it has."""
-        return -(-(min(len(request.text), self._max_length) + 1) // self._page_size) - len(request.trunk.table)
+        return -(-(min(request.length, self._max_length) + 1) // self._page_size) - request.num_trunk_pages
 
     def _forget(self, request: DraftRequest, keep: bool = False) -> None:
         """``keep``: whether the sources may offer its text to later requests."""
-        if request.root is not None:  # the sources know a text once all of it at admission is here
+        if request.is_whole:  # the sources know a text once all of it at admission is here
             for retriever in self._retrievers:
                 retriever.stop(request.handle, keep)
         request.release()
         del self._requests[request.handle]
+        self._work.serve(list(self._requests.values()))
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or wrongly shared and that every tree is sound."""
         tables: list[Sequence[int]] = []
         for request in self._requests.values():
             request.check_integrity()
-            tables.extend(branch.table[branch.first :] for branch in request.branches())
+            tables.extend(request.held_pages())
         self._pool.check_integrity(tables)
+
+
+class _Work:
+    """What compiled steps choose for one forward: arrays that grow with the number of requests, and are used again.
+
+    ``address`` is that of the header. scratch: int32, for paths and other short lists; beliefs: float32 [MAX_AHEAD].
+    """
+
+    def __init__(self, limits: FrontierLimits, max_length: int, max_pages: int) -> None:
+        self._limits = limits
+        self._max_pages = max_pages
+        self._minimum = np.array([math.log(limits.min_path_prob)])
+        self.header = np.zeros(at.ITERATION_LENGTH, np.int64)
+        self.address = self.header.ctypes.data
+        self.header[[at.NUM_SPECULATIVE, at.MAX_MODEL_LENGTH]] = limits.num_speculative_tokens, max_length
+        self.header[at.MINIMUM_AT] = self._minimum.ctypes.data
+        self.beliefs = np.zeros(MAX_AHEAD, np.float32)
+        self.beliefs_at = self.beliefs.ctypes.data
+        self.requests: list[DraftRequest] = []
+        self.runs = np.zeros((0, 6), np.int32)
+        self.serve([])
+
+    def serve(self, requests: list[DraftRequest]) -> None:
+        """From now on these are all requests."""
+        self.requests = requests
+        self._trees = np.array([request.address for request in requests], np.int64)
+        self._temperatures = np.array([request.temperature for request in requests], np.float32)
+        self.header[[at.NUM_TREES, at.TREES_AT]] = len(requests), self._trees.ctypes.data
+        # Each request is caught up with, and has one node beside the budget.
+        needed = 2 * len(requests) + self._limits.nodes_per_iteration
+        if needed > len(self.runs):
+            self._allocate(2 * needed)
+
+    def _allocate(self, num_runs: int) -> None:
+        self._queue_keys, self._queue = np.zeros(num_runs), np.zeros((num_runs, 3), np.int32)
+        self.runs = np.zeros((num_runs, 6), np.int32)
+        self._copies, self._outputs = np.zeros((num_runs, 3), np.int32), np.zeros((num_runs, 2), np.int32)
+        self._pages = np.zeros((num_runs, self._max_pages), np.int32)
+        self.scratch = np.zeros(max(num_runs, 4 * self._limits.num_speculative_tokens, MAX_AHEAD) + 1, np.int32)
+        self.scratch_at = self.scratch.ctypes.data
+        arrays = (self._queue_keys, self._queue, self.runs, self._copies, self._outputs)
+        self.header[at.QUEUE_KEYS_AT : at.OUTPUTS_AT + 1] = [array.ctypes.data for array in arrays]
+        self.header[at.MAX_RUNS] = num_runs
+
+    def begin(self, has_sources: bool) -> None:
+        """An empty iteration."""
+        self.header[at.BUDGET], self.header[at.HAS_SOURCES] = self._limits.nodes_per_iteration, has_sources
+        self.header[at.NUM_RUNS : at.NUM_TOKENS + 1] = 0
+        self.header[at.NUM_QUEUED] = at.NOT_BEGUN
+
+    def copies(self) -> list[tuple[int, int, int]]:
+        """(source page, destination page, used slots), to be copied before the forward."""
+        return list(map(tuple, self._copies[: self.header[at.NUM_COPIES]].tolist()))  # type: ignore[arg-type]
+
+    def batch(self) -> Batch:
+        """What was chosen, for the engine."""
+        num_runs, num_tokens = int(self.header[at.NUM_RUNS]), int(self.header[at.NUM_TOKENS])
+        numbers = np.empty(3 * num_runs + 1, np.int32)
+        starts, num_outputs, query_start = numbers[:num_runs], numbers[num_runs : 2 * num_runs], numbers[2 * num_runs :]
+        batch = Batch(
+            np.empty(num_tokens, np.int64), query_start, starts, num_outputs,
+            self._temperatures[self.runs[:num_runs, at.TREE]], self._pages[:num_runs],
+        )  # fmt: skip
+        arrays = (batch.token_ids, starts, query_start, num_outputs, self._pages)
+        tokens_at, starts_at, query_at, counts_at, pages_at = (array.ctypes.data for array in arrays)
+        at.steps().lay_out(self.address, tokens_at, starts_at, query_at, counts_at, pages_at, self._max_pages)
+        return batch

@@ -61,7 +61,7 @@ class HostSettings:
 
     worker: dict[str, Any] = field(default_factory=dict)
     """Goes to the factory, which also gets ``address``."""
-    factory: str = "vllm_double.draft.worker:build"
+    factory: str = "vllm_double.draft.build:build"
     """``module:function``, called in the actor with one dict; returns an object with ``run(should_stop)``."""
     device: str = "cpu"
     """For the log only; the factory's settings decide."""

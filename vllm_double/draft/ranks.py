@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.draft.base import DraftEngine, Row
+from vllm_double.draft.base import Batch, DraftEngine
 
 __all__ = ["Follower", "LeadingEngine", "Meeting"]
 
@@ -53,10 +53,10 @@ class LeadingEngine:
         self.page_size, self.num_pages = engine.page_size, engine.num_pages
         self.max_length, self.vocab_size = engine.max_length, engine.vocab_size
 
-    def forward(self, rows: Sequence[Row], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. OSError: a follower is gone."""
-        self._tell("forward", rows, num_children)
-        return self._engine.forward(rows, num_children)
+        self._tell("forward", batch, num_children)
+        return self._engine.forward(batch, num_children)
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
         """See DraftEngine.copy_slots. OSError: a follower is gone."""

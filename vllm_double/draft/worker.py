@@ -1,22 +1,15 @@
 """The draft worker: drafts for ever while the target verifies, and never waits for it."""
 
-import gc
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
 
-from vllm_double.draft.base import DraftEngine, Row
+from vllm_double.draft.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
-from vllm_double.draft.ranks import Follower, Meeting
 from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.base import WorkerEnd
 from vllm_double.transport.messages import WorkerStats
 
-__all__ = ["DraftWorker", "build"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["DraftWorker"]
 
 # Bounds of a wait, which ends early when a command comes. Between them the loop beats its heart and looks whether it should
 # stop; an idle server needs that less often than one whose target is busy.
@@ -55,20 +48,19 @@ class DraftWorker:
         self._end.beat()
         for command in self._end.receive():
             self.frontier.apply(command)
-        iteration = self.frontier.select()
-        if iteration.runs:
+        batch = self.frontier.select()
+        if len(batch):
             started = self._clock()
-            if copies := iteration.copies:
+            if copies := self.frontier.tail_copies:
                 self._engine.copy_slots(copies)
-            rows = iteration.rows
-            tokens, probs = self._engine.forward(rows, self._num_children)
-            self._count(started, sum(len(row.tokens) for row in rows), len(rows))
-            records = self.frontier.expand(iteration, tokens, probs)
+            tokens, probs = self._engine.forward(batch, self._num_children)
+            self._count(started, len(batch.token_ids), len(batch))
+            records = self.frontier.expand(tokens, probs)
             if len(records) and not self._end.publish(records):
                 self._counters["records_dropped"] += len(records)
             self._counters["nodes_published"] += len(records)
         self._report()
-        return bool(iteration.runs)
+        return len(batch) > 0
 
     def _count(self, started: float, num_tokens: int, num_rows: int) -> None:
         self._counters["iterations"] += 1
@@ -95,35 +87,3 @@ class DraftWorker:
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
         if values != self._reported and self._end.report(WorkerStats(values)):
             self._reported = values
-
-
-def build(settings: dict[str, Any]) -> DraftWorker | Follower:
-    """The production worker: vLLM's draft engine at one end of the shared logs; of several ranks the first one's.
-
-    settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``retrieval`` (fields of Sources),
-    ``prefix_caching``, ``address`` of the logs; ``rank``, and ``meeting``: path in the runtime folder, new for each start.
-    """
-    from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
-    from vllm_double.retrieval.datastore import DatastoreError
-    from vllm_double.retrieval.sources import Sources
-    from vllm_double.transport.shared import SharedWorkerEnd
-
-    meeting = Meeting(settings["meeting"], settings["rank"], settings["engine"].get("tensor_parallel_size", 1))
-    engine: DraftEngine = VllmDraftEngine(EngineConfig(**settings["engine"], rank=meeting.rank, rendezvous=meeting.file))
-    if meeting.rank > 0:
-        return meeting.follow(engine)
-    if meeting.num_ranks > 1:
-        engine = meeting.lead(engine)
-    # The first forward imports and allocates for seconds; page 0 belongs to nobody.
-    engine.forward([Row([0], 0, [0], 1, 0.0)], 1)
-    limits = FrontierLimits(**settings["limits"])
-    sources = Sources(**settings["retrieval"])
-    try:
-        retrievers = sources.open()
-    except DatastoreError as error:  # it was there when the target started
-        logger.warning("%s The draft goes on without it.", error)
-        retrievers = replace(sources, datastores=()).open()
-    end = SharedWorkerEnd.attach(settings["address"])
-    gc.collect()
-    gc.freeze()  # a collection need not look through all that was imported and loaded
-    return DraftWorker(engine, end, limits, retrievers=retrievers, prefix_caching=settings["prefix_caching"])

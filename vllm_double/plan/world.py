@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.control import StepCost
-from vllm_double.draft.base import Row as DraftRow
+from vllm_double.draft.base import Batch
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.plan.script import NUM_LISTED, VOCAB_SIZE, Script, Tables, Text, Times, texts
@@ -82,12 +82,12 @@ class ScriptedEngine:
         self._times = times
         self._clock = clock
 
-    def forward(self, rows: Sequence[DraftRow], num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward."""
-        self._clock.advance(self._times.draft_forward(sum(len(row.tokens) for row in rows)))
-        last = [token for row in rows for token in row.tokens[len(row.tokens) - row.num_outputs :]]
+        self._clock.advance(self._times.draft_forward(len(batch.token_ids)))
+        last = batch.token_ids[batch.output_indices]
         self.num_nodes += len(last)
-        return self._tables.children(np.array(last, np.uint64), num_children)
+        return self._tables.children(last.astype(np.uint64), num_children)
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
         """Pages hold nothing here."""
