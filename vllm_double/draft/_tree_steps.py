@@ -48,7 +48,8 @@ TREE_LENGTH = PAGES_AT + 1
 NODE_COLUMNS = MOVED_TO + 1
 MAX_AHEAD = 32
 """Tokens that are retrieved behind one node at most."""
-# Columns of a candidate: which of the node's list is meant (ITSELF: the node), and a tie-breaker.
+# Columns of a candidate: which of the node's list is meant (ITSELF: the node), and a tie-breaker. A node has at most three: itself,
+# itself when the draft knew better how likely it is, and the best of its list that is no node yet.
 NODE, PLACE, TIE = range(3)
 ITSELF = -1
 # Columns of a branch. Branch 0 is the trunk, whose pages are at TRUNK_AT; others' pages before FIRST are the trunk's. NUM_HELD:
@@ -161,7 +162,7 @@ def _sink(keys: Floats, entries: Ints, size: int) -> None:
 
 @part
 def _candidates(tree: Header) -> tuple[Floats, Ints]:
-    return _floats(tree[CANDIDATE_KEYS_AT], 2 * tree[CAPACITY]), _ints(tree[CANDIDATES_AT], 2 * tree[CAPACITY], 3)
+    return _floats(tree[CANDIDATE_KEYS_AT], 3 * tree[CAPACITY]), _ints(tree[CANDIDATES_AT], 3 * tree[CAPACITY], 3)
 
 
 @part
@@ -295,9 +296,8 @@ def _best(tree: Header, iteration: Header) -> bool:
             if nodes[node, BRANCH] != NONE or node == 0:  # the root is committed text, and read as such
                 _pop(tree)
                 continue
-            if keys[0] != log_probs[node]:  # the draft knew better, see `expand`
+            if keys[0] != log_probs[node]:  # the draft knew better, and the node was pushed again
                 _pop(tree)
-                _push(tree, node, log_probs[node], ITSELF)
                 continue
         elif _child(nodes, node, listed[node, place]) != NONE:
             _pop(tree)
@@ -675,7 +675,7 @@ def _put_back(tree: Header, node: int) -> None:
     """Make a node a candidate again when the iteration is chosen."""
     _, entries = _candidates(tree)
     tree[NUM_PUT_BACK] += 1
-    entries[2 * tree[CAPACITY] - tree[NUM_PUT_BACK], NODE] = node
+    entries[len(entries) - tree[NUM_PUT_BACK], NODE] = node
 
 
 @part
@@ -778,7 +778,7 @@ def select(iteration_at: int, pool_at: int) -> int:
         tree = _tree_at(iteration, index)
         _, entries = _candidates(tree)
         while tree[NUM_PUT_BACK] > 0:
-            node = entries[2 * tree[CAPACITY] - tree[NUM_PUT_BACK], NODE]
+            node = entries[len(entries) - tree[NUM_PUT_BACK], NODE]
             tree[NUM_PUT_BACK] -= 1
             _push(tree, node, _log_probs(tree)[node], ITSELF)
     return outcome
@@ -843,7 +843,7 @@ def expand(
         unsaid = 1.0
         for place in range(num_listed):
             listed[node, place], listed_log_probs[node, place] = tokens[output, place], said[output, place]
-            unsaid -= math.exp(said[output, place])
+            unsaid -= math.exp(np.float64(said[output, place]))
         child = nodes[node, FIRST_CHILD]
         while child != NONE:
             if nodes[child, IS_RETRIEVED]:
@@ -852,6 +852,8 @@ def expand(
                     if tokens[output, place] == nodes[child, TOKEN]:
                         log_prob = said[output, place]
                 log_probs[child] = log_probs[node] + log_prob
+                if nodes[child, BRANCH] == NONE and _may_go_on(tree, nodes, child):
+                    _push(tree, child, log_probs[child], ITSELF)
             child = nodes[child, NEXT_SIBLING]
         _push_listed(tree, node)
         names[output, 0], names[output, 1] = np.uint64(tree[HANDLE]), _hashes(tree)[node]

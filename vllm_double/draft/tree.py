@@ -78,8 +78,8 @@ class DraftRequest:
             ((capacity, self._num_children), np.float32),
             ((capacity, MAX_AHEAD), np.int32),
             ((capacity, MAX_AHEAD), np.float32),
-            ((2 * capacity,), np.float64),
-            ((2 * capacity, 3), np.int32),
+            ((3 * capacity,), np.float64),
+            ((3 * capacity, 3), np.int32),
             ((capacity + 1, at.BRANCH_COLUMNS), np.int32),
             ((capacity + 1, self._branch_pages), np.int32),
         ]
