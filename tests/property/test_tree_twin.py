@@ -169,7 +169,7 @@ class Twin:
         node = tree.nodes[path]
         node.listed = list(zip(tokens, log_probs, strict=True))
         for token in tree.children(path):
-            child = tree.nodes[*path, token]
+            child = tree.nodes[(*path, token)]
             if child.is_retrieved:
                 rest = math.log(max(1.0 - sum(map(math.exp, log_probs)), 1e-9))
                 child.log_prob = node.log_prob + dict(node.listed).get(token, min(log_probs[-1], rest))

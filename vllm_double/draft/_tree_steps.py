@@ -48,8 +48,8 @@ TREE_LENGTH = PAGES_AT + 1
 NODE_COLUMNS = MOVED_TO + 1
 MAX_AHEAD = 32
 """Tokens that are retrieved behind one node at most."""
-# Columns of a candidate: which of the node's list is meant (ITSELF: the node), and a tie-breaker. A node has at most three: itself,
-# itself when the draft knew better how likely it is, and the best of its list that is no node yet.
+# Columns of a candidate: which of the node's list is meant (ITSELF: the node), and a tie-breaker. A node has three at most:
+# itself, itself when the draft knew better how likely it is, and the best of its list that is no node yet.
 NODE, PLACE, TIE = range(3)
 ITSELF = -1
 # Columns of a branch. Branch 0 is the trunk, whose pages are at TRUNK_AT; others' pages before FIRST are the trunk's. NUM_HELD:
