@@ -221,3 +221,18 @@ def test_no_rows_give_no_tokens(top: Top) -> None:
 def test_wrong_arguments_are_refused(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None) -> None:
     with pytest.raises(ValueError, match=r"must be|num_children"):
         top_branches(logits, num_children, temperatures)
+
+
+@pytest.mark.parametrize("spread", [1, 3, 40, 4000])
+@pytest.mark.parametrize("vocab_size", [4096, 4099])
+@pytest.mark.parametrize("num_children", [1, 8, 32, 300])
+def test_of_equal_logits_in_large_vocabularies_another_than_the_lower_id_is_taken(
+    spread: int, vocab_size: int, num_children: int
+) -> None:
+    """On a CPU most of a large vocabulary is passed over by groups, which tie, too."""
+    generator = torch.Generator().manual_seed(spread)
+    logits = torch.randint(spread, (8, vocab_size), generator=generator).float()
+    logits[0, ::2] *= -0.0  # which equals 0.0
+    tokens, _ = top_branches_reference(logits, num_children)
+    expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_children]
+    torch.testing.assert_close(tokens, expected)
