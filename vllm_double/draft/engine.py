@@ -21,7 +21,7 @@ from vllm_double.draft.loader import EngineConfig, LoadedModel, load
 
 __all__ = ["EngineConfig", "VllmDraftEngine"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.double")  # in this process vLLM's handlers write what the server's log repeats
 
 
 class VllmDraftEngine:
@@ -49,7 +49,8 @@ class VllmDraftEngine:
         self._num_children = min(config.num_children, self.vocab_size)
         self._graphs: StepGraphs | None = None
         if loaded.eager_because and recorder is None:
-            logger.info("The draft runs eagerly: %s.", loaded.eager_because)
+            level = logging.INFO if config.eager_because else logging.WARNING  # as asked for, or not
+            logger.log(level, "The draft runs eagerly: %s.", loaded.eager_because)
         else:
             self.forward(Batch.of([Row([0], 0, [0], 1, 0.0)]), 1)  # longer forwards stay eager, and the first one takes seconds
             self._graphs = self._record(loaded, bucket_sizes(config.max_rows), recorder or CudaRecorder())

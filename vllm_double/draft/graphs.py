@@ -22,7 +22,7 @@ from vllm_double.draft.base import Batch, Row
 
 __all__ = ["CudaRecorder", "Recorder", "StepGraphs", "StepInputs", "bucket_sizes", "record_steps"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.double")  # in a draft worker vLLM's handlers write what the server's log repeats
 
 _MAX_TOKENS = 256  # beyond, a forward's kernels take longer than their launches
 _ALIGNMENT = 64  # bytes; kernels are compiled for aligned addresses
