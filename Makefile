@@ -49,10 +49,11 @@ test-rest:
 	TRITON_INTERPRET=1 nice -n 19 $(RUN) -m pytest kernels/tests $(ARGS)
 	nice -n 19 $(RUN) -m pytest tests/unit tests/property $(ARGS)
 
-# The kernels compiled, each 100 times bit for bit; then under compute-sanitizer, where it is installed.
+# The kernels compiled, each 100 times bit for bit, and draft steps as CUDA graphs; then the kernels under compute-sanitizer,
+# where it is installed.
 test-gpu:
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no GPU here")'
-	$(GPU_PYTHON) -m pytest kernels/tests $(ARGS)
+	$(GPU_PYTHON) -m pytest kernels/tests tests/unit/test_draft_graphs.py $(ARGS)
 	@if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 			$(GPU_PYTHON) -m pytest kernels/tests/test_repetition.py --timeout=0 || exit 1; done; \

@@ -2,7 +2,8 @@
 
 The same rows go to an engine on the kernels (on the GPU where there is one) and to one on the references on the CPU. Every
 answer must be the same, and that of a forward of the whole text without a cache: what pages hold after forks and commits is
-what the text says. On a GPU thousands of rounds, under the interpreter a few dozen.
+what the text says. On a GPU thousands of rounds, under the interpreter a few dozen. Once more with forwards of few tokens
+recorded, on a GPU as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from double_kernels.triton_top_branches import top_branches_triton
 
 from vllm_double.draft.base import Batch, Row, count_outputs
 from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.draft.graphs import CudaRecorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.transport.messages import Admit, Commit, Release
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,6 +82,23 @@ class Llama:
 
         return self._run(batch.input_ids, batch.positions, attend)
 
+    def decode(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits [size, vocab] of rows of one token; nothing waits for the device, or depends on values on the host."""
+        slots = inputs.slot_mapping
+        places = torch.arange(inputs.block_table.shape[1] * PAGE_SIZE, device=slots.device)
+        is_behind = places >= inputs.seq_lens[:, None, None]
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            cache = self.cache[layer]
+            cache[slots // PAGE_SIZE, 0, slots % PAGE_SIZE] = k
+            cache[slots // PAGE_SIZE, 1, slots % PAGE_SIZE] = v
+            pages = cache[inputs.block_table.long()].repeat_interleave(HEADS // KV_HEADS, dim=4)
+            keys, values = (pages[:, :, part].flatten(1, 2) for part in (0, 1))
+            scores = torch.einsum("rhd,rkhd->rhk", q, keys) / HEAD_DIM**0.5
+            return torch.einsum("rhk,rkhd->rhd", scores.masked_fill(is_behind, -torch.inf).softmax(-1), values)
+
+        return self._run(inputs.input_ids, inputs.positions, attend)
+
     def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
         hidden = self.embedding[input_ids]
         for index, layer in enumerate(self.layers):
@@ -122,8 +141,27 @@ class LlamaEngine:
     ) -> None:
         self.llama = Llama(device)
         self._device, self._insert, self._fork, self._top = device, insert, fork, top
+        self._graphs: StepGraphs | None = None
+        self.num_replays = 0
+
+    def record(self, max_tokens: int) -> None:
+        """From now on forwards of so many tokens are replayed, where there is no GPU run again on the same buffers."""
+
+        def step(inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, probs = self._top(self.llama.decode(inputs), NUM_CHILDREN, inputs.temperatures)
+            return tokens, probs
+
+        self._graphs = record_steps(
+            lambda inputs, recording: None, step, CudaRecorder() if self._device == "cuda" else lambda step: step,
+            sizes=bucket_sizes(max_tokens), num_children=NUM_CHILDREN, page_size=PAGE_SIZE, max_length=MAX_LENGTH,
+            device=torch.device(self._device),
+        )  # fmt: skip
+        assert self._graphs is not None, "could not be recorded"
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        if self._graphs is not None and self._graphs.takes(len(batch.token_ids), num_children):
+            self.num_replays += 1
+            return self._graphs.forward(batch, num_children)
         rows, ends = list(batch), batch.query_start[1:].tolist()
         block_table = self._tensor(batch.pages, np.int32)
         laid_out = self._insert(
@@ -197,11 +235,14 @@ def _exact_arithmetic() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded"])
 @pytest.mark.timeout(1800)
 @torch.inference_mode()
-def test_drafting_on_the_kernels_is_that_on_the_references() -> None:
+def test_drafting_on_the_kernels_is_that_on_the_references(is_recorded: bool) -> None:
     rng = random.Random(0)
     engine = TwinEngine()
+    if is_recorded:
+        engine.record(max_tokens=12)
     frontier = Frontier(engine, FrontierLimits(6, nodes_per_iteration=6, children_per_node=NUM_CHILDREN, prefill_tokens=16))
     texts: dict[int, list[int]] = {}
     no_chain = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -235,6 +276,7 @@ def test_drafting_on_the_kernels_is_that_on_the_references() -> None:
         frontier.check_integrity()
     assert engine.num_outputs > 4 * NUM_ROUNDS
     assert num_copies > NUM_ROUNDS / 4
+    assert (engine.num_replays > NUM_ROUNDS / 2) == is_recorded
 
 
 @pytest.mark.parametrize(

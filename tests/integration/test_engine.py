@@ -1,4 +1,8 @@
-"""The vLLM draft engine against transformers: same model and text, however cut into forwards and pages."""
+"""The vLLM draft engine against transformers: same model and text, however cut into forwards and pages.
+
+Eagerly, and with forwards of few tokens as they are recorded on a GPU: on buffers that stay, filled up to the next bucket. A
+CPU records nothing; there the step runs again on the same buffers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.integration
 
 NUM_CHILDREN = 5
+MAX_RECORDED = 44  # tokens: some of the forwards below have more
 PAGE_SIZE = 32
 NUM_PAGES = 64
 MAX_LENGTH = 256
@@ -51,11 +57,18 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _serve(connection: Connection, path: str) -> None:
+def _run_again(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return step
+
+
+def _serve(connection: Connection, path: str, is_recorded: bool) -> None:
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
 
     # As vLLM's, "auto" is 16 bits on a CPU that has instructions for them.
-    engine = VllmDraftEngine(EngineConfig(model=path, num_pages=NUM_PAGES, dtype="float32"))
+    sizes = {"num_pages": NUM_PAGES, "max_num_seqs": MAX_RECORDED, "num_children": NUM_CHILDREN}
+    config = EngineConfig(model=path, dtype="float32", **sizes)
+    engine = VllmDraftEngine(config, recorder=_run_again if is_recorded else None)
+    assert (engine._graphs is not None) == is_recorded
     for cache in engine._caches:
         cache.fill_(1e3)
     sizes = (engine.page_size, engine.num_pages, engine.max_length, engine.vocab_size)
@@ -71,10 +84,10 @@ def _serve(connection: Connection, path: str) -> None:
 class RemoteEngine:
     """The engine in a process of its own, as vLLM keeps state in its process."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, is_recorded: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, path), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, path, is_recorded), daemon=True)
         self._process.start()
         theirs.close()
         self.page_size, self.num_pages, self.max_length, self.vocab_size = self._connection.recv()
@@ -146,19 +159,32 @@ def _text(seed: int, length: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, VOCAB_SIZE, length)]
 
 
-def _build(name: str, directory: Path) -> World:
+def _build(name: str, directory: Path, is_recorded: bool = False) -> World:
     torch.manual_seed(0)
     config = CONFIGS[name]()
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     model.save_pretrained(directory)
-    return World(RemoteEngine(str(directory)), model)
+    return World(RemoteEngine(str(directory), is_recorded), model)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     built = _build("llama", tmp_path_factory.mktemp("llama"))
     yield built
     built.engine.close()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    built = _build("llama", tmp_path_factory.mktemp("llama"), is_recorded=True)
+    yield built
+    built.engine.close()
+
+
+@pytest.fixture(params=["eager", "recorded"])
+def world(request: pytest.FixtureRequest) -> World:
+    found: World = request.getfixturevalue(request.param)
+    return found
 
 
 def test_sizes_are_those_of_the_model_and_the_backend(world: World) -> None:
@@ -282,9 +308,36 @@ def test_malformed_row_is_run(world: World, row: Row) -> None:
         world.engine.forward([_row([2], 0, [1]), row])
 
 
+def test_recorded_steps_draft_other_tokens_than_eager_ones(eager: World, recorded: World) -> None:
+    """Random forwards on the same pages, from one row of one token to more tokens than are recorded."""
+    rng = np.random.default_rng(11)
+    texts = [_text(200 + row, 150) for row in range(8)]
+    tables = [list(range(1 + 5 * row, 6 + 5 * row)) for row in range(8)]
+    cached, num_clear = [0] * 8, 0
+    for step in range(60):
+        rows = []
+        for index in rng.permutation(8)[: 1 + step % 8]:
+            count = min(int(rng.choice([1, 1, 1, 2, 3, 12])), 150 - cached[index])
+            if count == 0:
+                cached[index], count = int(rng.integers(1, 40)), 1  # a rewind: the same tokens are read again
+            tokens = texts[index][cached[index] : cached[index] + count]
+            num_outputs, temperature = int(rng.integers(0, count + 1)), float(rng.choice([0.0, 0.7, 1.0]))
+            rows.append(_row(tables[index], cached[index], tokens, num_outputs, temperature))
+            cached[index] += count
+        expected, found = eager.engine.forward(rows), recorded.engine.forward(rows)
+        np.testing.assert_allclose(found[1], expected[1], atol=PROB_TOLERANCE)
+        # Of a token that is about as probable as its neighbour in the list either may come first.
+        is_ahead = -np.diff(expected[1], axis=1) > 2 * PROB_TOLERANCE
+        is_clear = np.logical_and(is_ahead, np.pad(is_ahead, ((0, 0), (1, 0)), constant_values=True)[:, :-1])
+        np.testing.assert_array_equal(found[0][:, :-1][is_clear], expected[0][:, :-1][is_clear])
+        num_clear += int(is_clear.sum())
+    assert num_clear > 800
+
+
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded"])
 @pytest.mark.parametrize("name", ["qwen3-tied", "gemma3-sliding-window"])
-def test_other_architecture_drafts_differently(name: str, tmp_path: Path) -> None:
-    world = _build(name, tmp_path)
+def test_other_architecture_drafts_differently(name: str, is_recorded: bool, tmp_path: Path) -> None:
+    world = _build(name, tmp_path, is_recorded)
     try:
         text = _text(9, 90)
         pages = [4, 9, 2]
@@ -298,3 +351,65 @@ def test_other_architecture_drafts_differently(name: str, tmp_path: Path) -> Non
         world.check(outputs, branches)
     finally:
         world.engine.close()
+
+
+def test_vllm_is_asked_for_other_graphs_than_of_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configuration for a GPU, without one: as far as it follows from the settings, and not from the platform."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from vllm_double.draft.loader import EngineConfig, _vllm_config
+
+    CONFIGS["llama"]().save_pretrained(tmp_path)
+    monkeypatch.setattr(type(current_platform), "support_static_graph_mode", classmethod(lambda cls: True))
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(lambda cls, config: None))
+    settings = {"model": str(tmp_path), "device": "cuda:0", "dtype": "float32", "longest_text": 96, "max_num_seqs": 24}
+    found = _vllm_config(EngineConfig(**settings)).compilation_config
+    assert (found.mode, found.cudagraph_mode) == (CompilationMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+    assert found.cudagraph_capture_sizes == [1, 2, 4, 8, 16, 24] and found.max_cudagraph_capture_size == 24
+    found = _vllm_config(EngineConfig(**settings, enforce_eager=True)).compilation_config
+    assert (found.mode, found.cudagraph_mode) == (CompilationMode.NONE, CUDAGraphMode.NONE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"device": "cuda:0"}, ""),
+        ({"device": "cpu"}, "no CUDA graphs on cpu"),
+        ({"device": "cuda:0", "enforce_eager": True}, "enforce_eager"),
+        ({"device": "cuda:0", "tensor_parallel_size": 2, "rendezvous": "there"}, "several devices"),
+    ],
+)
+def test_steps_are_recorded_where_they_must_not_be(settings: dict[str, Any], reason: str) -> None:
+    from vllm_double.draft.loader import EngineConfig
+
+    found = EngineConfig("model", **settings).eager_because
+    assert reason in found and bool(reason) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("mode", "supports", "reason"),
+    [
+        ("FULL_DECODE_ONLY", ["ALWAYS", "UNIFORM_SINGLE_TOKEN_DECODE"], ""),
+        ("FULL_DECODE_ONLY", ["ALWAYS", "NEVER"], "the attention backend NUMBER_1 cannot be recorded"),
+        ("NONE", ["ALWAYS"], "vLLM records no CUDA graphs of this model here"),
+    ],
+)
+def test_steps_that_a_backend_cannot_record_are_recorded(mode: str, supports: list[str], reason: str) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from vllm_double.draft.loader import _not_recordable
+
+    class Group:
+        kv_cache_spec = None
+
+        def __init__(self, number: int, support: str) -> None:
+            self.backend = SimpleNamespace(get_name=lambda: f"NUMBER_{number}")
+            self._support = AttentionCGSupport[support]
+
+        def get_metadata_builder(self, ubatch: int) -> Any:
+            return SimpleNamespace(get_cudagraph_support=lambda config, spec: self._support)
+
+    config: Any = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]))
+    assert _not_recordable(config, [Group(*numbered) for numbered in enumerate(supports)]) == reason

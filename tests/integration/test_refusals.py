@@ -14,6 +14,7 @@ import pytest
 
 from vllm_double.cli import main
 from vllm_double.config import ConfigError
+from vllm_double.integration.launch import _host_settings
 
 pytestmark = pytest.mark.integration
 
@@ -31,9 +32,8 @@ def create(speculative: dict[str, object], **arguments: object) -> object:
         model=str(TARGET),
         dtype="float32",
         max_model_len=256,
-        enforce_eager=True,
         speculative_config=raw,
-        **arguments,
+        **{"enforce_eager": True, **arguments},
     )
     return engine_args.create_engine_config()
 
@@ -78,6 +78,7 @@ def other_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"draft_tensor_parallel_size": 2, "double": {"draft_device": "cuda"}}, "the first of as many devices"),
         ({"draft_tensor_parallel_size": 2, "double": {"draft_cores": "0"}}, "cannot be divided among 2 draft ranks"),
         ({"max_model_len": 4096}, "max_model_len"),
+        ({"enforce_eager": "yes"}, "must be true or false"),
         ({"double": {"draft_device": "cuda:7"}}, "no such CUDA device"),
         ({"double": {"draft_cores": "900"}}, "core 900"),
         ({"double": {"ray_address": "127.0.0.1:1"}}, "No Ray cluster answers"),
@@ -162,6 +163,14 @@ def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
     if len(cores) > 1:
         assert not set(config.cores.draft) & {core for rank in config.cores.target for core in rank}
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == config.cores.bind
+
+
+@pytest.mark.parametrize(("of_target", "of_draft", "expected"), [(True, ..., True), (False, ..., False), (True, False, False)])
+def test_the_draft_is_eager_without_being_asked_or_despite_the_target(of_target: bool, of_draft: Any, expected: bool) -> None:
+    config: Any = create({"enforce_eager": of_draft}, enforce_eager=of_target)
+    assert config.speculative_config.draft["enforce_eager"] is expected
+    worker = _host_settings(config, []).worker["engine"]
+    assert worker["enforce_eager"] is expected and worker["num_children"] == config.speculative_config.double.children_per_node
 
 
 def test_other_methods_get_vllms_own_configuration() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,20 +15,24 @@ from double_kernels import fork_pages, insert_guidance, top_branches
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_double.draft.base import Batch, count_outputs
-from vllm_double.draft.loader import EngineConfig, load
+from vllm_double.draft.base import Batch, Row, count_outputs
+from vllm_double.draft.graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
+from vllm_double.draft.loader import EngineConfig, LoadedModel, load
 
 __all__ = ["EngineConfig", "VllmDraftEngine"]
+
+logger = logging.getLogger("vllm.double")  # in this process vLLM's handlers write what the server's log repeats
 
 
 class VllmDraftEngine:
     """DraftEngine on a vLLM model; see vllm_double.draft.base for what its methods promise.
 
     One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own in the
-    process.
+    process. Where forwards of few tokens are replayed (see vllm_double.draft.graphs), page 0 is written by what fills them up.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, recorder: Recorder | None = None) -> None:
+        """``recorder``: of draft steps, on any device; None is CUDA's, where draft steps can be recorded."""
         loaded = load(config)
         model_config = loaded.vllm_config.model_config
         self.page_size = loaded.page_size
@@ -40,6 +46,21 @@ class VllmDraftEngine:
         self._caches = _merge(list(loaded.caches.values()))
         self._layer_names = [name for _, names in loaded.builders for name in names]
         self._device = loaded.device
+        self._num_children = min(config.num_children, self.vocab_size)
+        self._graphs: StepGraphs | None = None
+        if loaded.eager_because and recorder is None:
+            level = logging.INFO if config.eager_because else logging.WARNING  # as asked for, or not
+            logger.log(level, "The draft runs eagerly: %s.", loaded.eager_because)
+        else:
+            self.forward(Batch.of([Row([0], 0, [0], 1, 0.0)]), 1)  # longer forwards stay eager, and the first one takes seconds
+            self._graphs = self._record(loaded, bucket_sizes(config.max_rows), recorder or CudaRecorder())
+
+    @torch.inference_mode()
+    def _record(self, loaded: LoadedModel, sizes: Sequence[int], recorder: Recorder) -> StepGraphs | None:
+        return record_steps(
+            self._prepare_step, self._step, recorder, sizes=sizes, num_children=self._num_children, page_size=self.page_size,
+            max_length=self.max_length, device=loaded.device,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -55,16 +76,10 @@ class VllmDraftEngine:
         )
         if not len(batch):
             return _no_outputs(num_children)
+        if self._graphs is not None and self._graphs.takes(len(batch.token_ids), num_children):
+            return self._graphs.forward(batch, num_children)
         common, token_ids = self._lay_out(batch)
-        metadata: dict[str, Any] = {}
-        for builder, names in self._builders:
-            metadata.update(dict.fromkeys(names, builder.build(0, common)))
-        with set_forward_context(
-            metadata,
-            self._vllm_config,
-            num_tokens=common.num_actual_tokens,
-            slot_mapping=dict.fromkeys(self._layer_names, common.slot_mapping),
-        ):
+        with self._context(common, self._build(common)):
             hidden = self._model(input_ids=token_ids, positions=common.positions)
             if num_outputs == 0:
                 return _no_outputs(num_children)
@@ -75,6 +90,47 @@ class VllmDraftEngine:
             return _no_outputs(num_children)  # of several ranks the first has them
         tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._temperatures(batch))
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
+
+    def _build(self, common: CommonAttentionMetadata, recording: bool = False) -> dict[str, Any]:
+        """Attention metadata by layer."""
+        metadata: dict[str, Any] = {}
+        for builder, names in self._builders:
+            built = builder.build_for_cudagraph_capture(common) if recording else builder.build(0, common)
+            metadata.update(dict.fromkeys(names, built))
+        return metadata
+
+    def _context(self, common: CommonAttentionMetadata, metadata: dict[str, Any]) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = set_forward_context(
+            metadata,
+            self._vllm_config,
+            num_tokens=common.num_actual_tokens,
+            slot_mapping=dict.fromkeys(self._layer_names, common.slot_mapping),
+        )
+        return context
+
+    def _prepare_step(self, inputs: StepInputs, recording: bool) -> None:
+        """See StepGraphs: what attention reads beside the inputs lies in buffers of the builders, which refresh it."""
+        common = CommonAttentionMetadata(
+            query_start_loc=inputs.query_start_loc,
+            query_start_loc_cpu=inputs.query_start_loc_cpu,
+            seq_lens=inputs.seq_lens,
+            num_reqs=inputs.size,
+            num_actual_tokens=inputs.size,
+            max_query_len=1,
+            max_seq_len=self.max_length if recording else int(inputs.seq_lens_cpu.max()),
+            block_table_tensor=inputs.block_table,
+            slot_mapping=inputs.slot_mapping,
+            positions=inputs.positions,
+            seq_lens_cpu_upper_bound=inputs.seq_lens_cpu,
+        )
+        self._prepared = common, self._build(common, recording)
+
+    def _step(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """See StepGraphs: the forward that is recorded. Its Python does not run in a replay."""
+        with self._context(*self._prepared):
+            hidden = self._model(input_ids=inputs.input_ids, positions=inputs.positions)
+            logits = self._model.compute_logits(hidden)
+        return top_branches(logits[:, : self.vocab_size], self._num_children, inputs.temperatures)
 
     @torch.inference_mode()
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:

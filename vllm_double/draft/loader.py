@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.envs import enable_envs_cache
 from vllm.ir.op import set_default_torch_wrap
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -26,6 +27,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.workspace import init_workspace_manager
 
+from vllm_double.draft.graphs import bucket_sizes
 from vllm_double.draft.shortcuts import register_cpu_norms, shorten_dispatch
 
 __all__ = ["EngineConfig", "LoadedModel", "load"]
@@ -37,8 +39,8 @@ _PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 class EngineConfig:
     """Which draft model, where it runs, and how much it may keep.
 
-    model, revision, quantization, load_format, trust_remote_code, max_model_len, seed, enforce_eager: as in
-        vLLM; None is the model's own.
+    model, revision, quantization, load_format, trust_remote_code, max_model_len, seed: as in vLLM; None is the
+        model's own.
     dtype: as in vLLM, whose 'auto' is 16 bits for a float32 model, too; but float32 on a CPU without instructions for them.
     longest_text: of the target; a draft model that could read more is not given room for it.
     device: 'cpu' or 'cuda:N'; vLLM must be built for it.
@@ -50,6 +52,8 @@ class EngineConfig:
     max_num_seqs, max_num_batched_tokens: rows and tokens of one forward at most; backends size their buffers by them.
     vocab_size: of the target; token ids from there on are never answered. None is the draft's own.
     tensor_parallel_size: devices that share the model; this engine drives one of them, number ``rank``.
+    num_children: children that a forward is asked for at most; where it is asked for more it is not replayed.
+    enforce_eager: no CUDA graphs. There are none on a CPU or of several ranks in any case; the model is never compiled.
     rendezvous: file through which the ranks find each other, which does not exist before; of no use to a single one.
     """
 
@@ -74,7 +78,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     seed: int = 0
     load_format: str = "auto"
-    enforce_eager: bool = True
+    num_children: int = 32
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -86,6 +91,21 @@ class EngineConfig:
         if self.tensor_parallel_size > 1 and not self.rendezvous:
             raise ValueError(f"{self.tensor_parallel_size} ranks need a file to meet at")
 
+    @property
+    def max_rows(self) -> int:
+        """Of one token each, in one forward."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
+    def eager_because(self) -> str:
+        """Why no CUDA graphs are to be recorded; empty if they are."""
+        if not self.device.startswith("cuda"):
+            return f"there are no CUDA graphs on {self.device}"
+        if self.enforce_eager:
+            return '"enforce_eager" is set'
+        # Each rank would have to record and replay its collective operations in step with the others: nobody has tried.
+        return "several devices share the model" if self.tensor_parallel_size > 1 else ""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -94,6 +114,7 @@ class LoadedModel:
     caches: layer name to its part of the cache, pages in dimension 0; a layer that shares is not listed.
     builders: attention metadata builder and the layers that take what it builds.
     slot_dim: dimension of a cache that counts the slots of a page, None if the backend hides it.
+    eager_because: why forwards cannot be recorded as CUDA graphs; empty if they can.
     """
 
     vllm_config: VllmConfig
@@ -104,6 +125,7 @@ class LoadedModel:
     caches: dict[str, torch.Tensor]
     builders: tuple[tuple[Any, tuple[str, ...]], ...]
     slot_dim: int | None
+    eager_because: str
 
 
 def load(config: EngineConfig) -> LoadedModel:
@@ -131,8 +153,7 @@ def load(config: EngineConfig) -> LoadedModel:
         if device.type != "cpu":
             init_workspace_manager(device)
         loaded = _allocate(vllm_config, model, device, config)
-    if config.enforce_eager:
-        shorten_dispatch(vllm_config)
+    shorten_dispatch(vllm_config)
     enable_envs_cache()
     torch.set_num_threads(config.num_threads)
     return loaded
@@ -153,7 +174,7 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
         "load_format": config.load_format,
-        "enforce_eager": config.enforce_eager,
+        "enforce_eager": bool(config.eager_because),
         "skip_tokenizer_init": True,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -168,6 +189,13 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
         "tensor_parallel_size": config.tensor_parallel_size,
         "disable_custom_all_reduce": config.tensor_parallel_size > 1,  # each rank sees one device, by the same number
     }
+    if not config.eager_because:
+        # Decodes in graphs, nothing compiled. By the sizes attention backends choose buffers that a recording may keep.
+        args["compilation_config"] = {
+            "mode": CompilationMode.NONE,
+            "cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY,
+            "cudagraph_capture_sizes": bucket_sizes(config.max_rows),
+        }
     if config.page_size is not None:
         args["block_size"] = config.page_size
     vllm_config = EngineArgs(**args).create_engine_config()
@@ -254,7 +282,19 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
         caches={name: caches[name] for name in specs},
         builders=tuple((group.get_metadata_builder(0), tuple(group.layer_names)) for group in attention_groups[0]),
         slot_dim=_slot_dim(device, caches, page_size),
+        eager_because=config.eager_because or _not_recordable(vllm_config, attention_groups[0]),
     )
+
+
+def _not_recordable(vllm_config: VllmConfig, groups: list[Any]) -> str:
+    """Why vLLM would not record decodes of this model; empty if it would."""
+    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return "vLLM records no CUDA graphs of this model here"
+    for group in groups:
+        support = group.get_metadata_builder(0).get_cudagraph_support(vllm_config, group.kv_cache_spec)
+        if support is AttentionCGSupport.NEVER:
+            return f"the attention backend {group.backend.get_name()} cannot be recorded"
+    return ""
 
 
 def _all_take(backends: set[Any], page_size: int) -> bool:

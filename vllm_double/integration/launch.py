@@ -141,6 +141,8 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
             "kv_cache_bytes": int(double.draft_kv_cache_gib * 2**30),
             "trust_remote_code": target.trust_remote_code,
             "seed": target.seed,
+            "num_children": double.children_per_node,
+            "enforce_eager": draft["enforce_eager"],
         },
         "limits": {
             "num_speculative_tokens": config.num_speculative_tokens,

@@ -173,8 +173,10 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     for key in ("kv_cache_dtype", "attention_backend", "moe_backend", "draft_load_config"):
         if draft.pop(key, None) not in (None, "auto"):
             raise ConfigError(f'"{key}" cannot be set for the draft of method "double".')
-    if not draft.pop("enforce_eager", True):
-        raise ConfigError('"enforce_eager": false is not supported for the draft of method "double", which runs eagerly.')
+    if draft.get("enforce_eager") is None:
+        draft["enforce_eager"] = target.enforce_eager  # as in vLLM
+    elif not isinstance(draft["enforce_eager"], bool):
+        raise ConfigError(f'"enforce_eager" is {draft["enforce_eager"]!r}, and must be true or false.')
     check_same_tokenizer(target, model, draft.get("revision"))
     length = draft.get("max_model_len")
     if length is not None and (not isinstance(length, int) or not 1 <= length <= target.max_model_len):
