@@ -3,18 +3,19 @@
     python -m benchmarks.plots --input benchmarks/results/bench.csv
 
 One picture per condition (workload, temperature, batch): speed-up over plain vLLM by cost ratio C, a line per arm. The
-latest row of an arm and a number of layers counts.
+latest row of an arm and a number of layers counts. And one per target that some run measured at three batches or more.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import rows
 
-__all__ = ["latest", "main"]
+__all__ = ["latest", "main", "over_batch"]
 
 Key = tuple[str, str, str]
 USUAL = "completion+edit"
@@ -31,7 +32,8 @@ def latest(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[str, dic
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes speedup-T<temperature>-B<batch>.svg beside the rows, and ones with its name for another workload."""
+    """Writes speedup-T<temperature>-B<batch>.svg and batches-T<temperature>-L<layers>.svg beside the rows; another workload than
+    the usual is named, too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=rows.RESULTS / "bench.csv")
     options = parser.parse_args(argv)
@@ -40,27 +42,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    for (workload, temperature, batch), arms in latest(rows.read(options.input)).items():
-        figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    table = rows.read(options.input)
+    for (workload, temperature, batch), arms in latest(table).items():
         ratios = {n: row["cost_ratio"] for by_layers in arms.values() for n, row in by_layers.items()}
         by_ratio = all(ratios.values())
-        conditions = ""
-        for arm, by_layers in arms.items():
-            points = sorted((float(ratios[n] if by_ratio else n), float(row["speedup"])) for n, row in by_layers.items())
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=arm)
-            row = next(iter(by_layers.values()))
-            vllm = row["versions"].split(", ")[0]
-            conditions = f"{row['machine']}; {row['dtype']}; {vllm}; medians of {row['rounds']} rounds"
+        lines = {arm: {float(ratios[n] if by_ratio else n): row for n, row in found.items()} for arm, found in arms.items()}
+        figure, axes = _draw(plt, lines, f"{workload}, T = {temperature}, batch {batch}")
         axes.set_xlabel("C = target step / draft forward" if by_ratio else "layers of the target")
-        axes.set_ylabel("tokens/s over plain vLLM")
-        axes.set_title(f"{workload}, T = {temperature}, batch {batch}\n{conditions}", fontsize=8)
-        axes.axhline(1.0, color="grey", linewidth=0.5)
-        axes.legend(fontsize=8)
-        name = f"speedup-T{temperature}-B{batch}" + (f"-{workload}" if workload != USUAL else "")
-        output = options.input.parent / f"{name}.svg"
-        figure.savefig(output, metadata={"Date": None})
-        plt.close(figure)
-        print(output)
+        _save(plt, figure, options.input, f"speedup-T{temperature}-B{batch}", workload)
+    for (workload, temperature, layers), batches in over_batch(table).items():
+        figure, axes = _draw(plt, batches, f"{workload}, T = {temperature}, {layers} layers")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("batch")
+        _save(plt, figure, options.input, f"batches-T{temperature}-L{layers}", workload)
+
+
+def over_batch(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[float, dict[str, str]]]]:
+    """{(workload, temperature, layers): {arm: {batch: row}}} of the latest run that had three batches or more."""
+    runs: dict[tuple[Key, str, str], dict[str, dict[float, dict[str, str]]]] = {}
+    for row in table:
+        key = (row.get("workload") or USUAL, row["temperature"], row["layers"])
+        run = runs.setdefault((key, row["command"], row["commit"].rstrip("+")), {})
+        run.setdefault(row["arm"], {})[float(row["batch"])] = row
+    return {key: run for (key, _, _), run in runs.items() if len(run.get("plain", ())) >= 3}
+
+
+def _draw(plt: Any, lines: Mapping[str, Mapping[float, dict[str, str]]], title: str) -> tuple[Any, Any]:
+    """A line per arm, of speed-ups by whatever the rows are keyed by."""
+    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for arm, by_place in lines.items():
+        points = sorted((place, float(row["speedup"])) for place, row in by_place.items())
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=arm)
+    row = next(iter(next(iter(lines.values())).values()))
+    vllm = row["versions"].split(", ")[0]
+    conditions = f"{row['machine']}; {row['dtype']}; {vllm}; medians of {row['rounds']} rounds"
+    axes.set_ylabel("tokens/s over plain vLLM")
+    axes.set_title(f"{title}\n{conditions}", fontsize=8)
+    axes.axhline(1.0, color="grey", linewidth=0.5)
+    axes.legend(fontsize=8)
+    return figure, axes
+
+
+def _save(plt: Any, figure: Any, source: Path, name: str, workload: str) -> None:
+    output = source.parent / (name + (f"-{workload}" if workload != USUAL else "") + ".svg")
+    figure.savefig(output, metadata={"Date": None})
+    plt.close(figure)
+    print(output)
 
 
 if __name__ == "__main__":

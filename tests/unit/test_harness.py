@@ -21,7 +21,7 @@ from benchmarks.harness import Series
 from benchmarks.machine import parse_cores
 from benchmarks.metrics import counters, speculation
 from benchmarks.parity import divergences
-from benchmarks.plots import USUAL, latest
+from benchmarks.plots import USUAL, latest, over_batch
 from benchmarks.run import portable
 from benchmarks.server import MARK, Server, ServerConfig, ServerError, family
 from benchmarks.stats import first_difference, is_looping, median_ratio, quantile, quiet_median, share
@@ -322,3 +322,18 @@ def test_sigterm_ends_a_benchmark_like_an_exception() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert (run.returncode, run.stdout) == (143, "servers ended\n")
+
+
+def test_rows_of_several_runs_or_of_few_batches_are_one_line_over_batches() -> None:
+    def row(arm: str, batch: int, command: str, speedup: str, commit: str = "a") -> dict[str, str]:
+        return {
+            "arm": arm, "batch": str(batch), "temperature": "0", "layers": "32", "command": command, "commit": commit,
+            "speedup": speedup,
+        }  # fmt: skip
+
+    sweep = [row(arm, batch, "one", f"{batch}.5", "a+") for batch in (1, 2, 4) for arm in ("plain", "double")]
+    few = [row(arm, batch, "other", "9") for batch in (1, 8) for arm in ("plain", "double")]
+    (lines,) = over_batch([row("plain", 1, "one", "0", "older"), *sweep, *few]).values()
+    assert {arm: {batch: r["speedup"] for batch, r in found.items()} for arm, found in lines.items()} == {
+        arm: {1.0: "1.5", 2.0: "2.5", 4.0: "4.5"} for arm in ("plain", "double")
+    }
