@@ -32,8 +32,8 @@ def latest(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[str, dic
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes speedup-T<temperature>-B<batch>.svg and batches-T<temperature>-L<layers>.svg beside the rows; another workload than
-    the usual is named, too."""
+    """Writes speedup-T<temperature>-B<batch>.svg and batches-T<temperature>-L<layers>.svg beside the rows; a workload that is
+    not the usual one is named, too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=rows.RESULTS / "bench.csv")
     options = parser.parse_args(argv)
