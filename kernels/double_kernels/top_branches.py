@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 __all__ = ["top_branches", "top_branches_reference"]
 
-_MANY_SCORES = 1 << 14
+_BLOCK = 128
+_FEW_SCORES = 1 << 13  # so few that torch.topk is done before numpy has made its calls
+_MOST_SCORES = 1 << 22  # 16 MiB: from 32 MiB on an allocator takes fresh pages for every result, which costs more than softmax
+_ALL_BELOW = 0x0101010101010101  # eight booleans that are true
 
 
 def top_branches(
@@ -53,62 +60,108 @@ def _check(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor |
 def top_branches_reference(
     logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_branches` in plain torch, on any device; its arguments are not checked."""
-    vocab_size = logits.shape[1]
-    scores = logits.float()
-    # One more than is wanted tells whether the cut falls between equal logits: topk then takes any of them.
-    count = min(num_children + 1, vocab_size)
-    candidates, ids, _ = _candidates(scores, count, count)
-    best, places = torch.topk(candidates, count)
-    tokens = ids.gather(1, places[:, :num_children])
-    if bool((best[:, 1:] == best[:, :-1]).any()):  # in 16 bits that is the rule
-        tokens = _lowest_ids_first(scores, num_children)
-    if temperatures is not None:
-        scores = scores / temperatures.unsqueeze(-1)
-    # torch's fused softmax is twice as fast as logsumexp on a CPU, and subtracts the same log-sum-exp.
-    probs = torch.softmax(scores, dim=-1).gather(-1, tokens)
-    return tokens, probs
+    """`top_branches` without a kernel, on any device; its arguments are not checked.
 
-
-def _lowest_ids_first(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` best tokens of every row; of equal ones the lower id comes first, and is rather among them."""
-    # Twice as many groups as the best can lie in, so that one left out seldom is as good as one of them.
-    candidates, ids, is_sure = _candidates(scores, count, 2 * count)
-    tokens = ids.gather(1, torch.topk(_ranks(candidates, ids), count).indices)
-    unsure = (~is_sure).nonzero().flatten()
-    if len(unsure):
-        ids = torch.arange(scores.shape[1], device=scores.device)
-        tokens[unsure] = torch.topk(_ranks(scores[unsure], ids), count).indices
-    return tokens
-
-
-def _candidates(scores: torch.Tensor, count: int, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores and token ids [rows, candidates] among which are the `count` best of every row, of equal ones at the cut any.
-
-    The best lie in the groups whose best are the best, of which there are `num_chosen`, or behind the last whole group. It
-    spares topk, which moves every score, most of them. The third, bool [rows], is True where all that are equal at the cut are
-    there.
+    On a CPU the tokens are found in numpy, on views of the tensors: it compares and sorts many numbers at a time, whatever
+    they are. torch.topk branches on every score, and takes twice as long for scores that the processor has not seen before.
     """
+    if logits.is_cuda:
+        scores = logits.float() + 0.0  # no -0.0, which some sorts take for less than 0.0
+        tokens = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_children].contiguous()
+        return tokens, _softmax(scores, temperatures).gather(-1, tokens)
+
+    num_rows, vocab_size = logits.shape
+    most_rows = max(1, _MOST_SCORES // vocab_size)
+    if num_rows > most_rows:
+        parts = [
+            top_branches_reference(
+                logits[begin : begin + most_rows],
+                num_children,
+                temperatures[begin : begin + most_rows] if temperatures is not None else None,
+            )
+            for begin in range(0, num_rows, most_rows)
+        ]
+        return torch.cat([tokens for tokens, _ in parts]), torch.cat([probs for _, probs in parts])
+
+    scores = logits.detach().float().contiguous()
+    tokens = torch.from_numpy(_best_tokens(scores, num_children))
+    return tokens, _softmax(scores, temperatures).gather(-1, tokens)
+
+
+def _softmax(scores: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:
+    # torch's fused softmax is twice as fast as logsumexp on a CPU, and subtracts the same log-sum-exp.
+    return torch.softmax(scores if temperatures is None else scores / temperatures.unsqueeze(-1), dim=-1)
+
+
+def _best_tokens(scores: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
+    """int64 [rows, count]: the ids of every row's best scores, which are contiguous and on a CPU."""
+    import numpy as np  # here: a GPU needs none
+
     num_rows, vocab_size = scores.shape
-    size = 1 << (math.isqrt(vocab_size // num_chosen).bit_length() - 1 if vocab_size > num_chosen else 0)
-    num_groups = vocab_size // size
-    if scores.numel() < _MANY_SCORES or num_groups < 2 * num_chosen:
-        ids = torch.arange(vocab_size, device=scores.device).expand_as(scores)
-        return scores, ids, torch.ones(num_rows, dtype=torch.bool, device=scores.device)
-    end = num_groups * size
-    # A group is every num_groups-th token: maxima of whole lines are quick on a CPU.
-    groups = scores[:, :end].reshape(num_rows, size, num_groups)
-    maxima, chosen = torch.topk(groups.amax(1), num_chosen)
-    chosen = chosen.unsqueeze(1).expand(-1, size, -1)
-    found = groups.gather(2, chosen).flatten(1)
-    ids = (chosen + torch.arange(0, end, num_groups, device=scores.device)[:, None]).flatten(1)
+    if scores.numel() < _FEW_SCORES:
+        # One more than is wanted tells whether the cut falls between equal scores: topk takes any of them.
+        best = torch.topk(scores, min(count + 1, vocab_size))
+        values = best.values.numpy()
+        if not (values[:, 1:] == values[:, :-1]).any():
+            return np.ascontiguousarray(best.indices.numpy()[:, :count])
+    places, _ = _contenders(scores, count)
+    rows = places // vocab_size
+    bits = (scores.numpy().reshape(-1)[places] + 0.0).view(np.int32)  # -0.0 is 0.0
+    # Keys that rise with the row, then with falling scores, then with the id: integers order as the floats whose bits they
+    # have, but negative ones the other way round. There is room for all three: a row beside others is short.
+    id_bits = vocab_size.bit_length()
+    keys = (rows << 32) - (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    keys <<= id_bits
+    keys |= places - rows * vocab_size
+    keys.sort()
+    counts = np.bincount(rows, minlength=num_rows)
+    firsts = counts.cumsum() - counts
+    return keys[firsts[:, None] + np.arange(count)] & ((1 << id_bits) - 1)
+
+
+def _contenders(scores: torch.Tensor, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Where scores not below a bound lie in the flattened scores, in any order, and float32 [rows, 1] the bounds.
+
+    The bound is the `count`-th best of some blocks' maxima: `count` scores of a row reach it, the best ones among them, and
+    few others do. NaN is not below any.
+    """
+    import numpy as np
+
+    num_rows, vocab_size = scores.shape
+    num_blocks = vocab_size // _BLOCK
+    if num_blocks < max(4 * count, 256):
+        # Block i holds every width-th score from the i-th on: torch finds the maxima of 64 neighbours at once.
+        width = min(vocab_size, -(-4 * count // 64) * 64)
+        height = vocab_size // width
+        maxima = scores[:, : height * width].view(num_rows, height, width).amax(1).numpy()
+        maxima.sort(axis=1)
+        bounds = maxima[:, -count, None]
+        return _not_below(scores.numpy(), bounds), bounds
+
+    # Blocks of neighbours, the best of which are looked into: the others are not read again.
+    end = num_blocks * _BLOCK
+    blocks, bounds = _contenders(scores[:, :end].view(num_rows, num_blocks, _BLOCK).amax(2), count)
+    rows = blocks // num_blocks
+    places = (blocks * _BLOCK + rows * (vocab_size - end))[:, None] + np.arange(_BLOCK)
+    places = places.reshape(-1)[_not_below(scores.numpy().reshape(-1)[places], bounds[rows])]
     if end < vocab_size:
-        found = torch.cat([found, scores[:, end:]], dim=1)
-        ids = torch.cat([ids, torch.arange(end, vocab_size, device=scores.device).expand(num_rows, -1)], dim=1)
-    return found, ids, maxima[:, count - 1] > maxima[:, -1]
+        behind = _not_below(scores[:, end:].numpy(), bounds)
+        places = np.concatenate([places, behind + (behind // (vocab_size - end) + 1) * end])
+    return places, bounds
 
 
-def _ranks(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64, the greater the better: by score, and of equal ones by the lower id."""
-    bits = (scores + 0.0).view(torch.int32)  # there is one zero now
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) - ids
+def _not_below(scores: npt.NDArray[np.float32], bounds: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Where scores that are not below their row's bound lie in the flattened scores, rising."""
+    import numpy as np
+
+    size = scores.size
+    below = np.empty(size + -size % 8, dtype=np.bool_)
+    below[size:] = True
+    np.less(scores, bounds, out=below[:size].reshape(scores.shape))
+    # Most are below: eight at a time are skipped.
+    eights = below.view(np.int64)
+    left = np.flatnonzero(eights != _ALL_BELOW)
+    inside = np.flatnonzero(~eights[left].view(np.bool_))
+    places: npt.NDArray[np.int64] = 8 * left[inside >> 3]
+    places += inside & 7
+    return places

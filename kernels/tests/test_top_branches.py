@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from double_kernels import top_branches
 from double_kernels.top_branches import top_branches_reference
 from double_kernels.triton_top_branches import MAX_CHILDREN, MAX_VOCAB_SIZE, top_branches_triton
 
+top_branches_module = sys.modules[top_branches.__module__]  # the package has the function under its name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative, of float32 sums of exponentials in another order; below the smallest normal number anything may be 0.
 TOLERANCE = {"rtol": 1e-5, "atol": 1.2e-38}
@@ -49,7 +51,7 @@ def check(top: Top, logits: torch.Tensor, num_children: int, temperatures: torch
     torch.testing.assert_close(probs.cpu(), torch.tensor(expected_probs), **tolerance)
 
 
-SHAPES = [(1, 1), (1, 7), (3, 33), (5, 257), (2, 3072), (7, 1000), (2, 32801), (40, 3072)]
+SHAPES = [(1, 1), (1, 7), (3, 33), (5, 257), (2, 3072), (7, 1000), (2, 32801), (40, 3072), (3, 32768)]
 
 
 @pytest.mark.parametrize("top", TOPS)
@@ -86,6 +88,49 @@ def test_the_lower_token_wins_a_tie(num_children: int, dtype: torch.dtype, top: 
 def test_many_ties_keep_the_order(vocab_size: int, top: Top) -> None:
     torch.manual_seed(1)
     check(top, torch.randint(-3, 3, (3, vocab_size)).float(), 8)
+
+
+@pytest.mark.parametrize("vocab_size", [9, 130, 3072, 33_000], ids="V{}".format)
+def test_all_tokens_are_those_of_a_sort(vocab_size: int) -> None:
+    """With so many rows that torch.topk is not asked, blocks of one score among them."""
+    torch.manual_seed(4)
+    num_rows = -(-top_branches_module._FEW_SCORES // vocab_size)
+    check(top_branches_reference, torch.randint(-40, 40, (num_rows, vocab_size)).float(), vocab_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size"), [(16, 3072), (16, 3077), (5, 2000), (3, 32_768 + 5 * 128), (3, 32_768 + 101)]
+)
+def test_a_tie_of_the_cut_reaches_over_blocks(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """The cut falls among equal scores in several blocks and behind them; every row has a cut of its own."""
+    torch.manual_seed(5)
+    logits = torch.randn(num_rows, vocab_size)
+    for row in range(num_rows):
+        logits[row, torch.randperm(vocab_size)[: 3 + row % 4]] = 9.0
+        logits[row, torch.randperm(vocab_size)[:40]] = 6.0 + row
+        logits[row, [0, 63, 64, 127, 128, vocab_size - 1]] = 6.0 + row
+    check(top_branches_reference, logits.to(dtype), 8)
+    check(top_branches_reference, (logits - 8).to(dtype), 32)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fewer_tokens_than_are_wanted_have_a_probability(masked: bool) -> None:
+    """Every other token is level with the cut."""
+    logits = torch.full((9, 3072), -math.inf if masked else 0.0)
+    logits[:, 5:3072:700] = torch.arange(5.0)
+    check(top_branches_reference, logits, 8)
+
+
+@pytest.mark.parametrize("with_temperatures", [False, True])
+def test_rows_are_taken_in_parts(with_temperatures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(11, 3072, device=DEVICE)
+    temperatures = torch.rand(11, device=DEVICE) + 0.5 if with_temperatures else None
+    tokens, probs = top_branches_reference(logits, 8, temperatures)
+    monkeypatch.setattr(top_branches_module, "_MOST_SCORES", 4 * 3072 + 1)
+    in_parts = top_branches_reference(logits, 8, temperatures)
+    assert torch.equal(in_parts[0], tokens)
+    torch.testing.assert_close(in_parts[1], probs)
 
 
 @pytest.mark.parametrize("top", TOPS)
