@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 __all__ = ["fork_pages", "fork_pages_reference"]
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fork_pages(
@@ -57,16 +63,29 @@ def fork_pages(
 def fork_pages_reference(
     caches: Sequence[torch.Tensor], triples: Sequence[tuple[int, int, int]], *, slot_dim: int | None
 ) -> None:
-    """`fork_pages` in plain torch, on any device; its arguments are not checked."""
+    """`fork_pages` without a kernel, on any device; its arguments are not checked.
+
+    On a CPU it copies in numpy, on views of the caches: of a page or a few slots an operator of torch is mostly dispatch.
+    """
+    views: list[Any] = []
+    for cache in caches:
+        views += [cache] if cache.is_cuda else _in_numpy(cache, slot_dim)
     for source, destination, used in triples:
         if used == 0:
             continue
-        for cache in caches:
-            if slot_dim is None:
-                cache[destination].copy_(cache[source])
-            else:
-                kept = cache.narrow(slot_dim, 0, used)
-                kept[destination].copy_(kept[source])
+        for view in views:
+            kept = view if slot_dim is None else view[(slice(None),) * slot_dim + (slice(used),)]
+            kept[destination] = kept[source]
+
+
+def _in_numpy(cache: torch.Tensor, slot_dim: int | None) -> list[npt.NDArray[Any]]:
+    # As integers, since numpy knows neither bfloat16 nor float8. It knows whatever has 16 bytes.
+    integer = _INTEGERS.get(cache.element_size())
+    view = (cache if integer is None else cache.view(integer)).numpy()
+    if view.strides[-1] <= view.strides[0] or slot_dim == view.ndim - 1:
+        return [view]
+    # Between a page's layers lie other pages: numpy would suspect that two pages overlap, and copy twice.
+    return [view[..., layer] for layer in range(view.shape[-1])]
 
 
 def _check(caches: Sequence[torch.Tensor], page_size: int, slot_dim: int | None) -> int:

@@ -131,9 +131,9 @@ def insert_guidance_reference(
     slot_mapping = block_table.numpy()[request, pages] - pages  # int64 from here on
     slot_mapping *= page_size
     slot_mapping += positions
-    room = len(guidance) - num_tokens
+    room = guidance.shape[0] - num_tokens
     return GuidanceBatch(
-        _padded(input_ids[:num_tokens].long(), room, 0),
+        _padded((input_ids[:num_tokens] if room else input_ids).long(), room, 0),
         _padded(torch.from_numpy(positions), room, 0),
         _padded(torch.from_numpy(slot_mapping), room, PADDING_SLOT),
         query_start_loc,
@@ -161,15 +161,16 @@ def _check(
         raise ValueError("path and path_start_loc come together")
     device = guidance.device
     _check_tokens("guidance", guidance, device)
-    _check_counts("num_computed_tokens", num_computed_tokens, len(block_table), device)
-    _check_counts("guidance_start_loc", guidance_start_loc, len(block_table) + 1, device)
+    num_requests = block_table.shape[0]
+    _check_counts("num_computed_tokens", num_computed_tokens, num_requests, device)
+    _check_counts("guidance_start_loc", guidance_start_loc, num_requests + 1, device)
     if block_table.dtype != torch.int32 or block_table.ndim != 2 or block_table.device != device:
         raise ValueError(f"block_table must be int32 [requests, pages] on {device}, not {_text(block_table)}")
     if block_table.stride(1) != 1 and block_table.shape[1] > 1:
         raise ValueError(f"the last dimension of block_table must be contiguous, its stride is {block_table.stride(1)}")
     if path is not None and path_start_loc is not None:
         _check_tokens("path", path, device)
-        _check_counts("path_start_loc", path_start_loc, len(block_table) + 1, device)
+        _check_counts("path_start_loc", path_start_loc, num_requests + 1, device)
 
 
 def _check_tokens(name: str, tokens: torch.Tensor, device: torch.device) -> None:

@@ -151,6 +151,14 @@ def test_offsets_are_wider_than_int32(fork: Fork) -> None:
     assert torch.equal(memory[:length], used)
 
 
+def test_the_reference_takes_elements_of_sixteen_bytes() -> None:
+    cache = torch.complex(torch.rand(3, 4, device=DEVICE).double(), torch.rand(3, 4, device=DEVICE).double())
+    before = cache.clone()
+    fork_pages_reference([cache], [(0, 1, 2)], slot_dim=1)
+    assert torch.equal(cache[1], torch.cat([before[0, :2], before[1, 2:]]))
+    assert torch.equal(cache[::2], before[::2])
+
+
 def test_elements_of_sixteen_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="16 bytes"):
         fork_pages_triton([torch.zeros(3, 4, dtype=torch.complex128, device=DEVICE)], [(0, 1, 2)], slot_dim=1)
