@@ -1,6 +1,6 @@
 """Operations of the draft engine that plain model code does not have: torch and, on a GPU, triton only.
 
-Each op has a file with what it does, the dispatch and the plain-torch reference, and a file triton_* with its kernels.
+Each op has a file with what it does, the dispatch and the reference, and a file triton_* with its kernels.
 """
 
 from double_kernels.fork_pages import fork_pages
