@@ -80,7 +80,6 @@ def measure(
     engine, sources = FastEngine(model), Sources(history_tokens=1 << 20)
     limits = FrontierLimits(16, nodes_per_iteration=nodes_per_iteration)
     worker = DraftWorker(engine, SharedWorkerEnd.attach(end.address), limits, retrievers=sources.open())
-    worker._node_budget = lambda: nodes_per_iteration  # type: ignore[method-assign]  # the table's forwards cost nothing
     proposer = Proposer(16, end, sources.open(), time.perf_counter)
     texts = {f"r{index}": [rng.randrange(1, 40) for _ in range(200)] for index in range(batch)}
     for name, text in texts.items():

@@ -60,10 +60,7 @@ class DoubleConfig(BaseModel):
         32, ge=1, le=1024, description="tokens in a page of the draft's KV cache; small pages make branches cheap. The "
         "attention backend may ask for a multiple of its own",
     )  # fmt: skip
-    nodes_per_iteration: int = Field(
-        32, ge=1, le=1024, description="tokens that one draft forward takes at most; fewer where that would make it half as "
-        "long again as the shortest",
-    )  # fmt: skip
+    nodes_per_iteration: int = Field(8, ge=1, le=1024, description="tokens that one draft forward takes at most")
     children_per_node: int = Field(
         32, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
     )

@@ -113,26 +113,3 @@ def test_a_draft_that_overflows_for_one_request_takes_the_others_drafts() -> Non
             target.send(Release(handle))
         worker.turn()
         target.drain(1 << 20)
-
-
-@pytest.mark.parametrize(
-    ("per_token", "expected"), [(0.05, range(9, 12)), (0.25, range(2, 3)), (2.0, range(1, 2)), (1e-6, range(24, 25))]
-)
-def test_a_forward_takes_more_nodes_than_make_it_half_as_long_again(per_token: float, expected: range) -> None:
-    clock = _Clock()
-    target, end = in_process_pair()
-
-    class Engine(FakeEngine):
-        def forward(self, batch, num_children):  # type: ignore[no-untyped-def]
-            clock.now += 1.0 + per_token * len(batch.token_ids)
-            return super().forward(batch, num_children)
-
-    engine = Engine(hashed_logits(24), vocab_size=24, num_pages=9000, page_size=4, max_length=60)
-    worker = DraftWorker(engine, end, FrontierLimits(20, nodes_per_iteration=24, min_path_prob=1e-9), clock)
-    target.send(_admit(1))
-    sizes = []
-    for _ in range(100):
-        before = worker._counters["query_tokens"]
-        worker.turn()
-        sizes.append(worker._counters["query_tokens"] - before)
-    assert max(sizes[-8:]) in expected, sizes

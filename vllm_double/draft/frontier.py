@@ -30,7 +30,7 @@ class FrontierLimits:
     """Bounds of one draft iteration.
 
     num_speculative_tokens: no work deeper than this behind any outcome of the verification.
-    nodes_per_iteration: nodes that one forward takes at most, whatever it costs (every waiting request gets one in any case).
+    nodes_per_iteration: nodes that one forward takes at most (every waiting request gets one in any case).
     children_per_node: alternatives of a computed node that may be drafted behind. 1 is PEARL's single path. The target is told
         the first MAX_CHILDREN of them.
     prefill_tokens: committed tokens that one forward catches up on at most.
@@ -142,12 +142,12 @@ class Frontier:
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
-    def select(self, budget: int | None = None) -> Batch:
-        """The most useful work for one forward of ``budget`` nodes; no rows: there is none. Copy `tail_copies` before it."""
+    def select(self) -> Batch:
+        """The most useful work for one forward; no rows where there is none. Copy `tail_copies` before it."""
         if self._starved:
             self._reclaim()
         work, pool = self._work, self._pool.address
-        work.begin(min(budget or self._limits.nodes_per_iteration, self._limits.nodes_per_iteration), bool(self._retrievers))
+        work.begin(bool(self._retrievers))
         self._catch_up()
         while (outcome := self._steps.select(work.address, pool)) != at.DONE:
             asked = work.requests[work.header[at.ASKED_TREE]]
@@ -308,9 +308,9 @@ class _Work:
         self.header[at.QUEUE_KEYS_AT : at.OUTPUTS_AT + 1] = [array.ctypes.data for array in arrays]
         self.header[at.MAX_RUNS] = num_runs
 
-    def begin(self, budget: int, has_sources: bool) -> None:
+    def begin(self, has_sources: bool) -> None:
         """An empty iteration."""
-        self.header[at.BUDGET], self.header[at.HAS_SOURCES] = budget, has_sources
+        self.header[at.BUDGET], self.header[at.HAS_SOURCES] = self._limits.nodes_per_iteration, has_sources
         self.header[at.NUM_RUNS : at.NUM_TOKENS + 1] = 0
         self.header[at.NUM_QUEUED] = at.NOT_BEGUN
 

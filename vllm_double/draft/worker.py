@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 
-from vllm_double.control import StepCost
 from vllm_double.draft.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.retrieval.base import Retriever
@@ -17,9 +16,6 @@ __all__ = ["DraftWorker"]
 _IDLE_WAIT_S = 0.001
 _EMPTY_WAIT_S = 0.05
 _REPORT_INTERVAL_S = 0.5
-# More tokens make a forward more useful and later: so many that it takes half as long again as one of none would.
-_LONGER = 0.5
-_SMALLER_EVERY = 8  # iterations: forwards of one size alone would not tell what a token costs
 
 
 class DraftWorker:
@@ -31,8 +27,6 @@ class DraftWorker:
     ) -> None:  # fmt: skip
         self.frontier = Frontier(engine, limits, retrievers, prefix_caching)
         self._num_children = min(limits.children_per_node, engine.vocab_size)
-        self._max_nodes = limits.nodes_per_iteration
-        self._cost = StepCost()  # of the draft's own forwards
         self._engine = engine
         self._end = end
         self._clock = clock
@@ -54,16 +48,13 @@ class DraftWorker:
         self._end.beat()
         for command in self._end.receive():
             self.frontier.apply(command)
-        budget = self._node_budget()
-        if self._counters["iterations"] % _SMALLER_EVERY == 0:
-            budget = -(-budget // 2)
-        batch = self.frontier.select(budget)
+        batch = self.frontier.select()
         if len(batch):
             started = self._clock()
             if copies := self.frontier.tail_copies:
                 self._engine.copy_slots(copies)
             tokens, probs = self._engine.forward(batch, self._num_children)
-            self._count(started, len(batch.token_ids), len(batch), len(tokens))
+            self._count(started, len(batch.token_ids), len(batch))
             records = self.frontier.expand(tokens, probs)
             if len(records) and not self._end.publish(records):
                 self._counters["records_dropped"] += len(records)
@@ -71,18 +62,9 @@ class DraftWorker:
         self._report()
         return len(batch) > 0
 
-    def _node_budget(self) -> int:
-        """Nodes of one forward, from what forwards were seen to cost."""
-        fixed, per_token = self._cost.estimate()
-        # A clock that stands still, as in tests, tells of no cost.
-        return max(1, min(self._max_nodes, round(_LONGER * fixed / per_token))) if per_token > 0 else self._max_nodes
-
-    def _count(self, started: float, num_tokens: int, num_rows: int, num_nodes: int) -> None:
-        seconds = self._clock() - started
-        if num_tokens == num_nodes:  # a prompt's tokens cost less than as many nodes
-            self._cost.observe(num_tokens, seconds)
+    def _count(self, started: float, num_tokens: int, num_rows: int) -> None:
         self._counters["iterations"] += 1
-        self._counters["forward_seconds"] += seconds
+        self._counters["forward_seconds"] += self._clock() - started
         self._counters["rows"] += num_rows
         self._counters["query_tokens"] += num_tokens
 
@@ -101,7 +83,6 @@ class DraftWorker:
             "prefix_cache_queries": float(self.frontier.num_prefix_queries),
             "prefix_cache_hits": float(self.frontier.num_prefix_hits),
             "requests": float(len(self.frontier)),
-            "node_budget": float(self._node_budget()),
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
         if values != self._reported and self._end.report(WorkerStats(values)):
