@@ -122,6 +122,14 @@ def test_fewer_tokens_than_are_wanted_have_a_probability(masked: bool) -> None:
     check(top_branches_reference, logits, 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_gpu_does_beyond_its_kernels_is_a_sort(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    torch.manual_seed(6)
+    check(top_branches_reference, torch.randn(5, 3072).to(dtype), 33, torch.rand(5) + 0.5)
+    check(top_branches_reference, torch.tensor([[0.0, -0.0] * 5, [1.0] * 10, [-0.0, 0.0] * 5]).to(dtype), 9)
+
+
 @pytest.mark.parametrize("with_temperatures", [False, True])
 def test_rows_are_taken_in_parts(with_temperatures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(11, 3072, device=DEVICE)
