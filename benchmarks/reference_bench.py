@@ -24,9 +24,7 @@ from benchmarks.stats import quantile
 __all__ = ["main"]
 
 VOCAB, CHILDREN, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 3072, 32, 32, 1024, 64
-FRESH_SCORES = (
-    1 << 19
-)  # of all logits that take turns: too many to be learned, few enough for a cache, where a model leaves them
+FRESH_SCORES = 1 << 19  # of the logits that take turns: too many to be learned, few enough for a cache
 
 
 def ops(paths: int, forks: int) -> dict[str, Callable[[], object]]:
