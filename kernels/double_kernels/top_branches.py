@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["top_branches", "top_branches_reference"]
 
 _BLOCK = 128
-_FEW_SCORES = 1 << 13  # so few that torch.topk is done before numpy has made its calls
+_FEW_SCORES = 1 << 13  # so few that the calls that skip what is not wanted cost more than to look at all
 _MOST_SCORES = 1 << 22  # 16 MiB: from 32 MiB on an allocator takes fresh pages for every result, which costs more than softmax
 _ALL_BELOW = 0x0101010101010101  # eight booleans that are true
 
@@ -122,13 +122,17 @@ def _best_tokens(scores: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
 def _contenders(scores: torch.Tensor, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Where scores not below a bound lie in the flattened scores, in any order, and float32 [rows, 1] the bounds.
 
-    The bound is the `count`-th best of some blocks' maxima: `count` scores of a row reach it, the best ones among them, and
-    few others do. NaN is not below any.
+    The bound is the `count`-th best score, or of many scores that of some blocks' maxima: `count` scores of a row reach it,
+    the best ones among them, and few others do. NaN is not below any.
     """
     import numpy as np
 
     num_rows, vocab_size = scores.shape
     num_blocks = vocab_size // _BLOCK
+    if scores.numel() < _FEW_SCORES:
+        values = scores.numpy()
+        bounds = np.partition(values, -count, axis=1)[:, -count, None]
+        return _not_below(values, bounds), bounds
     if num_blocks < max(4 * count, 256):
         # Block i holds every width-th score from the i-th on: torch finds the maxima of 64 neighbours at once.
         width = min(vocab_size, -(-4 * count // 64) * 64)
@@ -155,6 +159,8 @@ def _not_below(scores: npt.NDArray[np.float32], bounds: npt.NDArray[np.float32])
     import numpy as np
 
     size = scores.size
+    if size < _FEW_SCORES:
+        return np.flatnonzero(~(scores < bounds))
     below = np.empty(size + -size % 8, dtype=np.bool_)
     below[size:] = True
     np.less(scores, bounds, out=below[:size].reshape(scores.shape))

@@ -92,7 +92,7 @@ def test_many_ties_keep_the_order(vocab_size: int, top: Top) -> None:
 
 @pytest.mark.parametrize("vocab_size", [9, 130, 3072, 33_000], ids="V{}".format)
 def test_all_tokens_are_those_of_a_sort(vocab_size: int) -> None:
-    """With so many rows that torch.topk is not asked, blocks of one score among them."""
+    """Rows of blocks of one score: so many that torch.topk is not asked."""
     torch.manual_seed(4)
     num_rows = -(-top_branches_module._FEW_SCORES // vocab_size)
     check(top_branches_reference, torch.randint(-40, 40, (num_rows, vocab_size)).float(), vocab_size)
@@ -120,6 +120,14 @@ def test_fewer_tokens_than_are_wanted_have_a_probability(masked: bool) -> None:
     logits = torch.full((9, 3072), -math.inf if masked else 0.0)
     logits[:, 5:3072:700] = torch.arange(5.0)
     check(top_branches_reference, logits, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_gpu_does_beyond_its_kernels_is_a_sort(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    torch.manual_seed(6)
+    check(top_branches_reference, torch.randn(5, 3072).to(dtype), 33, torch.rand(5) + 0.5)
+    check(top_branches_reference, torch.tensor([[0.0, -0.0] * 5, [1.0] * 10, [-0.0, 0.0] * 5]).to(dtype), 9)
 
 
 @pytest.mark.parametrize("with_temperatures", [False, True])
