@@ -27,6 +27,7 @@ from vllm_double.draft._page_steps import (
     share_page,
     take_page,
 )
+from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE
 
 Floats = npt.NDArray[np.float64]
 NONE = -1
@@ -70,7 +71,7 @@ NOT_BEGUN = -1
 TREE, RUN_BRANCH, START, NUM_TEXT, NUM_RUN_NODES, TIP = range(6)
 # What `select` returns: all is chosen; pages ran out; a source is to be asked; the tree ASKED_TREE has no room.
 DONE, STARVED, ASKS, FULL = range(4)
-RECORD_WORDS, MAX_TOLD = 22, 8  # of messages.NODE_DTYPE
+RECORD_WORDS, MAX_TOLD = NODE_DTYPE.itemsize // 4, MAX_CHILDREN
 _UNSERVED = 1e6  # requests that were not served since their last commit come before all others
 
 
