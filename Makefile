@@ -52,6 +52,7 @@ test-rest:
 # The kernels compiled, each 100 times bit for bit, and draft steps as CUDA graphs; then the kernels under compute-sanitizer,
 # where it is installed.
 test-gpu:
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || { echo 'make test-gpu: $(GPU_PYTHON) has no torch' >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no GPU here")'
 	$(GPU_PYTHON) -m pytest kernels/tests tests/unit/test_draft_graphs.py $(ARGS)
 	@if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
