@@ -60,16 +60,19 @@ class DoubleConfig(BaseModel):
         32, ge=1, le=1024, description="tokens in a page of the draft's KV cache; small pages make branches cheap. The "
         "attention backend may ask for a multiple of its own",
     )  # fmt: skip
-    nodes_per_iteration: int = Field(8, ge=1, le=1024, description="tokens that one draft forward takes at most")
+    nodes_per_iteration: int | None = Field(
+        None, ge=1, le=1024, description="tokens that one draft forward takes at most; null: as many as cost little more than "
+        "one, which the draft measures when it starts",
+    )  # fmt: skip
     children_per_node: int = Field(
-        32, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
+        64, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
     )
     min_path_prob: float = Field(
-        3e-3,
+        1e-3,
         gt=0,
         lt=1,
         description="continuations less probable than this are not drafted: on a CPU such work takes more from the target than "
-        "it brings; a draft on a device of its own may take 0.001",
+        "it brings",
     )
     prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
     draft_seeded_requests: bool = Field(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_double.draft.base import Batch, DraftEngine, Row
+from vllm_double.draft.budget import measured_nodes
 from vllm_double.draft.ranks import Follower, Meeting
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ logger = logging.getLogger(__name__)
 def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     """The production worker: vLLM's draft engine at one end of the shared logs; of several ranks the first one's.
 
-    settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits), ``retrieval`` (fields of Sources),
-    ``prefix_caching``, ``address`` of the logs; ``rank``, and ``meeting``: path in the runtime folder, new for each start.
+    settings: ``engine`` (fields of EngineConfig), ``limits`` (fields of FrontierLimits; ``nodes_per_iteration`` None: as
+    measured), ``retrieval`` (fields of Sources), ``prefix_caching``, ``address`` of the logs; ``rank``, and ``meeting``: path
+    in the runtime folder, new for each start.
     """
     from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
 
@@ -35,13 +37,16 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     # The first forward imports and allocates for seconds; page 0 belongs to nobody.
     engine.forward(Batch.of([Row([0], 0, [0], 1, 0.0)]), 1)
 
+    limits = dict(settings["limits"])
+    if limits["nodes_per_iteration"] is None:
+        limits["nodes_per_iteration"] = measured_nodes(engine, min(limits["children_per_node"], engine.vocab_size))
+
     from vllm_double.draft.frontier import FrontierLimits
     from vllm_double.draft.worker import DraftWorker
     from vllm_double.retrieval.datastore import DatastoreError
     from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedWorkerEnd
 
-    limits = FrontierLimits(**settings["limits"])
     sources = Sources(**settings["retrieval"])
     try:
         retrievers = sources.open()
@@ -51,4 +56,4 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     end = SharedWorkerEnd.attach(settings["address"])
     gc.collect()
     gc.freeze()  # a collection need not look through all that was imported and loaded
-    return DraftWorker(engine, end, limits, retrievers=retrievers, prefix_caching=settings["prefix_caching"])
+    return DraftWorker(engine, end, FrontierLimits(**limits), retrievers=retrievers, prefix_caching=settings["prefix_caching"])

@@ -39,9 +39,9 @@ class FrontierLimits:
 
     num_speculative_tokens: int
     nodes_per_iteration: int = 8
-    children_per_node: int = 32
+    children_per_node: int = 64
     prefill_tokens: int = 256
-    min_path_prob: float = 3e-3
+    min_path_prob: float = 1e-3
 
 
 class Frontier:

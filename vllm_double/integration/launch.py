@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_double.breaker import CircuitBreaker
 from vllm_double.config import DoubleConfig
+from vllm_double.draft.budget import MAX_NODES
 from vllm_double.draft.host import HostSettings
 from vllm_double.draft.processes import children
 from vllm_double.draft.supervisor import DraftSupervisor
@@ -120,7 +121,7 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
         visible, device = ",".join(map(_physical_device, range(first, first + num_ranks))), "cuda:0"
     cores = config.cores.of_engine(engine, config.num_engines) if config.cores is not None else None
     # Every running request may have a row, and some more than one.
-    max_num_seqs = vllm_config.scheduler_config.max_num_seqs + double.nodes_per_iteration
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs + (double.nodes_per_iteration or MAX_NODES)
     folder = Path(draft["model"]).expanduser()
     worker = {
         "engine": {

@@ -148,7 +148,7 @@ class _FreeVerification(StepCost):
 
 def simulate(
     script: Script, times: Times, *, num_tokens: int, batch: int = 1, num_speculative_tokens: int = 16,
-    nodes_per_iteration: int = 8, children_per_node: int = 32, min_path_prob: float = 3e-3, control: bool = True,
+    nodes_per_iteration: int = 8, children_per_node: int = 64, min_path_prob: float = 1e-3, control: bool = True,
 ) -> Outcome:  # fmt: skip
     """Decode ``num_tokens`` tokens for each of ``batch`` requests with the real proposer and the real draft worker.
 
