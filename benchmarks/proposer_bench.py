@@ -27,6 +27,7 @@ from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
 __all__ = ["main"]
 
 VOCAB = 3072
+NUM_LISTED = FrontierLimits(1).children_per_node
 PARAMS = RequestParams(0.0, 32768, frozenset({0}))
 
 
@@ -47,7 +48,7 @@ class FastEngine(FakeEngine):
 
     def __init__(self, model: TableModel) -> None:
         super().__init__(model, vocab_size=VOCAB, num_pages=200_000, page_size=32, max_length=40_000)
-        order = np.argsort(-model.logits, axis=1)[:, :8]
+        order = np.argsort(-model.logits, axis=1)[:, :NUM_LISTED]
         probs = np.exp(model.logits)
         probs /= probs.sum(axis=1, keepdims=True)
         self.best, self.probs = order.astype(np.int32), np.take_along_axis(probs, order, 1).astype(np.float32)

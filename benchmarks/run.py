@@ -230,6 +230,7 @@ def describe(series: Series) -> dict[str, rows.Value]:
         "latency_s_p50": quantile(latencies, 0.5),
         "latency_s_p80": quantile(latencies, 0.8),
         "first_token_s_p50": quantile(first, 0.5),
+        "first_token_s_p99": quantile(first, 0.99),
         "looping": share([is_looping(completion.tokens) for completion in completions]),
         "ended_by_eos": share([completion.finish_reason == "stop" for completion in completions]),
         "tokens_per_forward": speculation.tokens_per_forward,

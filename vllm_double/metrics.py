@@ -63,7 +63,7 @@ _COUNTERS = {
     ),
     "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
 }
-_WORKER_GAUGES = frozenset({"requests"})
+_WORKER_GAUGES = frozenset({"requests", "nodes_per_iteration"})
 _TIMEOUT_S = 0.5
 _SILENCE_S = 30.0  # that a silent engine is not asked for
 

@@ -12,21 +12,23 @@ from collections.abc import Callable, Sequence
 
 from vllm_double.draft.base import Batch, DraftEngine, Row
 
-__all__ = ["MAX_NODES", "measured_nodes", "nodes_for"]
+__all__ = ["MAX_NODES", "SIZES", "measured_nodes", "nodes_for"]
 
 logger = logging.getLogger("vllm.double")  # in a draft worker vLLM's handlers write what the server's log repeats
 
 MAX_NODES = 32
 """Beyond, an iteration's bookkeeping takes longer than a quick forward."""
 
-_SIZES = tuple(1 << power for power in range(MAX_NODES.bit_length()))
+SIZES = tuple(1 << power for power in range(MAX_NODES.bit_length()))
+"""Nodes whose forwards are compared."""
+
 _DEAREST = 1.5  # forwards of one row that a forward of many may cost
 _REPEATS = 9
 
 
 def nodes_for(seconds: Sequence[float]) -> int:
-    """The most nodes, 1, 2, 4 .. , whose forward costs little more than that of one. ``seconds``: of each of these sizes."""
-    return max(size for size, cost in zip(_SIZES, seconds, strict=False) if cost <= _DEAREST * seconds[0])
+    """The most nodes whose forward costs little more than that of one. ``seconds``: of the first of SIZES, at least one."""
+    return max(size for size, cost in zip(SIZES, seconds, strict=False) if cost <= _DEAREST * seconds[0])
 
 
 def measured_nodes(engine: DraftEngine, num_children: int, clock: Callable[[], float] = time.perf_counter) -> int:
@@ -34,7 +36,7 @@ def measured_nodes(engine: DraftEngine, num_children: int, clock: Callable[[], f
 
     The quickest of several forwards counts, because whatever else runs on these cores only adds.
     """
-    sizes = [size for size in _SIZES if size <= engine.num_pages]
+    sizes = [size for size in SIZES if size <= engine.num_pages]
     rows = [Row([page], 0, [0], 1, 0.0) for page in range(sizes[-1])]  # a page each: two rows write no common slot
     batches = [Batch.of(rows[:size]) for size in sizes]
     quickest = [float("inf")] * len(sizes)

@@ -26,6 +26,7 @@ class DraftWorker:
         retrievers: Sequence[Retriever] = (), prefix_caching: bool = True,
     ) -> None:  # fmt: skip
         self.frontier = Frontier(engine, limits, retrievers, prefix_caching)
+        self._limits = limits
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._engine = engine
         self._end = end
@@ -83,6 +84,7 @@ class DraftWorker:
             "prefix_cache_queries": float(self.frontier.num_prefix_queries),
             "prefix_cache_hits": float(self.frontier.num_prefix_hits),
             "requests": float(len(self.frontier)),
+            "nodes_per_iteration": float(self._limits.nodes_per_iteration),
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
         if values != self._reported and self._end.report(WorkerStats(values)):

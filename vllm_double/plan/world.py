@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vllm_double.control import StepCost
 from vllm_double.draft.base import Batch
+from vllm_double.draft.budget import SIZES, nodes_for
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.plan.script import NUM_LISTED, VOCAB_SIZE, Script, Tables, Text, Times, texts
@@ -148,18 +149,19 @@ class _FreeVerification(StepCost):
 
 def simulate(
     script: Script, times: Times, *, num_tokens: int, batch: int = 1, num_speculative_tokens: int = 16,
-    nodes_per_iteration: int = 8, children_per_node: int = 64, min_path_prob: float = 1e-3, control: bool = True,
+    nodes_per_iteration: int | None = None, children_per_node: int = 64, min_path_prob: float = 1e-3, control: bool = True,
 ) -> Outcome:  # fmt: skip
     """Decode ``num_tokens`` tokens for each of ``batch`` requests with the real proposer and the real draft worker.
 
-    control: whether chains are cut where another token does not pay; False verifies all that is ready.
+    nodes_per_iteration: None is what the draft would choose by these times. control: whether chains are cut where another
+    token does not pay; False verifies all that is ready.
     """
     clock = SimulatedClock()
     tables = Tables(script)
     target_end, worker_end = in_process_pair(sleep=clock.advance)
     limits = FrontierLimits(
         num_speculative_tokens,
-        nodes_per_iteration=nodes_per_iteration,
+        nodes_per_iteration=nodes_per_iteration or nodes_for([times.draft_forward(size) for size in SIZES]),
         children_per_node=min(children_per_node, NUM_LISTED),
         min_path_prob=min_path_prob,
     )
