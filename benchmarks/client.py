@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-__all__ = ["Completion", "Request", "Round", "complete", "play"]
+__all__ = ["Completion", "Request", "Round", "arrive", "complete", "play"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ async def play(
     """Runs the requests with ``batch`` of them in flight at any time."""
     completions: list[Completion | None] = [None] * len(requests)
     waiting = iter(range(len(requests)))
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:
+    async with _session() as session:
 
         async def worker() -> None:
             for index in waiting:
@@ -121,3 +119,21 @@ async def play(
         await asyncio.gather(*(worker() for _ in range(batch)))
         seconds = time.perf_counter() - start
     return Round([completion for completion in completions if completion is not None], seconds)
+
+
+async def arrive(url: str, requests: Sequence[Request], times: Sequence[float]) -> Round:
+    """Sends each request at its time, in seconds from the start, whatever is in flight then."""
+    async with _session() as session:
+
+        async def one(request: Request, seconds: float) -> Completion:
+            await asyncio.sleep(seconds)
+            return await complete(session, url, request)
+
+        start = time.perf_counter()
+        completions = await asyncio.gather(*(one(*pair) for pair in zip(requests, times, strict=True)))
+        return Round(list(completions), time.perf_counter() - start)
+
+
+def _session() -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20)

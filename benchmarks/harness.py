@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
 from benchmarks.arms import Arm
-from benchmarks.client import Completion, Request, Round, play
+from benchmarks.client import Completion, Request, Round, arrive, play
 from benchmarks.metrics import Speculation, counters, growth, speculation
 from benchmarks.server import Server, ServerConfig, ServerError
 from benchmarks.stats import first_difference, median_ratio
@@ -116,13 +117,20 @@ class Fleet:
         batch: int,
         progress: Callable[[Completion], None] | None = None,
     ) -> Round:
-        """One pass over the requests, with cold caches and all other servers at rest."""
+        """One pass over the requests, ``batch`` of them in flight, with cold caches and all other servers at rest."""
+        return self._alone(arm, lambda url: play(url, requests, batch, progress))
+
+    def send(self, arm: Arm, requests: Sequence[Request], times: Sequence[float]) -> Round:
+        """The same with requests that arrive at their times, in seconds."""
+        return self._alone(arm, lambda url: arrive(url, requests, times))
+
+    def _alone(self, arm: Arm, play_round: Callable[[str], Coroutine[Any, Any, Round]]) -> Round:
         label, ended = self._last
         if label != arm.label:
             time.sleep(max(0.0, ended + SPIN_S - time.monotonic()))
         server = self.server(arm)
         server.reset_caches()
-        round_ = asyncio.run(play(server.url, requests, batch, progress))
+        round_ = asyncio.run(play_round(server.url))
         self._last = (arm.label, time.monotonic())
         return round_
 
@@ -151,17 +159,20 @@ def interleave(
     fleet: Fleet,
     series: Sequence[Series],
     requests: Sequence[Request],
-    batch: int,
+    load: int | Sequence[float],
     num_rounds: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """``num_rounds`` more rounds over all arms, each starting with another arm."""
+    """``num_rounds`` more rounds over all arms, each starting with another arm. ``load``: of them in flight, or their times."""
     before = {one.arm.label: counters(fleet.server(one.arm).metrics()) for one in series}
     for _ in range(num_rounds):
         number = len(series[0].rounds)
         shift = number % len(series)
         for one in [*series[shift:], *series[:shift]]:
-            one.rounds.append(fleet.ask(one.arm, requests, batch))
+            if isinstance(load, int):
+                one.rounds.append(fleet.ask(one.arm, requests, load))
+            else:
+                one.rounds.append(fleet.send(one.arm, requests, load))
             progress(f"round {number + 1}  {one.arm.label:<28} {one.rates[-1]:8.1f} tokens/s")
     for one in series:
         one.read(before[one.arm.label], counters(fleet.server(one.arm).metrics()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
-from benchmarks.client import Request, Round, play
+from benchmarks.client import Request, Round, arrive, play
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Completions:
         return response
 
 
-def run(server: Completions, requests: Sequence[Request], batch: int) -> Round:
+def run(server: Completions, requests: Sequence[Request], load: int | Sequence[float]) -> Round:
     async def scenario() -> Round:
         app = web.Application()
         app.router.add_post("/v1/completions", server.answer)
@@ -57,7 +57,8 @@ def run(server: Completions, requests: Sequence[Request], batch: int) -> Round:
         await site.start()
         try:
             port = runner.addresses[0][1]
-            return await play(f"http://127.0.0.1:{port}", requests, batch)
+            url = f"http://127.0.0.1:{port}"
+            return await (play(url, requests, load) if isinstance(load, int) else arrive(url, requests, load))
         finally:
             await runner.cleanup()
 
@@ -82,6 +83,14 @@ def test_no_more_than_batch_requests_are_in_flight(batch: int) -> None:
     server = Completions()
     run(server, [Request(str(n), "x" * 50, 8) for n in range(12)], batch)
     assert 1 <= server.most <= batch
+
+
+def test_requests_that_arrive_wait_for_no_other() -> None:
+    server = Completions()
+    found = run(server, [Request(str(n), "x" * 50, 8) for n in range(12)], [0.2, *[0.01] * 11])
+    assert [completion.id for completion in found.completions] == [str(n) for n in range(12)]
+    assert server.most > 4 and server.bodies[-1]["prompt"] == "x" * 50 and found.seconds >= 0.2
+    assert found.completions[0].seconds < 0.2  # since it was sent
 
 
 def test_requests_ask_for_token_ids_and_carry_no_seed() -> None:

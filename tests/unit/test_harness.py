@@ -18,6 +18,7 @@ from benchmarks.arms import Arm, Choices, variants
 from benchmarks.client import Completion, Request, Round
 from benchmarks.cost import fit, layers_for
 from benchmarks.harness import Series
+from benchmarks.load import poisson, row_of
 from benchmarks.machine import parse_cores
 from benchmarks.metrics import counters, speculation
 from benchmarks.parity import divergences
@@ -32,6 +33,23 @@ CHOICES = Choices(Path("/models/draft"), (0, 1), ngram_k=(2, 4), draft_k=(3,), d
 
 def completion(tokens: list[int], text: str = "", finish_reason: str = "length") -> Completion:
     return Completion("p", tokens, text, finish_reason, 0.1, 1.0, [0.1, 0.2])
+
+
+def test_arrivals_are_the_same_each_time_and_as_frequent_as_wanted() -> None:
+    times = poisson(4000, 2.0)
+    assert times == poisson(4000, 2.0) and times == sorted(times)
+    assert times[-1] == pytest.approx(2000, rel=0.05)
+
+
+def test_a_row_of_load_compares_quantiles_with_those_of_plain() -> None:
+    plain, ours = Series(Arm("plain")), Series(Arm("double"))
+    for series, seconds in ((plain, 1.0), (ours, 0.5)):
+        done = [Completion("p", [1], "x", "stop", seconds * first, 4 * seconds * first) for first in (0.1, 0.2, 0.3)]
+        series.rounds.append(Round(done, 2.0))
+    row = row_of(ours, plain)
+    assert row["first_token_s_p50"] == pytest.approx(0.1) and row["first_token_p99_over_plain"] == pytest.approx(0.5)
+    assert row["latency_p50_over_plain"] == pytest.approx(0.5) and row["identical"] == 1.0
+    assert row["in_flight"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(("fraction", "wanted"), [(0, 1), (0.2, 1.8), (0.5, 3), (0.8, 4.2), (1, 5)])
