@@ -1,6 +1,6 @@
 """Fits the script of `vllm-double plan` to rows of one cost ratio, and predicts the speed-ups of rows at all others.
 
-    python -m benchmarks.plan_fit --input benchmarks/results/bench.csv --at 8
+    python -m benchmarks.plan_fit --at 8 --since 2026-11-27T14 --token-cost 0.02
 
 Greedy rows of one workload at batch 1 count, of the arms double, double-without-retrieval and draft_model. What is fitted,
 until the simulation gives what was measured: acceptance and tail (tokens per forward and hit rate without retrieval; where no
@@ -140,12 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, default=rows.RESULTS / "bench.csv")
     parser.add_argument("--at", type=float, default=8.0, help="cost ratio whose rows are fitted: the latest of the nearest")
     parser.add_argument("--workload", default=USUAL)
+    parser.add_argument("--since", default="", help="only rows from this time on, as 2026-11-27T14: those of one machine, say")
     parser.add_argument("--token-cost", type=float, default=0.03, help="of a verified token, as a share of a target step")
     parser.add_argument("--tokens", type=int, default=1000, help="tokens of a simulation")
     options = parser.parse_args(argv)
-    measured = groups(rows.read(options.input), options.workload)
+    table = [row for row in rows.read(options.input) if row.get("time", "") >= options.since]
+    measured = groups(table, options.workload)
     if not measured:
-        parser.error(f"{options.input} has no greedy rows of plain and double at batch 1 for {options.workload}")
+        parser.error(f"{options.input} has no such greedy rows of plain and double at batch 1 for {options.workload}")
     chosen = min(reversed(measured), key=lambda group: round(abs(float(group[FULL]["cost_ratio"]) - options.at)))
     found = fit(chosen, options.token_cost, options.tokens)
     script = found.script

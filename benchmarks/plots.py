@@ -4,6 +4,7 @@
 
 One picture per condition (workload, temperature, batch): speed-up over plain vLLM by cost ratio C, a line per arm. The
 latest row of an arm and a number of layers counts. And one per target that some run measured at three batches or more.
+From reliability.csv beside the rows: how often each source of drafts was right, by what it said.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
+from vllm_double.calibration import NUM_BUCKETS
 
-__all__ = ["latest", "main", "over_batch"]
+__all__ = ["latest", "main", "over_batch", "reliability"]
 
 Key = tuple[str, str, str]
 USUAL = "completion+edit"
@@ -55,6 +57,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("batch")
         _save(plt, figure, options.input, f"batches-T{temperature}-L{layers}", workload)
+    if (file := options.input.parent / "reliability.csv").exists():
+        for kind, sources in reliability(rows.read(file)).items():
+            figure, axes = plt.subplots(figsize=(5, 5), constrained_layout=True)
+            axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
+            for source, points in sources.items():
+                axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=source)
+            axes.set_xlabel("probability that the source gave")
+            axes.set_ylabel("share that the target agreed with")
+            axes.set_title(f"{kind} requests", fontsize=8)
+            axes.legend(fontsize=8)
+            _save(plt, figure, file, f"reliability-{kind}", USUAL)
+
+
+def reliability(table: Sequence[dict[str, str]], least_trials: int = 20) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """{"greedy" or "sampled": {source: [(said, right), ...]}} of the latest run; buckets of few trials tell nothing."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in table:
+        if row["time"] == table[-1]["time"] and float(row["trials"]) >= least_trials:
+            sources = found.setdefault("sampled" if row["sampled"] == "True" else "greedy", {})
+            middle = float(row["said"]) + 0.5 / NUM_BUCKETS
+            sources.setdefault(row["source"], []).append((middle, float(row["right"])))
+    return found
 
 
 def over_batch(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[float, dict[str, str]]]]:

@@ -22,7 +22,7 @@ from benchmarks.load import poisson, row_of
 from benchmarks.machine import parse_cores
 from benchmarks.metrics import counters, speculation
 from benchmarks.parity import divergences
-from benchmarks.plots import USUAL, latest, over_batch
+from benchmarks.plots import USUAL, latest, over_batch, reliability
 from benchmarks.run import portable
 from benchmarks.server import MARK, Server, ServerConfig, ServerError, family
 from benchmarks.stats import first_difference, is_looping, median_ratio, quantile, quiet_median, share
@@ -340,6 +340,19 @@ def test_sigterm_ends_a_benchmark_like_an_exception() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert (run.returncode, run.stdout) == (143, "servers ended\n")
+
+
+def test_reliability_is_that_of_the_latest_run_where_there_were_trials_enough() -> None:
+    def row(source: str, sampled: str, said: str, right: str, trials: str, time: str) -> dict[str, str]:
+        return {"source": source, "sampled": sampled, "said": said, "right": right, "trials": trials, "time": time}
+
+    table = [
+        row("draft", "False", "0.5", "0.1", "900", "older"),
+        row("draft", "False", "0.5", "0.6", "900", "newer"),
+        row("draft", "False", "0.95", "0.9", "19", "newer"),
+        row("context", "True", "0", "0.2", "20", "newer"),
+    ]
+    assert reliability(table) == {"greedy": {"draft": [(0.525, 0.6)]}, "sampled": {"context": [(0.025, 0.2)]}}
 
 
 def test_rows_of_several_runs_or_of_few_batches_are_one_line_over_batches() -> None:
