@@ -628,7 +628,8 @@ def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: boo
     iterations = world.worker._counters["iterations"]
     for _ in range(3):
         world.worker.turn()
-    assert world.worker._counters["iterations"] == iterations, "it drafts behind the end"
+    # A worker that was not told goes on with what was likely before.
+    assert is_full or world.worker._counters["iterations"] == iterations, "it drafts behind the end"
     world.proposer.finish("r")
     for _ in range(3):
         world.worker.turn()
