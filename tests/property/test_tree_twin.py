@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
-from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
 from vllm_double.draft.tree import Node
 from vllm_double.hashing import mix
 from vllm_double.retrieval import ContextRetriever, Continuation
@@ -152,7 +152,8 @@ class Twin:
         fresh.add((handle, path))
         if not self.has_sources or tree.children(path):
             return
-        if not node.ahead and tree.room(path) > 0:
+        is_likely = node.log_prob - tree.nodes[()].log_prob >= math.log(MIN_ASKED_PROB)
+        if is_likely and not node.ahead and tree.room(path) > 0:
             found = Oracle.knows([*tree.text, *path], tree.room(path))
             for token, belief in zip(found.tokens, found.beliefs, strict=True) if found is not None else ():
                 if belief < 0.5:

@@ -58,7 +58,8 @@ ITSELF = -1
 FIRST, BRANCH_LENGTH, NUM_HELD, NUM_BRANCH_PAGES, BRANCH_MOVED_TO = range(5)
 BRANCH_COLUMNS = BRANCH_MOVED_TO + 1
 
-# The header of an iteration. QUEUE: trees with a candidate, the best first. ASKED: what a source is to be asked for.
+# The header of an iteration. QUEUE: trees with a candidate, the best first. ASKED: what a source is to be asked for. MINIMUM:
+# float64 [2], the log-probability of a path below which it is not worked on, and that below which no source is asked.
 (
     NUM_TREES, BUDGET, NUM_SPECULATIVE, MAX_MODEL_LENGTH, HAS_SOURCES, ASKED_TREE, ASKED_NODE, ASKED_ROOM, NUM_QUEUED,
     NUM_RUNS, NUM_COPIES, NUM_OUTPUTS, NUM_TOKENS, NUM_RETRIEVED, NUM_CONFIRMED, MAX_RUNS,
@@ -287,7 +288,7 @@ def _best(tree: Header, iteration: Header) -> bool:
     nodes, log_probs = _nodes(tree), _log_probs(tree)
     keys, entries = _candidates(tree)
     listed, _ = _listed(tree)
-    minimum = _floats(iteration[MINIMUM_AT], 1)[0]
+    minimum = _floats(iteration[MINIMUM_AT], 2)[0]
     limit = min(tree[LENGTH] + tree[CHAIN_LENGTH] + iteration[NUM_SPECULATIVE], iteration[MAX_MODEL_LENGTH])
     if tree[NUM_NODES] == 0 or tree[NUM_CACHED] < tree[LENGTH]:
         return False
@@ -701,8 +702,10 @@ def look_ahead(tree_at: int, node: int) -> None:
 
 @part
 def _asks(iteration: Header, tree: Header, index: int, node: int) -> bool:
-    """Whether a source is to be asked for what follows the node: nothing does yet, and what would is not too deep."""
-    nodes = _nodes(tree)
+    """Whether a source is to be asked for what follows a likely node: nothing does yet, and what would is not too deep."""
+    nodes, log_probs = _nodes(tree), _log_probs(tree)
+    if log_probs[node] - log_probs[0] < _floats(iteration[MINIMUM_AT], 2)[1]:
+        return False
     if not iteration[HAS_SOURCES] or nodes[node, FIRST_CHILD] != NONE or nodes[node, AHEAD_FROM] < nodes[node, AHEAD_TO]:
         return False
     room = tree[LENGTH] + tree[CHAIN_LENGTH] + iteration[NUM_SPECULATIVE] - nodes[node, POSITION] - 1
@@ -841,11 +844,12 @@ def expand(
             iteration[NUM_CONFIRMED] += listed[nodes[node, PARENT], 0] == nodes[node, TOKEN]
         nodes[node, RUN], nodes[node, IS_FRESH] = NONE, 0
         nodes[node, NUM_LISTED], nodes[node, NEXT_LISTED] = num_listed, 0
-        unsaid = 1.0
         for place in range(num_listed):
             listed[node, place], listed_log_probs[node, place] = tokens[output, place], said[output, place]
-            unsaid -= math.exp(np.float64(said[output, place]))
-        child = nodes[node, FIRST_CHILD]
+        child, unsaid = nodes[node, FIRST_CHILD], 1.0
+        if child != NONE:
+            for place in range(num_listed):
+                unsaid -= math.exp(np.float64(said[output, place]))
         while child != NONE:
             if nodes[child, IS_RETRIEVED]:
                 log_prob = min(float(said[output, num_listed - 1]), math.log(max(unsaid, 1e-9)))

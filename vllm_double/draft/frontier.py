@@ -19,9 +19,11 @@ from vllm_double.draft.tree import MAX_AHEAD, DraftRequest
 from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Forget, Release
 
-__all__ = ["Frontier", "FrontierLimits"]
+__all__ = ["MIN_ASKED_PROB", "Frontier", "FrontierLimits"]
 
 _INDEX_TOKENS_PER_ITERATION = 1024
+MIN_ASKED_PROB = 0.02
+"""Sources are not asked what follows a path less probable than this: it takes longer than it brings."""
 _MIN_BELIEF = 0.5  # a retrieved token that is less sure than this is left to the draft
 
 
@@ -275,7 +277,7 @@ class _Work:
     def __init__(self, limits: FrontierLimits, max_length: int, max_pages: int) -> None:
         self._limits = limits
         self._max_pages = max_pages
-        self._minimum = np.array([math.log(limits.min_path_prob)])
+        self._minimum = np.log([limits.min_path_prob, MIN_ASKED_PROB])
         self.header = np.zeros(at.ITERATION_LENGTH, np.int64)
         self.address = self.header.ctypes.data
         self.header[[at.NUM_SPECULATIVE, at.MAX_MODEL_LENGTH]] = limits.num_speculative_tokens, max_length
