@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_double.draft import frontier as frontier_module
+from vllm_double.draft import _tree_steps as at
 from vllm_double.draft.base import Batch
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -306,3 +307,15 @@ def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
         frontier.check_integrity()
         for handle, request in frontier._requests.items():
             assert request.tokens.tolist() == texts[handle]
+
+
+def test_pages_run_out_after_the_request_that_was_asked_for_last_is_gone() -> None:
+    engine, frontier = make(num_pages=6, page_size=2, nodes_per_iteration=16)
+    admit(frontier, 1, [1, 2, 3])
+    frontier._work.header[at.ASKED_TREE] = 1  # the second of two
+    for _ in range(20):
+        turn(engine, frontier)
+        frontier.check_integrity()
+        if frontier._starved:
+            return
+    raise AssertionError("pages never ran out")

@@ -152,14 +152,14 @@ class Frontier:
         work.begin(bool(self._retrievers))
         self._catch_up()
         while (outcome := self._steps.select(work.address, pool)) != at.DONE:
+            if outcome == at.STARVED:
+                self._starved = True
+                break
             asked = work.requests[work.header[at.ASKED_TREE]]
             if outcome == at.ASKS:
                 self._retrieve(asked, int(work.header[at.ASKED_NODE]), int(work.header[at.ASKED_ROOM]))
-            elif outcome == at.FULL:
-                asked.reserve(2 * (self._limits.nodes_per_iteration + 1))
             else:
-                self._starved = True
-                break
+                asked.reserve(2 * (self._limits.nodes_per_iteration + 1))
         for retriever in self._retrievers:
             retriever.work(_INDEX_TOKENS_PER_ITERATION)
         return work.batch()
