@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft import _tree_steps as at
+from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.base import Batch
 from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
