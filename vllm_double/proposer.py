@@ -140,6 +140,8 @@ class Proposer:
         """The target's weights changed: nothing that it said before is offered again, by either side."""
         for retriever in self._retrievers:
             retriever.forget()
+        for request in self._requests.values():
+            request.trie.ungraft()  # what was found for the chains to come
         if Forget() not in self._to_say:  # some load weights one by one
             self._to_say.append(Forget())
         self.reset_prefix_cache()

@@ -73,6 +73,12 @@ class SpeculationTrie:
             prefix_hash = mix(prefix_hash, edge.token)
             position += 1
 
+    def ungraft(self) -> None:
+        """Drop everything that was retrieved; what the draft said stays."""
+        self._grafted.clear()
+        for hashes in self._hashes_at.values():
+            hashes.intersection_update(self._drafted)
+
     def _file(self, prefix_hash: int, position: int) -> None:
         hashes = self._hashes_at.get(position)
         if hashes is None:

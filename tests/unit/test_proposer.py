@@ -440,6 +440,26 @@ def test_an_answer_is_offered_to_its_tenants_next_request_only() -> None:
     assert "history" not in world.proposer.counters.offered
 
 
+def test_new_weights_clear_what_was_found_for_the_chains_to_come() -> None:
+    proposer = Proposer(8, None, [HistoryRetriever(1000)], Ticks())
+    params = RequestParams(0.0, 200, frozenset(), tenant="a")
+    answer = list(range(3, 20))
+    for is_outdated in (False, True):
+        text = [1, 2]
+        proposer.admit("r", np.array(text, np.int32), params)
+        for token in answer[:4]:
+            chain = _commit(proposer, text, token)
+        if is_outdated:
+            assert chain == answer[4:12]
+            proposer.forget_history()
+            proposer.check_integrity()
+        for token in answer[4:]:
+            assert _commit(proposer, text, token) == []
+            proposer.check_integrity()
+        proposer.finish("r")
+        proposer.propose([])
+
+
 def test_new_weights_clear_the_workers_history_too() -> None:
     world = World()
     worker_side = HistoryRetriever(1000, share_unnamed=True)
