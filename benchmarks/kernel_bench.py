@@ -27,7 +27,7 @@ __all__ = ["main"]
 
 Run = Callable[[], object]
 _FLUSH_BYTES = 256 << 20  # more than any second-level cache
-_HEAD_START_CYCLES = 20_000_000  # about 10 ms, in which the host gets ahead of the device
+_CYCLES_PER_SECOND = 2e9  # of the device, and no fewer: it waits while the host launches
 _MAX_SECONDS = 5.0  # for the repeats of one run; references launch thousands of copies
 
 
@@ -48,15 +48,16 @@ class Case:
 
 
 def device_seconds(run: Run, repeats: int) -> list[float]:
-    """Time of each run on the device, behind a write that empties the caches."""
+    """Time of each run on the device, behind a write that empties the caches; the host has launched it all before it begins."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for _ in range(3):
         run()
+    head_start = int(2 * host_seconds(run, 5) * _CYCLES_PER_SECOND)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
-    torch.cuda._sleep(_HEAD_START_CYCLES)
     for start, stop in events:
         flush.zero_()
+        torch.cuda._sleep(head_start)
         start.record()
         run()
         stop.record()

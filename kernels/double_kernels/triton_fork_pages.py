@@ -134,14 +134,14 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def _copy_slots(
-    table_ptr: Any,
-    num_chunks: Any,
-    page_stride: Any,
-    slot_stride: Any,
-    stride_0: Any,
-    stride_1: Any,
-    stride_2: Any,
-    column_stride: Any,
+    table_ptr: "Any",
+    num_chunks: "Any",
+    page_stride: "Any",
+    slot_stride: "Any",
+    stride_0: "Any",
+    stride_1: "Any",
+    stride_2: "Any",
+    column_stride: "Any",
     WORD: tl.constexpr,
     WORD_BYTES: tl.constexpr,
     ALIGNMENT: tl.constexpr,

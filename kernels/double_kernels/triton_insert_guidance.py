@@ -62,11 +62,11 @@ def _round_up(count: int) -> int:
 
 @triton.jit
 def _count_kept(
-    guidance_ptr: Any,
-    guidance_start_loc_ptr: Any,
-    path_ptr: Any,
-    path_start_loc_ptr: Any,
-    num_kept_ptr: Any,
+    guidance_ptr: "Any",
+    guidance_start_loc_ptr: "Any",
+    path_ptr: "Any",
+    path_start_loc_ptr: "Any",
+    num_kept_ptr: "Any",
     BLOCK: tl.constexpr,
 ) -> None:
     """The length of one request's common prefix of guidance and path, without the guidance's last token."""
@@ -87,19 +87,19 @@ def _count_kept(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_requests"])
 def _lay_out(
-    guidance_ptr: Any,
-    guidance_start_loc_ptr: Any,
-    num_computed_ptr: Any,
-    block_table_ptr: Any,
-    input_ids_ptr: Any,
-    positions_ptr: Any,
-    slot_mapping_ptr: Any,
-    query_start_loc_ptr: Any,
-    seq_lens_ptr: Any,
-    num_kept_ptr: Any,
-    num_tokens: Any,
-    num_requests: Any,
-    table_stride: Any,
+    guidance_ptr: "Any",
+    guidance_start_loc_ptr: "Any",
+    num_computed_ptr: "Any",
+    block_table_ptr: "Any",
+    input_ids_ptr: "Any",
+    positions_ptr: "Any",
+    slot_mapping_ptr: "Any",
+    query_start_loc_ptr: "Any",
+    seq_lens_ptr: "Any",
+    num_kept_ptr: "Any",
+    num_tokens: "Any",
+    num_requests: "Any",
+    table_stride: "Any",
     PADDING_SLOT: tl.constexpr,
     HAS_PATHS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,

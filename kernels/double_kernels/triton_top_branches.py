@@ -74,7 +74,7 @@ def top_branches_triton(
 
 
 @triton.jit
-def _keys(logits: Any, KEY_BITS: tl.constexpr) -> Any:
+def _keys(logits: "Any", KEY_BITS: tl.constexpr) -> "Any":
     """int32 of the same order as the logits, -(2 ** (KEY_BITS - 1)) < key; -0 is 0, NaN is the greatest."""
     if KEY_BITS == 16:
         bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
@@ -88,7 +88,7 @@ def _keys(logits: Any, KEY_BITS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _is_among_best(keys: Any, count: Any, KEY_BITS: tl.constexpr) -> Any:
+def _is_among_best(keys: "Any", count: "Any", KEY_BITS: tl.constexpr) -> "Any":
     """Mask [N] of the `count` greatest int32 keys [N]; of equal keys the first."""
     keys = keys.to(tl.int64) + (1 << (KEY_BITS - 1))  # 0 .. 2 ** KEY_BITS - 1
     threshold = tl.full([1], 0, tl.int64)
@@ -106,15 +106,15 @@ def _is_among_best(keys: Any, count: Any, KEY_BITS: tl.constexpr) -> Any:
 
 @triton.jit
 def _reduce_tiles(
-    logits_ptr: Any,
-    temperatures_ptr: Any,
-    block_keys_ptr: Any,
-    maxima_ptr: Any,
-    sums_ptr: Any,
-    vocab_size: Any,
-    num_tiles: Any,
-    row_stride: Any,
-    token_stride: Any,
+    logits_ptr: "Any",
+    temperatures_ptr: "Any",
+    block_keys_ptr: "Any",
+    maxima_ptr: "Any",
+    sums_ptr: "Any",
+    vocab_size: "Any",
+    num_tiles: "Any",
+    row_stride: "Any",
+    token_stride: "Any",
     HAS_TEMPERATURES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -145,22 +145,22 @@ def _reduce_tiles(
 
 @triton.jit
 def _select_tokens(
-    logits_ptr: Any,
-    temperatures_ptr: Any,
-    block_keys_ptr: Any,
-    maxima_ptr: Any,
-    sums_ptr: Any,
-    chosen_blocks_ptr: Any,
-    chosen_tokens_ptr: Any,
-    tokens_ptr: Any,
-    probs_ptr: Any,
-    vocab_size: Any,
-    num_blocks: Any,
-    num_tiles: Any,
-    keys_stride: Any,
-    num_children: Any,
-    row_stride: Any,
-    token_stride: Any,
+    logits_ptr: "Any",
+    temperatures_ptr: "Any",
+    block_keys_ptr: "Any",
+    maxima_ptr: "Any",
+    sums_ptr: "Any",
+    chosen_blocks_ptr: "Any",
+    chosen_tokens_ptr: "Any",
+    tokens_ptr: "Any",
+    probs_ptr: "Any",
+    vocab_size: "Any",
+    num_blocks: "Any",
+    num_tiles: "Any",
+    keys_stride: "Any",
+    num_children: "Any",
+    row_stride: "Any",
+    token_stride: "Any",
     HAS_TEMPERATURES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     BLOCK: tl.constexpr,

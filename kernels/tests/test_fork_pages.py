@@ -62,13 +62,20 @@ LAYOUTS = {
     "keys-transposed-P6-H2-D5-S7": Layout((P, 2, 5, 7), dense(P, 2, 5, 7), 3),
     "latent-P6-S4-D576": Layout((P, 4, 576), dense(P, 4, 576), 1),
     "one-head-P6-S1-H1-D63": Layout((P, 1, 1, 63), dense(P, 1, 1, 63), 1),
-    "odd-gaps-P6-S3-H2-D9": Layout((P, 3, 2, 9), (131, 41, 17, 1), 1, (3, 70)),
+    "odd-gaps-P6-S3-H2-D9": Layout((P, 3, 2, 9), (263, 41, 17, 1), 1, (3, 134)),
     "wide-P6-S2-D1101": Layout((P, 2, 1101), (2203, 1101, 1), 1),
     "every-second-P6-S3-D8": Layout((P, 3, 8), (60, 17, 2), 1),
     "five-dimensions-P6-A2-B3-S3-C2-D2-E3": Layout((P, 2, 3, 3, 2, 2, 3), (999, 490, 160, 50, 23, 11, 1), 3),
     "slots-only-P6-S7": Layout((P, 7), (1, P), 1),
 }
 layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=name) for name, layout in LAYOUTS.items()])
+
+
+@layouts
+def test_caches_share_no_element(layout: Layout) -> None:
+    """What two of them have in common a device may copy in any order."""
+    places = torch.cat([view.flatten() for view in layout.views(torch.arange(layout.num_elements))])
+    assert len(places.unique()) == len(places)
 
 
 def slow_fork(caches: Sequence[torch.Tensor], triples: Triples, slot_dim: int) -> None:

@@ -1,0 +1,80 @@
+"""Every kernel compiles for a GPU, on a machine that has none: triton's interpreter takes Python that its compiler refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+from typing import Any
+
+import pytest
+
+_LOGITS = {"fp16": 16, "bf16": 16, "fp32": 32}
+_TARGET = ("cuda", 90, 32)
+_CALLED_BY_OTHERS = {"_keys", "_is_among_best"}
+
+
+def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
+    """Of each kernel: the types of its pointers (other arguments are int32), and its constants."""
+    import triton.language as tl
+
+    words = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+    sizes = {"SIZE_0": 1, "SIZE_1": 2, "SIZE_2": 3, "NUM_COLUMNS": 9, "BLOCK_ROWS": 8, "BLOCK_COLUMNS": 16}
+    slots = {"guidance_ptr": "*i32", "path_ptr": "*i32"}
+    tokens = {"input_ids_ptr": "*i64", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64", "tokens_ptr": "*i64"}
+    sums = {"temperatures_ptr": "*fp32", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "probs_ptr": "*fp32"}
+    logits = [
+        ({"logits_ptr": f"*{dtype}", **sums, **tokens}, {"KEY_BITS": bits, "HAS_TEMPERATURES": has, "BLOCK": 64})
+        for (dtype, bits), has in product(_LOGITS.items(), (False, True))
+    ]
+    return {
+        "_copy_slots": [
+            ({"table_ptr": "*i64"}, sizes | {"WORD": word, "WORD_BYTES": size, "ALIGNMENT": size, "SLOTS_ARE_COLUMNS": columns})
+            for (size, word), columns in product(words.items(), (False, True))
+        ],
+        "_reduce_tiles": [(types, shared | {"TILE_BLOCKS": 64}) for types, shared in logits],
+        "_select_tokens": [(types, shared | {"BLOCKS": 512, "TILES": 8, "CHILDREN": 64}) for types, shared in logits],
+        "_count_kept": [(slots, {"BLOCK": 128})],
+        "_lay_out": [
+            (slots | tokens, {"PADDING_SLOT": -1, "HAS_PATHS": has, "PAGE_SIZE": 16, "BLOCK": 128, "REQUESTS": 1024})
+            for has in (False, True)
+        ],
+    }
+
+
+def compile_all() -> None:
+    """Raises what the compiler raises; prints how many binaries there are of each kernel."""
+    import triton
+    from double_kernels import triton_fork_pages, triton_insert_guidance, triton_top_branches
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    of_kernel = variants()
+    for module in (triton_fork_pages, triton_insert_guidance, triton_top_branches):
+        for name, kernel in vars(module).items():
+            if not isinstance(kernel, triton.JITFunction) or any(name in called for called in ("_keys", "_is_among_best")):
+                continue
+            for types, constants in of_kernel[name]:
+                signature = {
+                    argument: "constexpr"
+                    if argument in constants
+                    else types.get(argument, "*i32" if "_ptr" in argument else "i32")
+                    for argument in kernel.arg_names
+                }
+                source = ASTSource(kernel, signature, constexprs=constants)
+                assert triton.compile(source, target=GPUTarget(*_TARGET)).asm["ptx"]
+            print(name, len(of_kernel[name]))
+
+
+@pytest.mark.timeout(300)
+def test_every_kernel_compiles_without_a_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.splitlines()) == len(variants())
+
+
+if __name__ == "__main__":
+    compile_all()
