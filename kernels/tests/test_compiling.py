@@ -16,12 +16,11 @@ _CALLED_BY_OTHERS = {"_keys", "_is_among_best"}
 
 
 def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
-    """Of each kernel: the types of its pointers (other arguments are int32), and its constants."""
+    """Of each kernel: the types of pointers that are not to int32 (other arguments are int32), and its constants."""
     import triton.language as tl
 
     words = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
     sizes = {"SIZE_0": 1, "SIZE_1": 2, "SIZE_2": 3, "NUM_COLUMNS": 9, "BLOCK_ROWS": 8, "BLOCK_COLUMNS": 16}
-    slots = {"guidance_ptr": "*i32", "path_ptr": "*i32"}
     tokens = {"input_ids_ptr": "*i64", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64", "tokens_ptr": "*i64"}
     sums = {"temperatures_ptr": "*fp32", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "probs_ptr": "*fp32"}
     logits = [
@@ -35,9 +34,9 @@ def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
         ],
         "_reduce_tiles": [(types, shared | {"TILE_BLOCKS": 64}) for types, shared in logits],
         "_select_tokens": [(types, shared | {"BLOCKS": 512, "TILES": 8, "CHILDREN": 64}) for types, shared in logits],
-        "_count_kept": [(slots, {"BLOCK": 128})],
+        "_count_kept": [({}, {"BLOCK": 128})],
         "_lay_out": [
-            (slots | tokens, {"PADDING_SLOT": -1, "HAS_PATHS": has, "PAGE_SIZE": 16, "BLOCK": 128, "REQUESTS": 1024})
+            (tokens, {"PADDING_SLOT": -1, "HAS_PATHS": has, "PAGE_SIZE": 16, "BLOCK": 128, "REQUESTS": 1024})
             for has in (False, True)
         ],
     }
@@ -53,15 +52,12 @@ def compile_all() -> None:
     of_kernel = variants()
     for module in (triton_fork_pages, triton_insert_guidance, triton_top_branches):
         for name, kernel in vars(module).items():
-            if not isinstance(kernel, triton.JITFunction) or any(name in called for called in ("_keys", "_is_among_best")):
+            if not isinstance(kernel, triton.JITFunction) or name in _CALLED_BY_OTHERS:
                 continue
             for types, constants in of_kernel[name]:
-                signature = {
-                    argument: "constexpr"
-                    if argument in constants
-                    else types.get(argument, "*i32" if "_ptr" in argument else "i32")
-                    for argument in kernel.arg_names
-                }
+                signature = {argument: "*i32" if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names}
+                signature |= {argument: kind for argument, kind in types.items() if argument in signature}
+                signature |= dict.fromkeys(constants, "constexpr")
                 source = ASTSource(kernel, signature, constexprs=constants)
                 assert triton.compile(source, target=GPUTarget(*_TARGET)).asm["ptx"]
             print(name, len(of_kernel[name]))
