@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             [server] = select(find_servers()[0], fleet.server(arm).pid, None)
             table = server.engines[0]["calibration"]
     provenance = rows.provenance("benchmarks.reliability")  # of one time, by which the rows are known as one run's
-    for source, sampled, said, right, trials in table:
-        row: dict[str, rows.Value] = {"source": source, "sampled": sampled, "said": said, "right": right, "trials": trials}
+    for source, temperatures, said, right, trials in table:
+        row: dict[str, rows.Value] = {"source": source, "sampled": temperatures > 0, "said": said, "right": right, "trials": trials}
         rows.append(options.output, row | provenance)
     print(f"{len(table)} rows in {options.output.name}")
 

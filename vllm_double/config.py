@@ -75,10 +75,6 @@ class DoubleConfig(BaseModel):
         "it brings",
     )
     prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
-    draft_seeded_requests: bool = Field(
-        False,
-        description="draft for requests with a seed and a temperature, too: their text is then no longer reproducible",
-    )
     ray_address: str | None = Field(
         None,
         description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own',

@@ -15,6 +15,9 @@ PROPOSE_BUCKETS_S = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10
 class Counters:
     """Monotone counts since the start, but for ``worker``, which is the worker's own last report.
 
+    draft_first_examples: committed tokens for which it is known what the draft had listed; of these draft_first_accepted were
+    the first of the list, draft_listed_accepted among those that the target was told.
+
     rows: request rows that a target forward sampled for, those without draft tokens included. A *harvest* is a row that
     asked for drafts; it is a *hit* when something was ready behind its new last token.
     """
@@ -32,6 +35,12 @@ class Counters:
     failures: int = 0
     losses: int = 0
     draft_rests: int = 0
+    draft_first_examples: int = 0
+    draft_first_accepted: int = 0
+    draft_listed_accepted: int = 0
+    waits: int = 0
+    waits_missed: int = 0
+    wait_seconds: float = 0.0
     offered: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     proposed_tokens: int = 0
@@ -60,6 +69,12 @@ class Counters:
         """A row asked for drafts."""
         self.harvests += 1
         self.hits += hit
+
+    def waited(self, seconds: float, has_come: bool) -> None:
+        """The target waited for the draft, and something came or not."""
+        self.waits += 1
+        self.waits_missed += not has_come
+        self.wait_seconds += seconds
 
     def proposed(self, seconds: float, chains: Iterable[Sequence[PathToken]]) -> None:
         """One round took ``seconds`` and gave ``chains``."""

@@ -61,9 +61,15 @@ _COUNTERS = {
         "vllm:double_draft_rests",
         "Times that the draft model rested for a request to which it had brought next to nothing.",
     ),
+    "draft_first_examples": ("vllm:double_draft_first_examples", "Committed tokens for which the draft had listed what follows."),
+    "draft_first_accepted": ("vllm:double_draft_first_accepted", "Those of them that were the first of the draft's list."),
+    "draft_listed_accepted": ("vllm:double_draft_listed_accepted", "Those of them that were among the best of the list."),
+    "waits": ("vllm:double_waits", "Times that the target waited for the draft's first tokens."),
+    "waits_missed": ("vllm:double_waits_missed", "Those of them in which nothing came."),
+    "wait_seconds": ("vllm:double_wait_seconds", "Seconds that the target waited for the draft."),
     "worker_restarts": ("vllm:double_worker_restarts", "Restarts of the draft worker."),
 }
-_WORKER_GAUGES = frozenset({"requests", "nodes_per_iteration"})
+_WORKER_GAUGES = frozenset({"requests", "nodes_per_iteration", "step_seconds"})
 _TIMEOUT_S = 0.5
 _SILENCE_S = 30.0  # that a silent engine is not asked for
 

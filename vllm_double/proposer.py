@@ -1,19 +1,21 @@
-"""The round on the target's side, between two target forwards: drain, commit, graft, choose, tell.
+"""The round on the target's side, between two target forwards: drain, commit, graft, choose, tell; maybe wait, and choose again.
 
 Knows neither vLLM nor Ray nor a clock: the integration hands in rows, the worker is one end of two logs, time is passed in.
 """
 
+from __future__ import annotations
+
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.calibration import NUM_BUCKETS, Calibration
+from vllm_double.calibration import NUM_BUCKETS, Calibration, temperature_bucket
 from vllm_double.control import DraftUse, StepCost, chain_lengths
 from vllm_double.counters import Counters
 from vllm_double.hashing import mix, seed
@@ -21,6 +23,7 @@ from vllm_double.retrieval.base import Continuation, Retriever
 from vllm_double.transport.base import TargetEnd
 from vllm_double.transport.messages import Admit, Commit, Forget, Nodes, Release
 from vllm_double.trie import DRAFT, Edge, PathToken, SpeculationTrie
+from vllm_double.waiting import WaitRule
 
 __all__ = ["Proposer", "RequestParams", "Row"]
 
@@ -31,6 +34,7 @@ _DRAIN_BYTES_PER_ROUND = 1 << 20
 _MAX_STOPS = 1024  # that the worker is told of: what it drafts behind others is of no use, and harmless
 _CHILDREN_READ = 3  # of a drafted node: a less probable one is never the best way on
 _MIN_REACH = 0.01  # a retrieved path is taken no further than this
+_RATE_WEIGHT = 0.02  # of a row's forward in the mean of tokens per forward
 _PLACE_TOKENS = 8  # a place in the text is known again by so many tokens before it
 _MAX_REFUSED = 1024  # refusals that are remembered for a request
 
@@ -41,8 +45,8 @@ class RequestParams:
 
     temperature: 0 is greedy. max_length: tokens of prompt and output together that the text can have at most.
     stop_token_ids: tokens after which nothing counts. tenant: whose earlier texts the request may be offered; None: it named
-    nobody. use_drafts: False where drafts would change what is promised (a seeded request stays reproducible) or were declined.
-    use_worker: False where the draft model cannot read the prompt.
+    nobody. use_drafts: False if drafts were declined. use_worker: False if the draft model cannot read the prompt.
+    seed: of the noise that tokens are drawn with, int64. top_k (0: off), top_p, min_p: what they are drawn from.
     """
 
     temperature: float
@@ -51,6 +55,15 @@ class RequestParams:
     tenant: str | None = None
     use_drafts: bool = True
     use_worker: bool = True
+    seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def temperatures(self) -> int:
+        """See `temperature_bucket`."""
+        return temperature_bucket(self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +94,33 @@ class _Request:
     was_heard: bool = False  # the worker has drafted since it was told of the request, or since its last rest
     use: DraftUse = field(default_factory=DraftUse)
     finished: bool = False
+    missed: bool = False  # nothing was ready behind the last committed token when the round began
     chain: list[PathToken] = field(default_factory=list)
     # Retrieved tokens that the target did not want, each behind the tokens before it; oldest first.
     refused: dict[tuple[int, ...], None] = field(default_factory=dict)
     refused_tokens: set[int] = field(default_factory=set)  # all that were ever among them
 
 
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A row of this round that wants drafts, with the best path behind its text."""
+
+    index: int
+    row: Row
+    request: _Request
+    path: list[PathToken] = field(default_factory=list)
+
+
 class Proposer:
     """All live requests of one engine. ``end`` is None where retrieval alone drafts. ``clock`` gives seconds.
 
-    ``vocab_size``: of the target; prompts can hold ids beyond it (of images, say), which are not offered.
+    ``vocab_size``: of the target; prompts can hold ids beyond it (of images, say), which are not offered. ``nap`` returns after
+    a fraction of a draft step; None: the target never waits for the draft.
     """
 
     def __init__(
         self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
-        clock: Callable[[], float], vocab_size: int = sys.maxsize,
+        clock: Callable[[], float], vocab_size: int = sys.maxsize, nap: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.counters = Counters()
         self.calibration = Calibration()
@@ -105,6 +130,10 @@ class Proposer:
         self._retrievers = list(retrievers)
         self._clock = clock
         self._vocab_size = vocab_size
+        self._nap = nap
+        self.wait_rule = WaitRule()
+        self._tokens_per_row = 1.0  # of a forward, lately
+        self._late_beat = -1  # the heartbeat of a worker that was waited for in vain
         self._requests: dict[str, _Request] = {}
         self._by_handle: dict[int, _Request] = {}
         self._to_say: list[Release | Forget] = []
@@ -170,11 +199,39 @@ class Proposer:
     # ---- the round --------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[Row]) -> list[list[int]]:
-        """The chains that the target verifies next, one per row; empty where nothing is worth it."""
+        """The chains that the target verifies next, one per row; empty if nothing is worth it."""
+        steps = self.round(rows)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                chains: list[list[int]] = end.value
+                return chains
+            assert self._nap is not None
+            self._nap()
+
+    def round(self, rows: Sequence[Row]) -> Generator[None, None, list[list[int]]]:
+        """As `propose`; whenever it yields it wants to be resumed a little later."""
         started = self._clock()
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
         self._drain()
         self._say()
+        live = [_Live(index, rows[index], request) for index, request in self._commit_all(rows)]
+        for one in live:
+            one.path = self._graft(one.request, one.row.tokens)
+        self._choose(live, live)
+        missed = [one for one in live if not one.path and self._may_draft(one.request)]
+        waited = yield from self._wait(missed, live)
+        chains: list[list[int]] = [[] for _ in rows]
+        for one in live:
+            chains[one.index] = [step.token for step in one.request.chain]
+        for retriever in self._retrievers:
+            retriever.work(_INDEX_TOKENS_PER_ROUND)
+        self.counters.proposed(self._clock() - started - waited, [one.request.chain for one in live])
+        return chains
+
+    def _commit_all(self, rows: Sequence[Row]) -> list[tuple[int, _Request]]:
+        """Take in what was sampled; returns the rows that want drafts."""
         live: list[tuple[int, _Request]] = []
         for index, row in enumerate(rows):
             request = self._requests.get(row.request_id)
@@ -183,17 +240,76 @@ class Proposer:
             self._commit(request, row)
             if request.params.use_drafts and not request.finished:
                 live.append((index, request))
-        paths = [self._graft(request, rows[index].tokens) for index, request in live]
-        lengths = chain_lengths([[step.reach for step in path] for path in paths], *self.step_cost.estimate())
-        chains: list[list[int]] = [[] for _ in rows]
-        for (index, request), path, length in zip(live, paths, lengths, strict=True):
-            request.chain = path[:length]
-            chains[index] = [step.token for step in request.chain]
-            self._tell(request, rows[index].tokens)
-        for retriever in self._retrievers:
-            retriever.work(_INDEX_TOKENS_PER_ROUND)
-        self.counters.proposed(self._clock() - started, [request.chain for _, request in live])
-        return chains
+        return live
+
+    def _choose(self, chosen: Sequence[_Live], live: Sequence[_Live]) -> None:
+        """Cut the paths of ``chosen``, as long as they pay beside those of all, and tell the worker."""
+        lengths = chain_lengths([[step.reach for step in one.path] for one in live], *self.step_cost.estimate())
+        for one, length in zip(live, lengths, strict=True):
+            if one in chosen:
+                one.request.chain = one.path[:length]
+                self._tell(one.request, one.row.tokens)
+
+    # ---- waiting ----------------------------------------------------------------------------------------------
+
+    def _may_draft(self, request: _Request) -> bool:
+        """Whether the worker has the request, and is to draft for it."""
+        longest = min(self._num_tokens, request.params.max_length - request.length - 1)
+        return longest > 0 and self._is_known(request) and request.was_heard and not request.use.is_resting
+
+    def _wait(self, missed: list[_Live], live: Sequence[_Live]) -> Generator[None, None, float]:
+        """Wait for the draft's first tokens behind outcomes that were not prepared, while that pays; returns the seconds."""
+        rule, end = self.wait_rule, self._end
+        for one in missed:
+            one.request.missed = True
+        if not missed or end is None or self._nap is None or not self._is_prompt(end):
+            return 0.0
+        tokens_per_s = self._tokens_per_second(len(live))
+        acceptances = [rule.acceptance(one.request.params.temperatures) for one in missed]
+        if not rule.pays_to_begin(acceptances, tokens_per_s):
+            rule.observe_no_wait()
+            return 0.0
+        began = seen = arrived = self._clock()
+        beat, has_come = end.heartbeat, False
+        while True:
+            yield
+            self._drain()
+            now = self._clock()
+            if end.heartbeat != beat:
+                beat, seen = end.heartbeat, now
+            paths = [one.request.trie.best_path(self._num_tokens) for one in missed]
+            num_known = sum(map(len, paths))
+            if num_known > sum(len(one.path) for one in missed):
+                if not has_come:
+                    rule.observe_first(now - began)
+                has_come, arrived = True, now
+                for one, path in zip(missed, paths, strict=True):
+                    one.path = path
+            reaches = [
+                (one.path[-1].reach if one.path else 1.0) * acceptance for one, acceptance in zip(missed, acceptances, strict=True)
+            ]
+            if has_come and not rule.pays_to_go_on(reaches, tokens_per_s):
+                break
+            if now - seen > rule.silence_s or now - arrived > rule.first_s + 2 * rule.silence_s:
+                self._late_beat = beat
+                break
+        for one in missed:
+            one.path = self._graft(one.request, one.row.tokens)
+        self._choose([one for one in missed if one.path], live)
+        self.counters.waited(now - began, has_come)
+        return now - began
+
+    def _is_prompt(self, end: TargetEnd) -> bool:
+        """Whether the worker can be expected to answer at once: it is not late, and reads nobody's prompt."""
+        if end.heartbeat == self._late_beat:
+            return False
+        self.wait_rule.step_s = self.counters.worker.get("step_seconds", 0.0)
+        return all(request.was_heard for request in self._by_handle.values() if not request.use.is_resting)
+
+    def _tokens_per_second(self, num_rows: int) -> float:
+        """What the batch decodes, by what its forwards take and have given lately."""
+        fixed, per_token = self.step_cost.estimate()
+        return self._tokens_per_row * num_rows / (fixed + per_token * num_rows * (1.0 + self._tokens_per_row))
 
     def rest(self) -> None:
         """A round without drafts: hear the worker out, and tell it what there was no room for."""
@@ -244,6 +360,7 @@ class Proposer:
                 break
         num_accepted = min(len(new), row.num_sampled - 1)
         self.counters.committed(len(new), num_accepted, row.verified, request.chain)
+        self._tokens_per_row += _RATE_WEIGHT * (len(new) - self._tokens_per_row)
         self._judge_draft(request, row.verified, len(new), num_accepted)
         request.chain = []
         request.length = known + row.num_sampled
@@ -255,11 +372,18 @@ class Proposer:
             if new:
                 self._tell_end(request, row.tokens[: known + len(new)])
             return
-        trie, sampled = request.trie, request.params.temperature > 0
+        trie, temperatures = request.trie, request.params.temperatures
         for place, token in enumerate(new, known):
             wrong = []
+            if (first := trie.first_drafted()) is not None:
+                self.counters.draft_first_examples += 1
+                self.counters.draft_first_accepted += first == token
+                if request.missed:
+                    self.wait_rule.observe_token(temperatures, first == token)
+            request.missed = False
             for source, raw, said in trie.examples():
-                self.calibration.observe(source, raw, sampled, said == token)
+                self.calibration.observe(source, raw, temperatures, said == token)
+                self.counters.draft_listed_accepted += source == DRAFT and said == token
                 if source != DRAFT and said != token:
                     wrong.append(said)
             if wrong or token in request.refused_tokens:
@@ -336,7 +460,7 @@ class Proposer:
         """
         edges: list[Edge] = []
         place_tokens = list(recent)
-        curve = self.calibration.curve(source, request.params.temperature > 0)
+        curve = self.calibration.curve(source, request.params.temperatures)
         for token, raw in zip(found.tokens, found.beliefs, strict=True):
             prob = curve[int(raw * NUM_BUCKETS)]
             reach *= prob
@@ -404,6 +528,10 @@ class Proposer:
                 tuple(itertools.islice(params.stop_token_ids, _MAX_STOPS)),
                 params.tenant or "",
                 self._epoch,
+                params.seed,
+                params.top_k,
+                params.top_p,
+                params.min_p,
             )
         ):
             del self._by_handle[handle]
@@ -449,7 +577,7 @@ class Proposer:
             request.trie = self._new_trie(request.key, len(tokens), request.params)
 
     def _new_trie(self, handle: int, length: int, params: RequestParams) -> SpeculationTrie:
-        return SpeculationTrie(seed(handle), length, self.calibration.curve(DRAFT, params.temperature > 0))
+        return SpeculationTrie(seed(handle), length, self.calibration.curve(DRAFT, params.temperatures))
 
     def _new_key(self) -> int:
         self._last_key += 1

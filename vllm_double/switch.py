@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_double.draft.processes import parent
+from vllm_double.calibration import TEMPERATURE_NAMES
 from vllm_double.endpoint import Address, Answer, ask, find
 
 __all__ = ["Server", "SwitchError", "find_servers", "select", "switch"]
@@ -38,8 +39,8 @@ class Server:
         lines = []
         for engine, said in self.engines.items():
             lines.append(f"{self}{f', engine {engine}' if len(self.engines) > 1 else ''}: {_state(said)}")
-            for source, sampled, edge, chance, trials in said["calibration"] if with_calibration else ():
-                kind = "sampled" if sampled else "greedy"
+            for source, temperatures, edge, chance, trials in said["calibration"] if with_calibration else ():
+                kind = TEMPERATURE_NAMES[temperatures]
                 lines.append(f"    {source}, {kind}: from {edge:.2f} on it was right {chance:.3f} of {trials:.0f} times")
         return lines
 

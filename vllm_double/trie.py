@@ -124,6 +124,11 @@ class SpeculationTrie:
             said.extend((edge.source, edge.raw, edge.token) for edge in grafted.values())
         return said
 
+    def first_drafted(self) -> int | None:
+        """The draft's first token behind the root, if it has said what follows."""
+        drafted = self._drafted.get(self.root_hash)
+        return drafted[0][0] if drafted is not None else None
+
     def commit(self, token: int) -> None:
         """Move the root by one committed token; nodes at the old root's position fall away."""
         for prefix_hash in self._hashes_at.pop(self.position, ()):

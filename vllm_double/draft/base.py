@@ -10,7 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Batch", "DraftEngine", "Row", "count_outputs"]
+__all__ = ["SAMPLING_DTYPE", "Batch", "DraftEngine", "Row", "count_outputs"]
+
+SAMPLING_DTYPE = np.dtype(
+    [("seed", "<i8"), ("temperature", "<f4"), ("noise_scale", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4")]
+)
+"""How the target samples a row's tokens, as `Row` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,9 @@ class Row:
     num_outputs: how many of the last query tokens want their next-token distribution, 0 .. len(tokens).
     temperature: divides the logits of this row's outputs; 0 (greedy) means 1, because the probabilities are
         wanted all the same.
+    seed, noise_scale: next tokens are ranked by ``log(probability) + noise_scale * noise(seed, position of the query token,
+        next token)``; 0 ranks them by probability. See `double_kernels.gumbel_noise`.
+    top_k (0: off), top_p (1: off), min_p (0: off): what the target draws from; other tokens come last, with probability 0.
     """
 
     pages: Sequence[int]
@@ -32,6 +40,11 @@ class Row:
     tokens: Sequence[int]
     num_outputs: int
     temperature: float
+    seed: int = 0
+    noise_scale: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,7 @@ class Batch:
     """The rows of one forward, flat; see `Row` for what they mean.
 
     token_ids: int64 [tokens], row after row. query_start: int32 [rows + 1], where each row's tokens begin. starts, num_outputs:
-    int32 [rows]. temperatures: float32 [rows]. pages: int32 [rows, width], block tables; entries behind a row's last page mean
+    int32 [rows]. sampling: SAMPLING_DTYPE [rows]. pages: int32 [rows, width], block tables; entries behind a row's last page mean
     nothing. The arrays are good until the caller makes its next batch.
     """
 
@@ -47,7 +60,7 @@ class Batch:
     query_start: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int32]
     num_outputs: npt.NDArray[np.int32]
-    temperatures: npt.NDArray[np.float32]
+    sampling: npt.NDArray[np.void]
     pages: npt.NDArray[np.int32]
 
     @classmethod
@@ -61,12 +74,30 @@ class Batch:
             np.array([0, *accumulate(len(row.tokens) for row in rows)], np.int32),
             np.array([row.start for row in rows], np.int32),
             np.array([row.num_outputs for row in rows], np.int32),
-            np.array([row.temperature for row in rows], np.float32),
+            np.array(
+                [(row.seed, row.temperature, row.noise_scale, row.top_k, row.top_p, row.min_p) for row in rows], SAMPLING_DTYPE
+            ),
             pages,
         )
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def temperatures(self) -> npt.NDArray[np.float32]:
+        """float32 [rows]"""
+        return self.sampling["temperature"]
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether any row is ranked with noise."""
+        return bool(self.sampling["noise_scale"].any())
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether any row leaves tokens out."""
+        sampling = self.sampling
+        return bool((sampling["top_k"] > 0).any() or (sampling["top_p"] < 1).any() or (sampling["min_p"] > 0).any())
 
     @property
     def output_indices(self) -> npt.NDArray[np.int64]:
@@ -75,12 +106,22 @@ class Batch:
         before = np.cumsum(counts) - counts
         return np.repeat(ends - counts - before, counts) + np.arange(counts.sum())
 
+    @property
+    def output_positions(self) -> npt.NDArray[np.int64]:
+        """int64 [outputs]: positions of these tokens in their texts."""
+        return self.output_indices + np.repeat(self.starts.astype(np.int64) - self.query_start[:-1], self.num_outputs)
+
+    @property
+    def output_sampling(self) -> npt.NDArray[np.void]:
+        """SAMPLING_DTYPE [outputs]"""
+        return np.repeat(self.sampling, self.num_outputs)
+
     def __iter__(self) -> Iterator[Row]:
         ends = self.query_start.tolist()
-        rows = zip(self.starts.tolist(), self.num_outputs.tolist(), self.temperatures.tolist(), strict=True)
-        for index, (start, num_outputs, temperature) in enumerate(rows):
+        rows = zip(self.starts.tolist(), self.num_outputs.tolist(), self.sampling.tolist(), strict=True)
+        for index, (start, num_outputs, (seed, temperature, *sampling)) in enumerate(rows):
             tokens = self.token_ids[ends[index] : ends[index + 1]].tolist()
-            yield Row(self.pages[index].tolist(), start, tokens, num_outputs, temperature)
+            yield Row(self.pages[index].tolist(), start, tokens, num_outputs, temperature, seed, *sampling)
 
 
 class DraftEngine(Protocol):
@@ -113,7 +154,7 @@ class DraftEngine(Protocol):
         """Write the rows' keys and values, and return the best next tokens after each wanted query token.
 
         Returns tokens int32 [N, num_children] and probabilities float32 [N, num_children], where N is the sum
-        of num_outputs, in row order; each line sorted by falling probability. Probabilities are
+        of num_outputs, in row order; each line as `Row` ranks it. Probabilities are
         softmax(logits / (temperature or 1)) over the true vocabulary, so a line sums to at most 1. The arrays
         are the caller's. Two rows of one call must not write the same slot, and no row may read a slot that
         another row of the call writes. Raises ValueError for a malformed row, before anything is written.
@@ -156,3 +197,4 @@ def _faults(batch: Batch, page_size: int, num_pages: int, max_length: int, vocab
     is_used = np.arange(pages.shape[1]) < num_row_pages[:, None]
     yield (((pages < 0) | (pages >= num_pages)) & is_used).any(axis=1), f"uses a page outside 0..{num_pages - 1}"
     yield batch.temperatures < 0, "has a negative temperature"
+    yield batch.sampling["noise_scale"] < 0, "has a negative noise scale"

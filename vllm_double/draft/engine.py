@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from double_kernels import fork_pages, insert_guidance, top_branches
+from double_kernels import Noise, Support, fork_pages, insert_guidance, top_branches
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -88,7 +88,7 @@ class VllmDraftEngine:
             logits = self._model.compute_logits(hidden)
         if logits is None:
             return _no_outputs(num_children)  # of several ranks the first has them
-        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._temperatures(batch))
+        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._temperatures(batch), *self._noise(batch))
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 
     def _build(self, common: CommonAttentionMetadata, recording: bool = False) -> dict[str, Any]:
@@ -125,12 +125,13 @@ class VllmDraftEngine:
         )
         self._prepared = common, self._build(common, recording)
 
-    def _step(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, inputs: StepInputs, sampled: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """See StepGraphs: the forward that is recorded. Its Python does not run in a replay."""
         with self._context(*self._prepared):
             hidden = self._model(input_ids=inputs.input_ids, positions=inputs.positions)
             logits = self._model.compute_logits(hidden)
-        return top_branches(logits[:, : self.vocab_size], self._num_children, inputs.temperatures)
+        noise, support = (inputs.noise, inputs.support) if sampled else (None, None)
+        return top_branches(logits[:, : self.vocab_size], self._num_children, inputs.temperatures, noise, support)
 
     @torch.inference_mode()
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
@@ -171,6 +172,17 @@ class VllmDraftEngine:
             return None
         values = np.where(batch.temperatures == 0.0, np.float32(1.0), batch.temperatures)
         return self._tensor(np.repeat(values, batch.num_outputs))
+
+    def _noise(self, batch: Batch) -> tuple[Noise | None, Support | None]:
+        """Of the outputs; None if no row is sampled."""
+        if not batch.is_sampled:
+            return None, None
+        sampling = batch.output_sampling
+        columns = {name: self._tensor(sampling[name].copy()) for name in sampling.dtype.names}
+        noise = Noise(columns["seed"], self._tensor(batch.output_positions), columns["noise_scale"])
+        if not batch.is_filtered:
+            return noise, None
+        return noise, Support(columns["top_k"], columns["top_p"], columns["min_p"])
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         # The array may change afterwards: from memory that is not pinned CUDA takes what it copies before it returns.

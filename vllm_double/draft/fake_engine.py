@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from double_kernels import gumbel_noise
 from vllm_double.draft.base import Batch, Row, count_outputs
 from vllm_double.hashing import mix
 
@@ -89,7 +90,7 @@ class FakeEngine:
             text = [*context, *row.tokens]
             self.num_query_tokens += len(row.tokens)
             for length in range(len(text) - row.num_outputs + 1, len(text) + 1):
-                tokens[output], probs[output] = self._best(text[:length], row.temperature, num_children)
+                tokens[output], probs[output] = self._best(text[:length], row, num_children)
                 output += 1
         return tokens, probs
 
@@ -152,11 +153,28 @@ class FakeEngine:
                 assert writer is None, f"row {index} reads page {page}, slot {slot}, which row {writer} writes"
 
     def _best(
-        self, context: Sequence[int], temperature: float, num_children: int
+        self, context: Sequence[int], row: Row, num_children: int
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-        logits = self._next_token(context) / (temperature or 1.0)
+        logits = self._next_token(context) / (row.temperature or 1.0)
         assert logits.shape == (self.vocab_size,), f"next_token gave logits of shape {logits.shape}"
         weights = np.exp(logits - logits.max())
         probs = weights / weights.sum()
-        best = np.argsort(-probs, kind="stable")[:num_children]
+        scores = np.log(probs)
+        if row.noise_scale > 0:
+            noise = gumbel_noise(np.int64(row.seed), np.int64(len(context) - 1), np.arange(self.vocab_size))
+            scores += row.noise_scale * noise
+        kept = is_kept(probs, row)
+        probs[~kept] = 0.0
+        scores[~kept] = -np.inf
+        best = np.argsort(-scores, kind="stable")[:num_children]
         return best, probs[best]
+
+
+def is_kept(probs: npt.NDArray[np.float64], row: Row) -> npt.NDArray[np.bool_]:
+    """bool [vocab_size]: the tokens that the target draws from, if these are its probabilities."""
+    order = np.argsort(-probs, kind="stable")
+    kept = np.zeros(len(probs), dtype=bool)
+    kept[order[: row.top_k or None]] = True
+    mass = probs[order] * kept[order]
+    kept[order[np.cumsum(mass) - mass >= row.top_p * mass.sum()]] = False
+    return kept & (probs >= row.min_p * probs.max())

@@ -12,8 +12,10 @@ from itertools import takewhile
 import numpy as np
 import numpy.typing as npt
 
+from double_kernels import gumbel_noise
 from vllm_double.draft import _tree_steps as at
-from vllm_double.draft.base import Batch, DraftEngine
+from vllm_double.draft.base import SAMPLING_DTYPE, Batch, DraftEngine
+from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
 from vllm_double.draft.pages import PagePool
 from vllm_double.draft.tree import MAX_AHEAD, DraftRequest
 from vllm_double.retrieval.base import Retriever
@@ -65,6 +67,7 @@ class Frontier:
         self._steps = at.steps()
         self._work = _Work(limits, engine.max_length, -(-engine.max_length // engine.page_size))
         self._starved = False
+        self._coupling = NoiseCoupling()
         self.num_late_commands = 0
         self.num_committed = 0
         self.num_foreseen = 0
@@ -98,10 +101,8 @@ class Frontier:
                 self.num_late_commands += 1
                 return
             request = DraftRequest(
-                command.handle, command.base, command.temperature, command.max_length, command.stop_token_ids,
-                self._pool, self._page_size, self._num_children, self._limits.num_speculative_tokens, self._max_length,
-                command.tenant or None, command.epoch,
-            )  # fmt: skip
+                command, self._pool, self._page_size, self._num_children, self._limits.num_speculative_tokens, self._max_length
+            )
             self._requests[command.handle] = request
             self._work.serve(list(self._requests.values()))
             self.num_prefix_queries += command.base
@@ -127,6 +128,8 @@ class Frontier:
             self._forget(request)
             return False
         self.num_committed += len(new)
+        for listing, token in request.drawn(len(new)):
+            self._coupling.learn(request.temperature, listing, token)
         if not request.is_whole:
             return True  # the text at admission is still arriving
         for retriever in self._retrievers:
@@ -162,7 +165,7 @@ class Frontier:
                 asked.reserve(2 * (self._limits.nodes_per_iteration + 1))
         for retriever in self._retrievers:
             retriever.work(_INDEX_TOKENS_PER_ITERATION)
-        return work.batch()
+        return work.batch(self._coupling)
 
     @property
     def tail_copies(self) -> list[tuple[int, int, int]]:
@@ -225,12 +228,28 @@ class Frontier:
             return records
         tokens = np.ascontiguousarray(tokens, np.int32)
         probs = np.fmax(probs, np.float32(0.0), dtype=np.float32)  # a draft that overflows, and so says NaN, says nothing
+        listings = self._couple(tokens, probs) if work.latest.is_sampled else []
         log_probs = np.log(np.maximum(probs, np.float32(1e-9)))
         num_listed = tokens.shape[1]
         tokens_at, probs_at, log_probs_at, records_at = (a.ctypes.data for a in (tokens, probs, log_probs, records))
         num_told = min(num_listed, MAX_CHILDREN)
         self._steps.expand(work.address, num_listed, tokens_at, probs_at, log_probs_at, records_at, num_told)
+        for output, listing in listings:
+            length, prefix_hash = int(records["position"][output]), int(records["prefix_hash"][output])
+            work.request_of(output).note_listing(length, prefix_hash, listing)
         return records
+
+    def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> list[tuple[int, Listing]]:
+        """Turn the probabilities of sampled requests into chances to be drawn, in place; returns what is to be noted of whom."""
+        batch = self._work.latest
+        sampling = batch.output_sampling
+        outputs = np.flatnonzero(sampling["noise_scale"] > 0)
+        sampling, listed = sampling[outputs], tokens[outputs]
+        noise = gumbel_noise(sampling["seed"][:, None], batch.output_positions[outputs, None], listed)
+        with np.errstate(divide="ignore"):
+            log_probs = np.log(probs[outputs])
+        probs[outputs] = self._coupling.chances(sampling["temperature"], log_probs, noise)
+        return [(output, Listing(*one)) for output, *one in zip(outputs.tolist(), listed, log_probs, noise, strict=True)]
 
     # ---- pages ------------------------------------------------------------------------------------------------
 
@@ -285,6 +304,7 @@ class _Work:
         self.beliefs = np.zeros(MAX_AHEAD, np.float32)
         self.beliefs_at = self.beliefs.ctypes.data
         self.requests: list[DraftRequest] = []
+        self.latest = Batch.of([])
         self.runs = np.zeros((0, 6), np.int32)
         self.serve([])
 
@@ -292,7 +312,7 @@ class _Work:
         """From now on these are all requests."""
         self.requests = requests
         self._trees = np.array([request.address for request in requests], np.int64)
-        self._temperatures = np.array([request.temperature for request in requests], np.float32)
+        self._sampling = np.array([request.sampling for request in requests], SAMPLING_DTYPE)
         self.header[[at.NUM_TREES, at.TREES_AT]] = len(requests), self._trees.ctypes.data
         # Each request is caught up with, and has one node beside the budget.
         needed = 2 * len(requests) + self._limits.nodes_per_iteration
@@ -320,15 +340,21 @@ class _Work:
         """(source page, destination page, used slots), to be copied before the forward."""
         return list(map(tuple, self._copies[: self.header[at.NUM_COPIES]].tolist()))  # type: ignore[arg-type]
 
-    def batch(self) -> Batch:
+    def request_of(self, output: int) -> DraftRequest:
+        """Whose an output of the latest batch is."""
+        return self.requests[self._outputs[output, 0]]
+
+    def batch(self, coupling: NoiseCoupling) -> Batch:
         """What was chosen, for the engine."""
+        self._sampling["noise_scale"] = [coupling.noise_scale(request.temperature) for request in self.requests]
         num_runs, num_tokens = int(self.header[at.NUM_RUNS]), int(self.header[at.NUM_TOKENS])
         numbers = np.empty(3 * num_runs + 1, np.int32)
         starts, num_outputs, query_start = numbers[:num_runs], numbers[num_runs : 2 * num_runs], numbers[2 * num_runs :]
         batch = Batch(
             np.empty(num_tokens, np.int64), query_start, starts, num_outputs,
-            self._temperatures[self.runs[:num_runs, at.TREE]], self._pages[:num_runs],
+            self._sampling[self.runs[:num_runs, at.TREE]], self._pages[:num_runs],
         )  # fmt: skip
+        self.latest = batch
         arrays = (batch.token_ids, starts, query_start, num_outputs, self._pages)
         tokens_at, starts_at, query_at, counts_at, pages_at = (array.ctypes.data for array in arrays)
         at.steps().lay_out(self.address, tokens_at, starts_at, query_at, counts_at, pages_at, self._max_pages)

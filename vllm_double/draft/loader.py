@@ -137,6 +137,8 @@ def load(config: EngineConfig) -> LoadedModel:
     vllm_config = _vllm_config(config)
     _check_drafts(vllm_config)
     if device.type == "cpu":
+        # A process has to ask for the tile registers, or vLLM's attention in bfloat16 ends it with an illegal instruction.
+        torch.cpu._init_amx()
         # get_model() calls them, and torch raises where there is no accelerator; as vLLM's CPU worker does.
         torch.accelerator.empty_cache = _nothing
         torch.accelerator.synchronize = _nothing

@@ -12,7 +12,7 @@ microsecond. What falls away with a commit leaves no gap; whatever outlives one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from vllm_double.draft import _tree_steps as at
 from vllm_double.draft._tree_steps import MAX_AHEAD, NONE, TREE_LENGTH, steps
+from vllm_double.draft.noise_coupling import Listing
 from vllm_double.draft.pages import PagePool, page_key, partition_key
 from vllm_double.hashing import mix, seed
+from vllm_double.transport.messages import Admit
 
 __all__ = ["MAX_AHEAD", "DraftRequest", "Node"]
 
@@ -32,35 +34,38 @@ _MIN_TEXT = 256
 class DraftRequest:
     """Text and tree of one admission. ``base`` is the length at admission, from which prefix hashes are counted.
 
+    ``sampling``: an entry of SAMPLING_DTYPE, without the noise's scale.
+
     ``address`` is that of the tree's header. ``num_children``: the draft lists at most so many tokens behind a node.
     ``num_speculative_tokens``: no node lies deeper behind the text and the chain that is verified.
     """
 
     def __init__(
-        self, handle: int, base: int, temperature: float, max_length: int, stop_token_ids: Sequence[int], pool: PagePool,
-        page_size: int, num_children: int, num_speculative_tokens: int, longest: int, tenant: str | None = None, epoch: int = 0,
-    ) -> None:  # fmt: skip
-        self.handle = handle
-        self.tenant = tenant
-        self.epoch = epoch
-        self.base = base
-        self.temperature = temperature
+        self, admission: Admit, pool: PagePool, page_size: int, num_children: int, num_speculative_tokens: int, longest: int
+    ) -> None:
+        self.handle = handle = admission.handle
+        self.tenant = admission.tenant or None
+        self.epoch = admission.epoch
+        self.base = admission.base
+        self.temperature = admission.temperature
+        self.sampling = admission.seed, admission.temperature, 0.0, admission.top_k, admission.top_p, admission.min_p
+        self._listings: dict[int, dict[int, Listing]] = {}  # of a sampled request, by the length of the text in front
         self._pool = pool
         self._page_size = page_size
         self._steps = steps()
         self._header = np.zeros(TREE_LENGTH, np.int64)
         self.address = self._header.ctypes.data
-        self._stops = np.array(stop_token_ids, np.int32)
+        self._stops = np.array(admission.stop_token_ids, np.int32)
         self._trunk = np.zeros(-(-longest // page_size) + 1, np.int32)
         self._text = np.zeros(_MIN_TEXT, np.int32)
         self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
-        self._page_keys = [partition_key(tenant, epoch)]  # and of the text's full pages, as far as they were asked for
+        self._page_keys = [partition_key(self.tenant, self.epoch)]  # and of the text's full pages, as far as they were asked for
         self._num_inserted = 0  # pages of the trunk that are in the prefix cache: they are not written any more
         self._num_children = num_children
         # A branch leaves the text's, or another branch, within the reach of one commit, and ends within that of a later one.
         self._branch_pages = (4 * num_speculative_tokens + 2) // page_size + 3
         header = self._header
-        header[at.HANDLE], header[at.MAX_LENGTH], header[at.PAGE_SIZE] = _signed(handle), max_length, page_size
+        header[at.HANDLE], header[at.MAX_LENGTH], header[at.PAGE_SIZE] = _signed(handle), admission.max_length, page_size
         header[at.NUM_STOPS], header[at.NUM_CHILDREN] = len(self._stops), num_children
         header[at.BRANCH_PAGES], header[at.NUM_BRANCHES] = self._branch_pages, 1
         header[[at.STOPS_AT, at.TRUNK_AT, at.TEXT_AT]] = [a.ctypes.data for a in (self._stops, self._trunk, self._text)]
@@ -163,6 +168,19 @@ class DraftRequest:
         self.reserve(len(chain))
         tokens, values = np.ascontiguousarray(chain, np.int32), np.ascontiguousarray(log_probs, np.float64)
         self._steps.follow(self.address, len(chain), tokens.ctypes.data, values.ctypes.data)
+
+    # ---- what was drawn ---------------------------------------------------------------------------------------
+
+    def note_listing(self, length: int, prefix_hash: int, listing: Listing) -> None:
+        """Keep what the draft lists behind a text of so many tokens, until it is known what is drawn there."""
+        self._listings.setdefault(length, {})[prefix_hash] = listing
+
+    def drawn(self, num_new: int) -> Iterator[tuple[Listing, int]]:
+        """For each of the newest committed tokens whose list is known: the list, and the token."""
+        for length in range(max(self.length - num_new, self.base), self.length):
+            listing = self._listings.pop(length, {}).get(self._hashes[length - self.base])
+            if listing is not None:
+                yield listing, int(self._text[length])
 
     # ---- pages ------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ __all__ = ["DraftWorker"]
 _IDLE_WAIT_S = 0.001
 _EMPTY_WAIT_S = 0.05
 _REPORT_INTERVAL_S = 0.5
+_STEP_WEIGHT = 0.05
 
 
 class DraftWorker:
@@ -33,6 +34,7 @@ class DraftWorker:
         self._clock = clock
         self._last_report = float("-inf")
         self._reported: dict[str, float] = {}
+        self._step_seconds = 0.0  # of an iteration that reads no prompt, lately
         self._counters = dict.fromkeys(
             ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"),
             0.0,
@@ -46,6 +48,7 @@ class DraftWorker:
 
     def turn(self) -> bool:
         """One iteration; False where there was nothing to draft."""
+        began = self._clock()
         self._end.beat()
         for command in self._end.receive():
             self.frontier.apply(command)
@@ -60,8 +63,15 @@ class DraftWorker:
             if len(records) and not self._end.publish(records):
                 self._counters["records_dropped"] += len(records)
             self._counters["nodes_published"] += len(records)
+            if len(batch.token_ids) == len(tokens):
+                self._note_step(self._clock() - began)
         self._report()
         return len(batch) > 0
+
+    def _note_step(self, seconds: float) -> None:
+        """A first step that compiles, or one beside which the machine stood still, is cut."""
+        known = self._step_seconds
+        self._step_seconds = seconds if known == 0.0 else known + _STEP_WEIGHT * (min(seconds, 3 * known) - known)
 
     def _count(self, started: float, num_tokens: int, num_rows: int) -> None:
         self._counters["iterations"] += 1
@@ -85,6 +95,7 @@ class DraftWorker:
             "prefix_cache_hits": float(self.frontier.num_prefix_hits),
             "requests": float(len(self.frontier)),
             "nodes_per_iteration": float(self._limits.nodes_per_iteration),
+            "step_seconds": self._step_seconds,
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
         if values != self._reported and self._end.report(WorkerStats(values)):

@@ -1,7 +1,8 @@
 """What method double changes in the front end's processes.
 
 A request whose "double" cannot be read is refused where vLLM checks sampling parameters, so that whoever made the mistake hears
-of it: the worker can only go without drafts.
+of it: the worker can only go without drafts. And `min_p` and `logit_bias` are not refused: method double applies them behind
+each draft token.
 """
 
 import functools
@@ -13,25 +14,26 @@ from vllm.sampling_params import SamplingParams
 from vllm_double.config import ConfigError
 from vllm_double.request_args import RequestArgs
 
-__all__ = ["refuse_malformed"]
+__all__ = ["check_requests"]
 
 _MARK = "_vllm_double_wrapped"
 
 
-def refuse_malformed(config_class: type) -> None:
-    """Have this process refuse requests whose "double" cannot be read, where speculation is configured by this class. Once."""
-    original = SamplingParams.verify
+def check_requests(config_class: type) -> None:
+    """Have this process check requests of method double (``config_class``) by what that method needs. Once."""
+    original = SamplingParams._validate_spec_decode
     if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
-    def verify(self: Any, model_config: Any, speculative_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, model_config, speculative_config, *args, **kwargs)
-        if isinstance(speculative_config, config_class):
-            try:
-                RequestArgs.parse(self.extra_args)
-            except ConfigError as error:
-                raise VLLMValidationError(str(error), parameter="double") from None
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not isinstance(speculative_config, config_class):
+            original(self, speculative_config)
+            return
+        try:
+            RequestArgs.parse(self.extra_args)
+        except ConfigError as error:
+            raise VLLMValidationError(str(error), parameter="double") from None
 
-    setattr(verify, _MARK, True)
-    SamplingParams.verify = verify
+    setattr(validate_spec_decode, _MARK, True)
+    SamplingParams._validate_spec_decode = validate_spec_decode

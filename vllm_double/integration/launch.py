@@ -27,6 +27,7 @@ from vllm_double.transport.shared import SharedTargetEnd
 __all__ = ["Launch"]
 
 _STALE_HEARTBEAT_S = 2.0
+_NAP_S = 50e-6  # between two looks for what the target waits for
 
 
 class Launch:
@@ -53,7 +54,7 @@ class Launch:
                 self.start_draft()
         retrievers = _sources(config).open() if double.target_retrieval else []
         vocab_size = vllm_config.model_config.get_vocab_size()
-        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size)
+        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, _nap)
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
         # Not its rank: engines of a dense model count themselves as the only one.
         engine = vllm_config.parallel_config.data_parallel_index
@@ -95,6 +96,10 @@ class Launch:
         if beat != self._beat[0]:
             self._beat = (beat, now)
         return now - self._beat[1] < _STALE_HEARTBEAT_S
+
+
+def _nap() -> None:
+    time.sleep(_NAP_S)
 
 
 def _sources(config: Any) -> Sources:

@@ -21,7 +21,7 @@ from vllm_double.integration.launch import Launch
 from vllm_double.proposer import RequestParams, Row
 from vllm_double.request_args import RequestArgs, digest
 
-__all__ = ["MARK", "TargetRank", "then", "wrap_worker"]
+__all__ = ["MARK", "TargetRank", "as_int64", "then", "wrap_worker"]
 
 _logger = logging.getLogger(__name__)
 MARK = "_vllm_double_wrapped"
@@ -34,7 +34,6 @@ class TargetRank:
     def __init__(self, vllm_config: VllmConfig) -> None:
         wrap_worker()
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._draft_seeded = vllm_config.speculative_config.double.draft_seeded_requests
         self._launch = Launch(vllm_config) if _is_output_rank() else None
         self._proposer: GuardedProposer | None = self._launch.proposer if self._launch is not None else None
         self._step_started = 0.0
@@ -56,10 +55,13 @@ class TargetRank:
             self._launch.start_draft()
             self._proposer.forget_step_cost()  # vLLM compiles in the steps by which it warms up
 
-    def begin_step(self, scheduler_output: Any, text_of: Callable[[Any], npt.NDArray[np.int32] | None]) -> None:
+    def begin_step(
+        self, scheduler_output: Any, text_of: Callable[[Any], npt.NDArray[np.int32] | None], seed_of: Callable[[Any], int]
+    ) -> None:
         """Before a target forward: requests that ended, requests that are new.
 
-        text_of: the text of a new request, int32 [n], the caller's no more; None where it goes on with the text that it had.
+        text_of: the text of a new request, int32 [n], the caller's no more; None if it goes on with the text that it had.
+        seed_of: the seed of its noise, int64.
         """
         proposer = self._proposer
         if proposer is None:
@@ -74,7 +76,7 @@ class TargetRank:
             with proposer.guard():
                 text = text_of(new)
                 if text is not None:
-                    proposer.admit(new.req_id, text, self._params(new))
+                    proposer.admit(new.req_id, text, self._params(new, seed_of(new)))
         self._step_started = time.perf_counter()
 
     def end_step(self, scheduler_output: Any, num_rows: int, rows_of: Callable[[], list[Row]]) -> list[list[int]]:
@@ -91,7 +93,7 @@ class TargetRank:
             chains = proposer.propose(rows_of())
         return chains
 
-    def _params(self, new: Any) -> RequestParams:
+    def _params(self, new: Any, seed: int) -> RequestParams:
         sampling = new.sampling_params
         if sampling is None:
             return RequestParams(0.0, 0, frozenset(), use_drafts=False)
@@ -100,8 +102,6 @@ class TargetRank:
             stops.add(sampling.eos_token_id)
         max_tokens = sampling.max_tokens if sampling.max_tokens is not None else self._max_model_len
         has_text = new.prompt_embeds is None and new.prompt_token_ids is not None
-        # A seeded request is reproducible in plain vLLM; with drafts the draws would depend on when they were ready.
-        is_seeded = sampling.seed is not None and sampling.temperature > 0
         args = self._args(sampling)
         # Both count: who may choose a tenant must not reach behind another's salt. And what speaks through another adapter
         # foretells this one badly.
@@ -113,8 +113,12 @@ class TargetRank:
             max_length=min(self._max_model_len, new.prompt_len + max_tokens),
             stop_token_ids=frozenset(stops),
             tenant=digest(salt, args.tenant, adapter) if is_named else None,
-            use_drafts=has_text and args.enabled and (self._draft_seeded or not is_seeded),
+            use_drafts=has_text and args.enabled,
             use_worker=not new.mm_features,
+            seed=seed,
+            top_k=max(sampling.top_k, 0),
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
         )
 
     def _args(self, sampling: Any) -> RequestArgs:
@@ -126,6 +130,11 @@ class TargetRank:
                 self._said_unreadable = True
                 _logger.warning("a request goes without drafts, and so will others like it: %s", error)
             return RequestArgs(enabled=False)  # whoever it names, its text stays out of everybody's history
+
+
+def as_int64(seed: int) -> int:
+    """A request's seed as vLLM's noise takes it."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _is_output_rank() -> bool:

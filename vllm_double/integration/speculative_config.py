@@ -18,7 +18,7 @@ from vllm.config.utils import config
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
 from vllm_double.integration.engine_core import inform_workers, receive_drafts, schedule_without_placeholders, wait_asleep
-from vllm_double.integration.front_end import refuse_malformed
+from vllm_double.integration.front_end import check_requests
 from vllm_double.integration.runners import allow_v2
 from vllm_double.integration.tokenizers import check_datastores, check_same_tokenizer
 
@@ -140,7 +140,7 @@ def _metrics_key(parallel: ParallelConfig) -> str:
 
 def _teach_process() -> None:
     """In every process with our configuration: any can be a front end, hold the scheduler or run the model."""
-    refuse_malformed(DoubleSpeculativeConfig)
+    check_requests(DoubleSpeculativeConfig)
     inform_workers()
     schedule_without_placeholders(DoubleSpeculativeConfig)
     allow_v2(DoubleSpeculativeConfig)
@@ -156,6 +156,8 @@ def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:
             f'Method "double" does not support hybrid or recurrent targets ({", ".join(target.architectures)}): their state '
             "cannot go back when a draft is rejected."
         )
+    if getattr(target, "use_fp64_gumbel", False):
+        raise ConfigError('Method "double" does not support noise in float64: leave out --use-fp64-gumbel.')
     if target.runner_type != "generate":
         raise ConfigError(f'Method "double" is for models that generate text, not for a {target.runner_type} model.')
 

@@ -4,7 +4,8 @@ V2 keeps texts on the device, lets a speculator write drafts there, and tells th
 for every request. Here the scheduler is told the real, ragged chains, and what it schedules is written to the device before the
 next forward, on every rank: rows without drafts cost no query token, and a chain that the scheduler cut is what is verified.
 
-Four methods of the runner are wrapped; each does what it did before unless the runner's speculator is ours.
+Four methods of the runner are wrapped; each does what it did before unless the runner's speculator is ours. The rejection
+sampler of our own runner accepts the draft tokens that vLLM's sampler draws itself (shared noise, see ``v1_sampling``).
 """
 
 import functools
@@ -18,6 +19,7 @@ from vllm.config import VllmConfig
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
@@ -54,7 +56,7 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
     """What the wrapped ``init_speculator`` builds in each target worker."""
 
     supports_mm_inputs = False
-    draft_logits = None  # a chain is a deterministic proposal: it is accepted with the target's own probability
+    draft_logits = None  # no probabilities are compared
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         _wrap_runner()
@@ -64,7 +66,8 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         self._texts: dict[str, _Text] = {}  # of live requests, on the output rank
         self._step: Any = None  # the scheduler's output of the step that is being computed
         self._drafts: DraftTokenIds | None = None
-        self._watches_weights = False
+        self._seeds: dict[str, int] = {}  # of live requests, on the output rank
+        self._is_prepared = False
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """See BaseSpeculator: nothing of ours runs in the target's stream."""
@@ -82,12 +85,19 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
 
     def follow_step(self, runner: GPUModelRunner, scheduler_output: Any) -> None:
         """Before a target forward."""
-        if not self._watches_weights:
-            self._watches_weights = True
+        if not self._is_prepared:
+            self._is_prepared = True
             self.watch_weights(runner.model)
+            share_noise(runner)
         self._step = scheduler_output
-        fresh = self._follow_texts(scheduler_output) if self._proposer is not None else set()
-        self.begin_step(scheduler_output, lambda new: self._texts[new.req_id].tokens.copy() if new.req_id in fresh else None)
+        fresh: set[str] = set()
+        if self._proposer is not None:
+            fresh = self._follow_texts(scheduler_output) | self._follow_seeds(scheduler_output, runner)
+        self.begin_step(
+            scheduler_output,
+            lambda new: self._texts[new.req_id].tokens.copy() if new.req_id in fresh else None,
+            lambda new: self._seeds[new.req_id],
+        )
         self._write_drafts(runner.req_states, scheduler_output.scheduled_spec_decode_tokens)
 
     def _follow_texts(self, scheduler_output: Any) -> set[str]:
@@ -102,6 +112,19 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
             known = texts.get(new.req_id)
             if known is None or not np.array_equal(known.tokens, new.prefill_token_ids):
                 texts[new.req_id] = _Text(new.prefill_token_ids)
+                fresh.add(new.req_id)
+        return fresh
+
+    def _follow_seeds(self, scheduler_output: Any, runner: GPUModelRunner) -> set[str]:
+        """Keep the seeds of live requests; returns whose are new: vLLM draws another one if a request was preempted."""
+        seeds, fresh = self._seeds, set()
+        for request_id in scheduler_output.finished_req_ids:
+            seeds.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            index = runner.req_states.req_id_to_index[new.req_id]
+            seed = int(runner.sampler.sampling_states.seeds.np[index])
+            if seeds.get(new.req_id) != seed:
+                seeds[new.req_id] = seed
                 fresh.add(new.req_id)
         return fresh
 
@@ -138,6 +161,45 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         """The chains of the last step, once."""
         drafts, self._drafts = self._drafts, None
         return drafts
+
+
+def share_noise(runner: GPUModelRunner) -> None:
+    """Have the runner accept a draft token if it is what its sampler draws there, and draw all tokens with vLLM's own noise."""
+    sampler, rejection_sampler = runner.sampler, runner.rejection_sampler
+    sampler.use_flashinfer = sampler.use_xpu_sampler = False  # they draw with noise of their own
+    if rejection_sampler is not None:  # this rank samples
+        rejection_sampler._verify = functools.partial(verify_chains, rejection_sampler)
+
+
+def verify_chains(
+    verifier: Any, logits: torch.Tensor, draft_logits: Any, draft_sampled: torch.Tensor, pos: torch.Tensor,
+    cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor, idx_mapping_np: npt.NDArray[Any], expanded_idx_mapping: torch.Tensor,
+    expanded_local_pos: torch.Tensor, seq_lens_upper_bound_np: npt.NDArray[Any], verify_draft_sampled: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """In place of ``RejectionSampler._verify`` (``verifier``): every row is drawn as a row without drafts would be.
+
+    Returns the processed logits [rows, vocabulary], int64 [requests, num_speculative_steps + 1], of which the first
+    int32 [requests] are what was drawn.
+    """
+    sampler = verifier.sampler
+    states = sampler.sampling_states
+    processed = sampler.apply_sampling_params(
+        logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, draft_sampled, expanded_local_pos,
+        seq_lens_upper_bound_np,
+    )  # fmt: skip
+    drawn = gumbel_sample(
+        processed, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, pos,
+        apply_temperature=False, is_drafting=False, use_fp64=sampler.use_fp64_gumbel,
+    )  # fmt: skip
+    drafts = draft_sampled if verify_draft_sampled is None else verify_draft_sampled
+    starts, ends = cu_num_logits[:-1].unsqueeze(1), cu_num_logits[1:].unsqueeze(1)
+    rows = starts + torch.arange(verifier.num_speculative_steps + 1, device=logits.device)
+    sampled = drawn[rows.clamp(max=len(drawn) - 1)]
+    # A draft token stands in the row that it is read in, which is the one behind the row that it is drawn in.
+    following = drafts[(rows[:, :-1] + 1).clamp(max=len(drafts) - 1)]
+    is_accepted = (sampled[:, :-1] == following) & (rows[:, :-1] + 1 < ends)
+    num_sampled = is_accepted.cumprod(dim=1).sum(dim=1) + 1
+    return processed, sampled, num_sampled.to(torch.int32)
 
 
 def _wrap_runner() -> None:

@@ -65,8 +65,8 @@ STATS: Final = 5
 FORGET: Final = 6
 
 # Each is followed by its arrays in the order of the counts.
-# handle, base, max_length, epoch, temperature, #tokens, #stop tokens, #bytes of the tenant
-_ADMIT: Final = struct.Struct("<QIIIdIHH")
+# handle, base, max_length, epoch, temperature, seed, top_k, top_p, min_p, #tokens, #stop tokens, #bytes of the tenant
+_ADMIT: Final = struct.Struct("<QIIIdqIddIHH")
 _COMMIT: Final = struct.Struct("<QIII")  # handle, keep, #tokens, #chain
 _RELEASE: Final = struct.Struct("<QB")  # handle, keep (0 or 1)
 
@@ -86,6 +86,8 @@ class Admit:
     ``tokens``: int32 [<= MAX_TOKENS], the first chunk of its text (the rest follows as Commits); ``base``:
     length of the whole text at admission; ``temperature``: 0 is greedy; ``max_length``: the text never grows
     beyond. ``epoch``: of the prefix cache; what was read for a request of another one is not to be found.
+    ``seed``: int64, of the noise that the target draws with; ``top_k`` (0: off), ``top_p`` (1: off), ``min_p`` (0: off):
+    what it draws from.
     """
 
     handle: int
@@ -96,6 +98,10 @@ class Admit:
     stop_token_ids: tuple[int, ...]
     tenant: str
     epoch: int = 0
+    seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,9 +215,15 @@ def decode_reports(records: Iterable[tuple[int, Buffer]]) -> tuple[list[Report],
     return reports, num_bad
 
 
+def _check_sampling(temperature: float, top_p: float, min_p: float) -> None:
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}")
+    if not (0.0 < top_p <= 1.0 and 0.0 <= min_p <= 1.0):
+        raise ValueError(f"top_p {top_p}, min_p {min_p}")
+
+
 def _encode_admit(message: Admit) -> bytes:
-    if not 0.0 <= message.temperature < math.inf:
-        raise ValueError(f"temperature {message.temperature}")
+    _check_sampling(message.temperature, message.top_p, message.min_p)
     tenant = message.tenant.encode()
     header = _ADMIT.pack(
         message.handle,
@@ -219,6 +231,10 @@ def _encode_admit(message: Admit) -> bytes:
         message.max_length,
         message.epoch,
         message.temperature,
+        message.seed,
+        message.top_k,
+        message.top_p,
+        message.min_p,
         len(message.tokens),
         len(message.stop_token_ids),
         len(tenant),
@@ -228,15 +244,15 @@ def _encode_admit(message: Admit) -> bytes:
 
 
 def _decode_admit(payload: Buffer) -> Admit:
-    handle, base, max_length, epoch, temperature, num_tokens, num_stops, num_bytes = _ADMIT.unpack_from(payload)
+    header = _ADMIT.unpack_from(payload)
+    handle, base, max_length, epoch, temperature, seed, top_k, top_p, min_p, num_tokens, num_stops, num_bytes = header
     if num_tokens > MAX_TOKENS or len(payload) != _ADMIT.size + 4 * (num_tokens + num_stops) + num_bytes:
         raise ValueError("sizes do not add up")
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature}")
+    _check_sampling(temperature, top_p, min_p)
     tokens = _array(payload, _INT, num_tokens, _ADMIT.size)
     stops = struct.unpack_from(f"<{num_stops}i", payload, _ADMIT.size + 4 * num_tokens)
     tenant = bytes(payload[len(payload) - num_bytes :]).decode()
-    return Admit(handle, base, tokens, temperature, max_length, stops, tenant, epoch)
+    return Admit(handle, base, tokens, temperature, max_length, stops, tenant, epoch, seed, top_k, top_p, min_p)
 
 
 def _encode_commit(message: Commit) -> bytes:
