@@ -18,8 +18,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.plan.noise import gumbel_noise
-
 __all__ = ["NUM_LISTED", "VOCAB_SIZE", "Script", "Tables", "Text", "Times", "texts"]
 
 NUM_LISTED = 64
@@ -242,6 +240,8 @@ class Tables:
 
 def _noise(seeds: _Integers, positions: _Integers, listed: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     """The noise of each token of the lists [n, NUM_LISTED]."""
+    from double_kernels import gumbel_noise  # here: a greedy plan needs no torch
+
     return gumbel_noise(np.asarray(seeds, np.int64)[..., None], np.asarray(positions, np.int64)[..., None], listed)
 
 
