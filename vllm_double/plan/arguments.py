@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ratio, share, time = _number(0.01, 1000), _number(0, 1), _number(0)
     for name, kind, default, meaning in (
         ("--cost-ratio", _each(ratio), None, "C: target step at batch 1 / draft forward beside it; several with commas"),
-        ("--acceptance", share, None, "how often the draft's first token is the target's"),
+        ("--acceptance", share, None, "how often the draft's first token is the target's at temperature 0"),
+        ("--temperature", _number(0, 10), "0", "of the sampling; --acceptance and --tail say what is true at 0"),
         ("--batch", _each(_whole(1, 256)), "1", "requests that decode together; several with commas"),
         ("--retrieval-hit-rate", share, "0", "share of the output that repeats what retrieval has seen"),
         ("--tail", _number(0.01), "0.5", "where the draft's first token is wrong, (r + 1)^-TAIL of the next r are, too"),

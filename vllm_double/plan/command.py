@@ -17,16 +17,18 @@ __all__ = ["curves", "plan"]
 def plan(options: argparse.Namespace) -> int:
     """Print the table, row by row, and draw the plot; returns the exit code."""
     try:
-        script = Script(options.acceptance, tail=options.tail, copied=options.retrieval_hit_rate)
+        script = Script(
+            options.acceptance, tail=options.tail, copied=options.retrieval_hit_rate, temperature=options.temperature
+        )
         if options.plot is not None:
             _check_plot(options.plot)
     except ValueError as error:
         print(f"vllm-double: {error}.", file=sys.stderr)
         return 2
     print(
-        f"acceptance {script.acceptance:g}, retrieval hit rate {script.copied:g}; on top come, for a verified token, "
-        f"{options.token_cost:g} of a target step, for a drafted one {options.draft_token_cost:g} of a draft forward, and "
-        f"{options.gap:g} draft forwards for a step\n"
+        f"acceptance {script.acceptance:g}, retrieval hit rate {script.copied:g}, temperature {script.temperature:g}; on top "
+        f"come, for a verified token, {options.token_cost:g} of a target step, for a drafted one {options.draft_token_cost:g} "
+        f"of a draft forward, and {options.gap:g} draft forwards for a step\n"
         "Speed-up over plain decoding; (k): how much plain speculative decoding drafts at its best; of ours also:"
     )
     print(_line("batch", "C", *METHODS, "(k)", "tokens/forward", "hit rate"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_double.plan.published import best, double, fan_outs, pearl, saguaro, speculative
 from vllm_double.plan.script import Script, Tables, Times, texts
 from vllm_double.plan.world import Outcome, simulate
@@ -55,20 +57,26 @@ def predict(script: Script, deployment: Deployment, num_tokens: int, num_specula
     times, batch = deployment.times, deployment.batch
     scripted = texts(Tables(script), batch, num_tokens + _MARGIN)
     # As much as the draft makes beside a target step.
+    # The published methods plan with how often the target accepts.
+    is_sampled = script.temperature > 0
+    acceptance = float(np.mean([text.accepted[1:] for text in scripted])) if is_sampled else script.acceptance
     lengths = range(1, 1 + max(1, min(_LONGEST_DRAFT, int(times.step(batch) / times.draft_forward(batch)))))
     outcomes = [(length, number) for length in range(1, num_speculative_tokens + 1) for number in _NUM_OUTCOMES]
     draft_length, plain = best(
         range(1, num_speculative_tokens + 1), lambda length: speculative(scripted, times, num_tokens, length)
     )
+    piped = best(lengths, lambda length: pearl(scripted, times, num_tokens, length))[1]
     plays = {
         "speculative": plain,
-        "PEARL": best(lengths, lambda length: pearl(scripted, times, num_tokens, length))[1],
+        "PEARL": piped,
         "Saguaro": best(
             outcomes,
-            lambda shape: saguaro(scripted, times, num_tokens, fan_outs(script.acceptance, script.tail, *shape)),
+            lambda shape: saguaro(scripted, times, num_tokens, fan_outs(acceptance, script.tail, *shape)),
         )[1],
-        "Double": best(lengths, lambda forwards: double(scripted, times, num_tokens, forwards))[1],
+        "Double": piped,  # without retrieval it is PEARL
     }
+    if script.copied > 0:
+        plays["Double"] = best(lengths, lambda forwards: double(scripted, times, num_tokens, forwards))[1]
     ours = simulate(script, times, num_tokens=num_tokens, batch=batch, num_speculative_tokens=num_speculative_tokens)
     speedups = {name: play.speedup(times, batch, num_tokens) for name, play in plays.items()}
     return Prediction(deployment, speedups | {"ours": ours.speedup}, draft_length, ours)

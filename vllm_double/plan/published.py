@@ -2,6 +2,9 @@
 
 Each is idealised in its favour: no latency between the two models, every draft length tried and the best one taken, and whoever
 drafts beside the target does so at full speed. A batch steps together, and a request that is done leaves it.
+
+At a temperature above 0 their drafts are sampled and accepted by the ratio of probabilities, which is the most that can be
+accepted (`Tables.verified`). A rejected token is no outcome any more, whichever it was.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 The draft's distributions are drawn from a family (`Script`), and the target's greedy token is drawn from the draft's
 distribution, so that the draft is as right as it says. Both depend on the last token alone, and so does what retrieval knows:
 every method that is simulated reads the same texts.
+
+At a temperature T > 0 the target's logits are the draft's log-probabilities plus standard Gumbel numbers, so that its greedy
+token is still drawn from the draft's distribution. The softmax of the logits over T is sampled with shared noise, so a text
+depends on a seed and on the positions, too.
 """
 
 from __future__ import annotations
@@ -24,20 +28,23 @@ VOCAB_SIZE = 1 << 30
 
 _QUANTILES = 1024
 _MASK = (1 << 64) - 1
-_SURE, _AGREES, _RANK, _NAME, _BEGINS, _LENGTH, _ELSEWHERE = range(7)  # what a hash is drawn for
+_SURE, _AGREES, _RANK, _NAME, _BEGINS, _LENGTH, _ELSEWHERE, _LOGIT, _SEED, _COIN = range(10)  # what a hash is drawn for
 
 _Number = TypeVar("_Number", int, npt.NDArray[np.uint64])
+_Integers = int | npt.NDArray[np.int64]  # one for all tokens, or one for each
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the models say, as a function of the last token.
+    """What the models say, as a function of the last token and, at a temperature above 0, of the noise at its position.
 
     acceptance: mean of the draft's confidence in its first token, and how often that is the target's, in (0, 1].
     tail: where it is not, the chance that it is none of the draft's next r either is ``(r + 1) ** -tail``.
     spread: sum of the parameters of the beta distribution of the draft's confidence; small: sure here, clueless there.
     copied, copy_length: share of the text that repeats something seen, in runs of so many tokens (mean); retrieval knows
         a run as soon as it has begun, and is wrong behind its end.
+    temperature: 0 is greedy. Above 0 a token has only the NUM_LISTED successors of the draft's list; acceptance and tail are
+        those at 0.
     """
 
     acceptance: float
@@ -46,12 +53,15 @@ class Script:
     copied: float = 0.0
     copy_length: float = 12.0
     seed: int = 0
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.acceptance <= 1.0:
             raise ValueError(f"acceptance is {self.acceptance:g}, not in (0, 1]")
         if not 0.0 <= self.copied < 1.0:
             raise ValueError(f"the copied share is {self.copied:g}, not in [0, 1)")
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"the temperature is {self.temperature:g}, not a number from 0 on")
         if not (self.tail > 0 and self.spread > 0 and self.copy_length >= 1):
             raise ValueError("tail and spread must be positive, copy_length at least 1")
         if self.copied > self.copy_length / (self.copy_length + 1):
@@ -81,7 +91,10 @@ class Times:
 
 class Tables:
     """Hashes of a token give the draft's confidence behind it, the rank of the target's token in the draft's list, and whether
-    retrieval knows how it goes on."""
+    retrieval knows how it goes on.
+
+    Seeds and positions matter at a temperature above 0 only. A position is that of the last token, whose logits are sampled.
+    """
 
     def __init__(self, script: Script) -> None:
         self._script = script
@@ -96,27 +109,78 @@ class Tables:
         probs = np.concatenate([sure[:, None], (1 - sure)[:, None] * rest[None, :]], axis=1)
         # The first place is the surest one: where the tail's first token would be more probable, they change places.
         self._order = np.argsort(-probs, axis=1, kind="stable").astype(np.int32)
-        self._probs = np.take_along_axis(probs, self._order.astype(np.int64), 1).astype(np.float32)
+        probs = np.take_along_axis(probs, self._order.astype(np.int64), 1)
+        if script.temperature > 0:
+            with np.errstate(divide="ignore"):
+                self._logits = np.log(probs)
+            self._draft_log_probs = _log_softmax(self._logits / script.temperature)
+            probs = np.exp(self._draft_log_probs)
+        self._probs = probs.astype(np.float32)
         self._sure = sure.tolist()
         self._run_begins = script.copied / (1 - script.copied) / script.copy_length
-        self._known: dict[int, int] = {}
+        self._known: dict[tuple[int, int, int], int] = {}
 
-    def children(self, tokens: npt.NDArray[np.uint64], count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """The draft's ``count`` best tokens behind each of ``tokens``, int32 and float32 [n, count]; count <= NUM_LISTED."""
-        quantiles = (self._hash(tokens, _SURE) % _QUANTILES).astype(np.int64)
-        names = (self._hash(tokens, _NAME) % VOCAB_SIZE).astype(np.int32)
-        return (names[:, None] + self._order[quantiles, :count]) % VOCAB_SIZE, self._probs[quantiles, :count]
+    def children(
+        self, tokens: npt.NDArray[np.uint64], count: int, seeds: _Integers = 0, positions: _Integers = 0
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The draft's ``count`` best tokens behind each of ``tokens``, int32 and float32 [n, count]; count <= NUM_LISTED.
 
-    def target(self, token: int) -> int:
+        At a temperature above 0 they are ranked by log-probability plus noise. The probabilities are the draft's without the
+        noise; they do not fall in this order.
+        """
+        quantiles = self._quantiles(tokens)
+        if self._script.temperature == 0.0:
+            return self._listed(tokens, quantiles, count), self._probs[quantiles, :count]
+        listed = self._listed(tokens, quantiles, NUM_LISTED)
+        scores = self._draft_log_probs[quantiles] + _noise(seeds, positions, listed)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(listed, best, 1), np.take_along_axis(self._probs[quantiles], best, 1)
+
+    def target(self, token: int, seed: int = 0, position: int = 0) -> int:
         """The target's token behind ``token``."""
-        known = self._known.get(token)
+        key = (token, seed, position) if self._script.temperature > 0 else (token, 0, 0)
+        known = self._known.get(key)
         if known is None:
-            if self._uniform(token, _AGREES) < self._sure[self._hash(token, _SURE) % _QUANTILES]:
-                rank = 0
-            else:
-                rank = int(min(self._uniform(token, _RANK) ** (-1.0 / self._script.tail), 1e9))
-            known = self._known[token] = (self._hash(token, _NAME) % VOCAB_SIZE + rank) % VOCAB_SIZE
+            known = self._known[key] = self._draw(*key) if self._script.temperature > 0 else self._greedy(token)
         return known
+
+    def targets(self, tokens: npt.NDArray[np.int32], seeds: _Integers, positions: _Integers) -> npt.NDArray[np.int32]:
+        """The target's token behind each of ``tokens``, int32 [n]."""
+        if self._script.temperature == 0.0:
+            return np.array([self.target(token) for token in tokens.tolist()], np.int32)
+        listed, drawn, _ = self._drawn(tokens.astype(np.uint64), seeds, positions)
+        return np.take_along_axis(listed, drawn[:, None], 1)[:, 0]
+
+    def verified(self, tokens: npt.NDArray[np.int32], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """What a published method finds at each token of a text but the first.
+
+        ranks, int64 [n - 1]: the place of the token in the draft's list, the likeliest first; NUM_LISTED if it is not listed.
+        accepted, bool [n - 1]: whether the draft's token is accepted. At 0 this is whether the rank is 0. Above 0 the draft
+        samples, and target token x follows an accepted draft token with probability min(1, draft_prob(x) / target_prob(x)).
+        """
+        before, positions = tokens[:-1].astype(np.uint64), np.arange(len(tokens) - 1)
+        if self._script.temperature == 0.0:
+            is_here = self._listed(before, self._quantiles(before), NUM_LISTED) == tokens[1:, None]
+            ranks = np.where(is_here.any(axis=1), is_here.argmax(axis=1), NUM_LISTED)
+            return ranks, ranks == 0
+        _, ranks, chances = self._drawn(before, seed, positions)
+        coins = self._uniforms(positions.astype(np.uint64) + np.uint64(self._hash(seed, _COIN)), _COIN)
+        return ranks, coins < chances
+
+    def log_probs(
+        self, tokens: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The draft's list behind each of ``tokens``, the likeliest first, and what draft and target give each of it at a
+        temperature above 0: int32 and float64 [n, NUM_LISTED]."""
+        quantiles = self._quantiles(tokens)
+        entries = self._hash(tokens, _LOGIT)[:, None] + np.arange(NUM_LISTED, dtype=np.uint64)
+        logits = self._logits[quantiles] - np.log(-np.log(self._uniforms(entries, _LOGIT)))
+        listed = self._listed(tokens, quantiles, NUM_LISTED)
+        return listed, self._draft_log_probs[quantiles], _log_softmax(logits / self._script.temperature)
+
+    def seed(self, prompt: int) -> int:
+        """The seed of the text behind a prompt of one token, an int64."""
+        return self._hash(prompt, _SEED) >> 1
 
     def copied_behind(self, token: int, left: int) -> int:
         """How many tokens retrieval knows behind ``token``, where it knew ``left`` of them (0: not this one) before it."""
@@ -131,6 +195,37 @@ class Tables:
         """How the text goes on that a copied run was taken from."""
         return self._hash(token, _ELSEWHERE) % VOCAB_SIZE
 
+    def _greedy(self, token: int) -> int:
+        if self._uniform(token, _AGREES) < self._sure[self._hash(token, _SURE) % _QUANTILES]:
+            rank = 0
+        else:
+            rank = int(min(self._uniform(token, _RANK) ** (-1.0 / self._script.tail), 1e9))
+        return (self._hash(token, _NAME) % VOCAB_SIZE + rank) % VOCAB_SIZE
+
+    def _draw(self, token: int, seed: int, position: int) -> int:
+        return int(self.targets(np.array([token], np.int32), seed, position)[0])
+
+    def _drawn(
+        self, tokens: npt.NDArray[np.uint64], seeds: _Integers, positions: _Integers
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The draft's list [n, NUM_LISTED], the places in it of the tokens that the target draws [n], and the chances that
+        these come from accepted draft tokens [n]."""
+        listed, draft_log_probs, target_log_probs = self.log_probs(tokens)
+        drawn = (target_log_probs + _noise(seeds, positions, listed)).argmax(axis=1).astype(np.int64)
+        log_ratios = (draft_log_probs - target_log_probs)[np.arange(len(drawn)), drawn]
+        return listed, drawn, np.exp(np.minimum(log_ratios, 0.0))
+
+    def _quantiles(self, tokens: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        return (self._hash(tokens, _SURE) % _QUANTILES).astype(np.int64)
+
+    def _listed(self, tokens: npt.NDArray[np.uint64], quantiles: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int32]:
+        names = (self._hash(tokens, _NAME) % VOCAB_SIZE).astype(np.int32)
+        return (names[:, None] + self._order[quantiles, :count]) % VOCAB_SIZE
+
+    def _uniforms(self, numbers: npt.NDArray[np.uint64], salt: int) -> npt.NDArray[np.float64]:
+        """Of 52 bits, so that neither 0 nor 1 comes."""
+        return ((self._hash(numbers, salt) >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
+
     def _uniform(self, token: int, salt: int) -> float:
         return (self._hash(token, salt) + 0.5) / 2.0**64
 
@@ -143,39 +238,56 @@ class Tables:
         return value ^ (value >> 31)  # type: ignore[return-value]  # numpy: uint64 & int is uint64, its stubs say signed
 
 
+def _noise(seeds: _Integers, positions: _Integers, listed: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """The noise of each token of the lists [n, NUM_LISTED]."""
+    from double_kernels import gumbel_noise  # here: a greedy plan needs no torch
+
+    return gumbel_noise(np.asarray(seeds, np.int64)[..., None], np.asarray(positions, np.int64)[..., None], listed)
+
+
+def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of each line; a logit may be -inf."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    normalised: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return normalised
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """What the target says in one request, and what draft and retrieval know of it.
 
-    tokens: int32 [n]; the first one is the prompt. ranks [n]: the place of each in the draft's list behind the token before it,
-    NUM_LISTED where it is not listed. copied [n]: how many tokens, from each place on, retrieval knows.
-    agreed [n]: how many tokens, from each place on, are the draft's first.
+    tokens: int32 [n]; the first one is the prompt. seed: of the noise. ranks, accepted [n]: see `Tables.verified`; the prompt
+    is neither listed nor accepted. copied [n]: how many tokens, from each place on, retrieval knows.
+    agreed [n]: how many of the draft's tokens, from each place on, a published method accepts.
     """
 
     tokens: npt.NDArray[np.int32]
+    seed: int
     ranks: list[int]
+    accepted: list[bool]
     copied: list[int]
     agreed: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        agreed = [0] * len(self.ranks)
+        agreed = [0] * len(self.accepted)
         for place in reversed(range(len(agreed) - 1)):
-            agreed[place] = agreed[place + 1] + 1 if self.ranks[place] == 0 else 0
+            agreed[place] = agreed[place + 1] + 1 if self.accepted[place] else 0
         object.__setattr__(self, "agreed", agreed)
 
 
 def texts(tables: Tables, num_texts: int, num_tokens: int) -> list[Text]:
     """The target's texts of ``num_tokens`` tokens, each behind a prompt of its own of one token."""
-    return [_text(tables, 7919 * (index + 1), num_tokens) for index in range(num_texts)]
+    tokens = np.empty((num_texts, num_tokens), np.int32)
+    tokens[:, 0] = 7919 * np.arange(1, num_texts + 1)
+    seeds = np.array([tables.seed(prompt) for prompt in tokens[:, 0].tolist()], np.int64)
+    for place in range(1, num_tokens):
+        tokens[:, place] = tables.targets(tokens[:, place - 1], seeds, place - 1)
+    return [_text(tables, line, seed) for line, seed in zip(tokens, seeds.tolist(), strict=True)]
 
 
-def _text(tables: Tables, prompt: int, num_tokens: int) -> Text:
-    tokens, copied = [prompt], [0]
-    while len(tokens) < num_tokens:
-        copied.append(tables.copied_behind(tokens[-1], copied[-1]))
-        tokens.append(tables.target(tokens[-1]))
-    array = np.array(tokens, np.int32)
-    listed, _ = tables.children(array[:-1].astype(np.uint64), NUM_LISTED)
-    is_here = listed == array[1:, None]
-    ranks = np.where(is_here.any(axis=1), is_here.argmax(axis=1), NUM_LISTED)
-    return Text(array, [NUM_LISTED, *ranks.tolist()], copied)
+def _text(tables: Tables, tokens: npt.NDArray[np.int32], seed: int) -> Text:
+    copied = [0]
+    for token in tokens[:-1].tolist():
+        copied.append(tables.copied_behind(token, copied[-1]))
+    ranks, accepted = tables.verified(tokens, seed)
+    return Text(tokens, seed, [NUM_LISTED, *ranks.tolist()], [False, *accepted.tolist()], copied)

@@ -70,7 +70,7 @@ class Outcome:
 
 
 class ScriptedEngine:
-    """DraftEngine whose answer depends on the last token alone, and whose forwards take simulated time."""
+    """DraftEngine whose answer depends on the last token and the noise behind it, and whose forwards take simulated time."""
 
     page_size = _PAGE_SIZE
     vocab_size = VOCAB_SIZE
@@ -82,16 +82,37 @@ class ScriptedEngine:
         self._tables = tables
         self._times = times
         self._clock = clock
+        self._page_seeds = np.zeros(num_pages, np.int64)  # the seed of the text whose first page it is
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward."""
         self._clock.advance(self._times.draft_forward(len(batch.token_ids)))
-        last = batch.token_ids[batch.output_indices]
-        self.num_nodes += len(last)
-        return self._tables.children(last.astype(np.uint64), num_children)
+        outputs, rows = batch.output_indices, np.repeat(np.arange(len(batch)), batch.num_outputs)
+        positions = batch.starts[rows] + outputs - batch.query_start[rows]
+        self.num_nodes += len(outputs)
+        last = batch.token_ids[outputs].astype(np.uint64)
+        return self._tables.children(last, num_children, self._seeds(batch)[rows], positions)
+
+    def _seeds(self, batch: Batch) -> npt.NDArray[np.int64]:
+        """int64 [rows]. A stand-in for what the batch will say itself: the seed goes with the prompt's page and its copies."""
+        for row in np.flatnonzero(batch.starts == 0):
+            self._page_seeds[batch.pages[row, 0]] = self._tables.seed(int(batch.token_ids[batch.query_start[row]]))
+        return self._page_seeds[batch.pages[:, 0]]
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
-        """Pages hold nothing here."""
+        """See DraftEngine."""
+        for source, destination, _ in triples:
+            self._page_seeds[destination] = self._page_seeds[source]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A text's last token, where it is, and how many tokens retrieval knows behind it."""
+
+    seed: int
+    position: int
+    token: int
+    left: int
 
 
 class ScriptedRetriever:
@@ -101,11 +122,13 @@ class ScriptedRetriever:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._ends: dict[int, tuple[int, int]] = {}  # a text's last token, and how many tokens are known behind it
+        self._ends: dict[int, _End] = {}
 
     def start(self, key: int, tokens: Tokens, tenant: str | None) -> None:
         """See Retriever."""
-        self._ends[key] = self._walk(0, 0, tokens.tolist())
+        prompt, *others = tokens.tolist()
+        end = _End(self._tables.seed(prompt), 0, prompt, self._tables.copied_behind(prompt, 0))
+        self._ends[key] = self._walk(end, others)
 
     def stop(self, key: int, keep: bool) -> None:
         """See Retriever."""
@@ -119,25 +142,28 @@ class ScriptedRetriever:
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
         """See Retriever."""
-        self._ends[key] = self._walk(*self._ends[key], tokens)
+        self._ends[key] = self._walk(self._ends[key], tokens)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
         """See Retriever. Behind a run's end it goes on with something else than the target does."""
-        last, left = self._walk(*self._ends[key], tail)
-        if left == 0:
+        end = self._walk(self._ends[key], tail)
+        if end.left == 0:
             return None
         tokens: list[int] = []
+        last = end.token
         for place in range(max_tokens):
-            last = self._tables.target(last) if place < left else self._tables.elsewhere(last)
+            known = place < end.left
+            last = self._tables.target(last, end.seed, end.position + place) if known else self._tables.elsewhere(last)
             tokens.append(last)
         return Continuation.of(tokens, _MATCH_LENGTH, [1] * len(tokens), [1] * len(tokens))
 
-    def _walk(self, last: int, left: int, tokens: Sequence[int]) -> tuple[int, int]:
-        for token in tokens:
-            if left > 0 and token != self._tables.target(last):
+    def _walk(self, end: _End, tokens: Sequence[int]) -> _End:
+        last, left = end.token, end.left
+        for position, token in enumerate(tokens, end.position):
+            if left > 0 and token != self._tables.target(last, end.seed, position):
                 left = 0  # it left the run
             last, left = token, self._tables.copied_behind(token, left)
-        return last, left
+        return _End(end.seed, end.position + len(tokens), last, left)
 
 
 class _FreeVerification(StepCost):
@@ -172,7 +198,7 @@ def simulate(
     proposer = Proposer(num_speculative_tokens, target_end, at_target, clock)
     if not control:
         proposer.step_cost = _FreeVerification()
-    target = _Target(texts(tables, batch, max_length), times, clock, proposer, num_tokens)
+    target = _Target(texts(tables, batch, max_length), times, clock, proposer, num_tokens, script.temperature)
     while target.ended_at is None:
         if not worker.turn():
             clock.advance(times.draft / 8)
@@ -192,8 +218,9 @@ class _Target:
     """The target's process: steps that end at their time, verify, and propose."""
 
     def __init__(
-        self, scripted: Sequence[Text], times: Times, clock: SimulatedClock, proposer: Proposer, num_tokens: int
-    ) -> None:
+        self, scripted: Sequence[Text], times: Times, clock: SimulatedClock, proposer: Proposer, num_tokens: int,
+        temperature: float,
+    ) -> None:  # fmt: skip
         self.ended_at: float | None = None
         self._times = times
         self._clock = clock
@@ -203,7 +230,7 @@ class _Target:
         self._lengths = dict.fromkeys(self._texts, 1)
         self._chains: dict[str, list[int]] = {name: [] for name in self._texts}
         for name, text in self._texts.items():
-            proposer.admit(name, text[:1].copy(), RequestParams(0.0, num_tokens + 200, frozenset()))
+            proposer.admit(name, text[:1].copy(), RequestParams(temperature, num_tokens + 200, frozenset()))
         self._begin()
 
     def _begin(self) -> None:
