@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from double_kernels import gumbel_noise
 from vllm_double.draft.base import Batch, Row, count_outputs
 from vllm_double.hashing import mix
 
@@ -161,6 +160,8 @@ class FakeEngine:
         probs = weights / weights.sum()
         scores = np.log(probs)
         if row.noise_scale > 0:
+            from double_kernels import gumbel_noise  # imports torch
+
             noise = gumbel_noise(np.int64(row.seed), np.int64(len(context) - 1), np.arange(self.vocab_size))
             scores += row.noise_scale * noise
         kept = is_kept(probs, row)

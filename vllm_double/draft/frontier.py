@@ -12,7 +12,6 @@ from itertools import takewhile
 import numpy as np
 import numpy.typing as npt
 
-from double_kernels import gumbel_noise
 from vllm_double.draft import _tree_steps as at
 from vllm_double.draft.base import SAMPLING_DTYPE, Batch, DraftEngine
 from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
@@ -241,6 +240,8 @@ class Frontier:
 
     def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> list[tuple[int, Listing]]:
         """Turn the probabilities of sampled requests into chances to be drawn, in place; returns what is to be noted of whom."""
+        from double_kernels import gumbel_noise  # imports torch, which a plan for greedy requests does not need
+
         batch = self._work.latest
         sampling = batch.output_sampling
         outputs = np.flatnonzero(sampling["noise_scale"] > 0)
