@@ -1,10 +1,23 @@
 """Operations of the draft engine that plain model code does not have: torch and, on a GPU, triton only.
 
-Each op has a file with what it does, the dispatch and the reference, and a file triton_* with its kernels.
+Each op has a file with what it does, the dispatch and the reference, and a file triton_* with its kernels. With noise, a CPU
+also needs numba.
 """
 
 from double_kernels.fork_pages import fork_pages
 from double_kernels.insert_guidance import GuidanceBatch, insert_guidance
+from double_kernels.noise import Noise, gumbel_noise
+from double_kernels.sample_with_noise import sample_with_noise
+from double_kernels.support import Support
 from double_kernels.top_branches import top_branches
 
-__all__ = ["GuidanceBatch", "fork_pages", "insert_guidance", "top_branches"]
+__all__ = [
+    "GuidanceBatch",
+    "Noise",
+    "Support",
+    "fork_pages",
+    "gumbel_noise",
+    "insert_guidance",
+    "sample_with_noise",
+    "top_branches",
+]

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from double_kernels.noise import Noise
+from double_kernels.support import NUM_INSPECTED, Support, logit_floors
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -19,7 +22,11 @@ _ALL_BELOW = 0x0101010101010101  # eight booleans that are true
 
 
 def top_branches(
-    logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None
+    logits: torch.Tensor,
+    num_children: int,
+    temperatures: torch.Tensor | None = None,
+    noise: Noise | None = None,
+    support: Support | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `num_children` best tokens of every row, and their softmax probabilities.
 
@@ -27,44 +34,75 @@ def top_branches(
         probability zero.
     num_children: 1 .. vocab.
     temperatures: None (all 1) or float32 [rows] on the same device, each positive.
+    noise: None, or what rows are perturbed with. A row is ranked by logit / temperature + scale * gumbel_noise; where
+        the scale is 0, by the logit.
+    support: None, or the target's filters. They are worked out from the NUM_INSPECTED (64) most probable tokens, as a
+        floor of the row's logits: a bound that lies behind these is ignored. A token below the floor is ranked as if
+        its logit were -inf, and its probability is returned as 0; those of others are not renormalised.
 
-    Returns tokens int64 [rows, num_children] and probabilities float32 [rows, num_children], by falling
-    logit; of equal logits the lower token id comes first, also where the cut falls between them. Arithmetic
-    is in float32.
+    Returns tokens int64 [rows, num_children] and probabilities float32 [rows, num_children], in the order of the
+    ranking, without noise by falling logit; of equal ranks the lower token id comes first, also where the cut falls
+    between them. Arithmetic is in float32. Probabilities are softmax(logits / temperature), whatever the noise.
 
     Raises ValueError for a wrong shape, dtype or count. A row with NaN, with +inf or without a finite logit
     gives NaN probabilities; the tokens of a row with NaN are distinct, and nothing else is said of them.
 
     On a GPU the kernels of triton_top_branches do it, without a host synchronisation, up to their bounds of
-    vocabulary and children. Beyond them, and on a CPU, the reference does.
+    vocabulary and children. Beyond them, and on a CPU, the reference does; for noise or support beyond them it copies
+    the logits to the host.
     """
-    _check(logits, num_children, temperatures)
+    _check(logits, num_children, temperatures, noise, support)
     if logits.is_cuda:
         from double_kernels import triton_top_branches  # here: a CPU needs no triton
 
-        if triton_top_branches.is_supported(logits, num_children):
+        if noise is None and support is None and triton_top_branches.is_supported(logits, num_children):
             return triton_top_branches.top_branches_triton(logits, num_children, temperatures)
-    return top_branches_reference(logits, num_children, temperatures)
+    return top_branches_reference(logits, num_children, temperatures, noise, support)
 
 
-def _check(logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None) -> None:
+def _check(
+    logits: torch.Tensor,
+    num_children: int,
+    temperatures: torch.Tensor | None,
+    noise: Noise | None,
+    support: Support | None,
+) -> None:
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [rows, vocab], not {logits.dtype} {tuple(logits.shape)}")
     num_rows, vocab_size = logits.shape
     if not 1 <= num_children <= vocab_size:
         raise ValueError(f"num_children is {num_children}, the vocabulary has {vocab_size} tokens")
-    if temperatures is not None and temperatures.shape != (num_rows,):
-        raise ValueError(f"temperatures must be [{num_rows}], not {tuple(temperatures.shape)}")
+    of_rows = {"temperatures": temperatures} if temperatures is not None else {}
+    of_rows |= noise._asdict() if noise is not None else {}
+    of_rows |= support._asdict() if support is not None else {}
+    for name, values in of_rows.items():
+        if values.shape != (num_rows,):
+            raise ValueError(f"{name} must be [{num_rows}], not {tuple(values.shape)}")
+    if noise is not None and (noise.seeds.dtype != torch.int64 or noise.positions.dtype != torch.int64):
+        raise ValueError(f"seeds and positions must be int64, not {noise.seeds.dtype} and {noise.positions.dtype}")
 
 
 def top_branches_reference(
-    logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None
+    logits: torch.Tensor,
+    num_children: int,
+    temperatures: torch.Tensor | None = None,
+    noise: Noise | None = None,
+    support: Support | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_branches` without a kernel, on any device; its arguments are not checked.
 
     On a CPU the tokens are found in numpy, on views of the tensors: it compares and sorts many numbers at a time, whatever
     they are. torch.topk branches on every score, and takes twice as long for scores that the processor has not seen before.
     """
+    if logits.is_cuda and (noise is not None or support is not None):
+        on_host = top_branches_reference(
+            logits.cpu(),
+            num_children,
+            temperatures.cpu() if temperatures is not None else None,
+            Noise(*(values.cpu() for values in noise)) if noise is not None else None,
+            Support(*(values.cpu() for values in support)) if support is not None else None,
+        )
+        return on_host[0].to(logits.device), on_host[1].to(logits.device)
     if logits.is_cuda:
         scores = logits.float() + 0.0  # no -0.0, which some sorts take for less than 0.0
         tokens = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_children].contiguous()
@@ -73,19 +111,73 @@ def top_branches_reference(
     num_rows, vocab_size = logits.shape
     most_rows = max(1, _MOST_SCORES // vocab_size)
     if num_rows > most_rows:
-        parts = [
-            top_branches_reference(
-                logits[begin : begin + most_rows],
-                num_children,
-                temperatures[begin : begin + most_rows] if temperatures is not None else None,
+        parts = []
+        for begin in range(0, num_rows, most_rows):
+            rows = slice(begin, begin + most_rows)
+            parts.append(
+                top_branches_reference(
+                    logits[rows],
+                    num_children,
+                    temperatures[rows] if temperatures is not None else None,
+                    Noise(*(values[rows] for values in noise)) if noise is not None else None,
+                    Support(*(values[rows] for values in support)) if support is not None else None,
+                )
             )
-            for begin in range(0, num_rows, most_rows)
-        ]
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([probs for _, probs in parts])
 
     scores = logits.detach().float().contiguous()
+    probs = _softmax(scores, temperatures)
+    if num_rows and (noise is not None or support is not None):
+        return _perturbed(scores, probs, num_children, temperatures, noise, support)
     tokens = torch.from_numpy(_best_tokens(scores, num_children))
-    return tokens, _softmax(scores, temperatures).gather(-1, tokens)
+    return tokens, probs.gather(-1, tokens)
+
+
+def _perturbed(
+    scores: torch.Tensor,
+    all_probs: torch.Tensor,
+    num_children: int,
+    temperatures: torch.Tensor | None,
+    noise: Noise | None,
+    support: Support | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_branches` of at least one row on a CPU, where each row may have noise, support or neither."""
+    import numpy as np
+
+    from double_kernels.noisy_tokens import fill_up, noisy_tokens
+
+    num_rows, vocab_size = scores.shape
+    floors = torch.full((num_rows,), -torch.inf)
+    if support is not None:
+        best = torch.from_numpy(_best_tokens(scores, min(NUM_INSPECTED, vocab_size)))
+        floors = logit_floors(scores.gather(1, best), all_probs.gather(1, best), vocab_size, support)
+    tokens = np.empty((num_rows, num_children), dtype=np.int64)
+    has_noise = noise.scales.numpy() > 0 if noise is not None else np.zeros(num_rows, dtype=np.bool_)
+    plain, noisy = np.flatnonzero(~has_noise), np.flatnonzero(has_noise)
+    if plain.size:
+        some = scores if plain.size == num_rows else scores[torch.from_numpy(plain)]
+        found = _best_tokens(some, num_children)
+        if support is not None:
+            values = np.take_along_axis(some.numpy(), found, 1)
+            outside = (values < floors.numpy()[plain, None]) | (values == -np.inf)
+            fill_up(found, num_children - outside.sum(1))
+        tokens[plain] = found
+    if noisy.size:
+        assert noise is not None
+        tokens[noisy] = noisy_tokens(
+            scores.numpy() if noisy.size == num_rows else scores.numpy()[noisy],
+            num_children,
+            noise.seeds.numpy()[noisy],
+            noise.positions.numpy()[noisy],
+            scales=noise.scales.numpy()[noisy],
+            temperatures=temperatures.numpy()[noisy] if temperatures is not None else None,
+            floors=floors.numpy()[noisy] if support is not None else None,
+        )
+    result = torch.from_numpy(tokens)
+    probs = all_probs.gather(1, result)
+    if support is not None:
+        probs.masked_fill_(scores.gather(1, result) < floors[:, None], 0.0)
+    return result, probs
 
 
 def _softmax(scores: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,91 @@
+"""The Gumbel noise that the target and the draft share: a function of a request's seed, a position and a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+__all__ = ["Noise", "gumbel_noise"]
+
+_MASK = 0xFFFFFFFF
+_LARGEST_COMPLEMENT = 2.0**-24  # what 1 - u is raised to: u is rounded to float32, and may be 1
+_SERIES_ENDS = 0.25
+
+
+class Noise(NamedTuple):
+    """What the rows of a batch are perturbed with, on one device.
+
+    seeds: int64 [rows], the requests' seeds.
+    positions: int64 [rows], of the input token that a row's logits come from: one before the token that is sampled.
+    scales: float32 [rows], each 0 or more: what the noise is multiplied by. 0 is a row without noise.
+    """
+
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    scales: torch.Tensor
+
+
+def gumbel_noise(
+    seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """The noise of tokens at positions of requests: float32 of the arguments' common shape.
+
+    seeds, positions: int64, any values; the upper half of a position is ignored.
+    tokens: integers, 0 .. 2 ** 32 - 1.
+
+    The definition is vLLM's, in vllm/v1/worker/gpu/sample/gumbel.py, with use_fp64=False and is_drafting=False. The
+    32-bit MurmurHash3 of the seed's lower half, its upper half, the position's lower half and the token gives a uniform
+    number u. The noise is -log(E) of the exponential E = -log(1 - u). Equal bit for bit to vLLM's kernels in triton's
+    interpreter; a GPU's logarithm rounds otherwise.
+    """
+    shape = np.broadcast_shapes(np.shape(seeds), np.shape(positions), np.shape(tokens))
+    uniform = _uniform(_hash(_hash_prefix(np.asarray(seeds), np.asarray(positions)), np.asarray(tokens))).reshape(shape)
+    # log(1 - u), for small u as a series: the largest noise comes from there, and 1 - u would lose its digits.
+    series = np.full_like(uniform, 1 / 8)
+    for degree in range(7, 0, -1):
+        series = np.float32(1 / degree) + uniform * series
+    complement = np.maximum(np.float32(1) - uniform, np.float32(_LARGEST_COMPLEMENT))
+    log_complement = np.where(uniform < np.float32(_SERIES_ENDS), -uniform * series, np.log(complement))
+    return np.asarray(-np.log(-log_complement), dtype=np.float32)
+
+
+def _hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """State of the hash before the token is mixed in."""
+    seeds, positions = np.atleast_1d(seeds), np.atleast_1d(positions)  # numpy warns where a scalar overflows
+    state = np.zeros(1, dtype=np.uint32)
+    for word in (seeds & _MASK, (seeds >> 32) & _MASK, positions & _MASK):
+        state = _mixed(state, word.astype(np.uint32))
+    return state
+
+
+def _hash(prefix: npt.NDArray[np.uint32], tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    state = _mixed(prefix, np.atleast_1d(tokens).astype(np.uint32))
+    state = state ^ np.uint32(16)  # bytes that were mixed in
+    state ^= state >> 16
+    state *= np.uint32(0x85EBCA6B)
+    state ^= state >> 13
+    state *= np.uint32(0xC2B2AE35)
+    state ^= state >> 16
+    return state
+
+
+def _mixed(state: npt.NDArray[np.uint32], word: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """MurmurHash3_x86_32's step for four bytes."""
+    word = _rotated(word * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+    return _rotated(state ^ word, 13) * np.uint32(5) + np.uint32(0xE6546B64)
+
+
+def _rotated(word: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint32]:
+    return (word << np.uint32(bits)) | (word >> np.uint32(32 - bits))
+
+
+def _uniform(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
+    """(hash + 0.5) / 2 ** 32, rounded once: both halves are exact."""
+    high = (hashes >> 16).astype(np.float32) * np.float32(2.0**-16)
+    low = ((hashes & 0xFFFF).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    return high + low
