@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Noise", "gumbel_noise"]
+__all__ = ["Noise", "gumbel_noise", "hash_prefix", "hash_word"]
 
 _MASK = 0xFFFFFFFF
 _LARGEST_COMPLEMENT = 2.0**-24  # what 1 - u is raised to: u is rounded to float32, and may be 1
@@ -44,7 +44,7 @@ def gumbel_noise(
     interpreter; a GPU's logarithm rounds otherwise.
     """
     shape = np.broadcast_shapes(np.shape(seeds), np.shape(positions), np.shape(tokens))
-    uniform = _uniform(_hash(_hash_prefix(np.asarray(seeds), np.asarray(positions)), np.asarray(tokens))).reshape(shape)
+    uniform = _uniform(_hash(hash_prefix(np.asarray(seeds), np.asarray(positions)), np.asarray(tokens))).reshape(shape)
     # log(1 - u), for small u as a series: the largest noise comes from there, and 1 - u would lose its digits.
     series = np.full_like(uniform, 1 / 8)
     for degree in range(7, 0, -1):
@@ -54,17 +54,22 @@ def gumbel_noise(
     return np.asarray(-np.log(-log_complement), dtype=np.float32)
 
 
-def _hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+def hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     """State of the hash before the token is mixed in."""
     seeds, positions = np.atleast_1d(seeds), np.atleast_1d(positions)  # numpy warns where a scalar overflows
     state = np.zeros(1, dtype=np.uint32)
-    for word in (seeds & _MASK, (seeds >> 32) & _MASK, positions & _MASK):
-        state = _mixed(state, word.astype(np.uint32))
+    for values in (seeds, seeds >> 32, positions):
+        state = _mixed(state, hash_word((values & _MASK).astype(np.uint32)))
     return state
 
 
+def hash_word(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """What MurmurHash3_x86_32 mixes into its state for four bytes."""
+    return _rotated(values * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+
+
 def _hash(prefix: npt.NDArray[np.uint32], tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    state = _mixed(prefix, np.atleast_1d(tokens).astype(np.uint32))
+    state = _mixed(prefix, hash_word(np.atleast_1d(tokens).astype(np.uint32)))
     state = state ^ np.uint32(16)  # bytes that were mixed in
     state ^= state >> 16
     state *= np.uint32(0x85EBCA6B)
@@ -75,8 +80,6 @@ def _hash(prefix: npt.NDArray[np.uint32], tokens: npt.NDArray[Any]) -> npt.NDArr
 
 
 def _mixed(state: npt.NDArray[np.uint32], word: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """MurmurHash3_x86_32's step for four bytes."""
-    word = _rotated(word * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
     return _rotated(state ^ word, 13) * np.uint32(5) + np.uint32(0xE6546B64)
 
 

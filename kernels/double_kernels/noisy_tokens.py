@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from double_kernels.noise import gumbel_noise
+from double_kernels.noise import gumbel_noise, hash_prefix, hash_word
+from double_kernels.noise_search import MAX_COUNT, capacity, compiled_search
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = ["fill_up", "noisy_tokens", "noisy_tokens_reference"]
+
+_SCORES_OF_A_THREAD = 1 << 17  # fewer are not worth a thread
 
 
 def noisy_tokens(
@@ -23,6 +29,7 @@ def noisy_tokens(
     scales: npt.NDArray[np.float32] | None = None,
     temperatures: npt.NDArray[np.float32] | None = None,
     floors: npt.NDArray[np.float32] | None = None,
+    num_threads: int = 1,
 ) -> npt.NDArray[np.int64]:
     """int64 [rows, count]: the tokens with the highest logit / temperature + scale * noise; of equal ones the lower first.
 
@@ -30,8 +37,75 @@ def noisy_tokens(
     count: 1 .. vocab.
     scales, temperatures: None (all 1) or float32 [rows], each positive.
     floors: None or float32 [rows]; tokens with lower logits, with -inf and with NaN come last, by rising id.
+    num_threads: how many threads may work at rows.
+
+    A compiled search finds a few candidates of each row; these get the scores that the reference computes.
     """
-    return noisy_tokens_reference(logits, count, seeds, positions, scales=scales, temperatures=temperatures, floors=floors)
+    num_rows, vocab_size = logits.shape
+    if count > MAX_COUNT:
+        return noisy_tokens_reference(logits, count, seeds, positions, scales=scales, temperatures=temperatures, floors=floors)
+    if logits.strides[1] != logits.itemsize:
+        logits = np.ascontiguousarray(logits)
+    ones = np.ones(num_rows, dtype=np.float32)
+    scales = ones if scales is None else scales
+    temperatures = ones if temperatures is None else temperatures
+    lowest = np.full(num_rows, np.finfo(np.float32).min)
+    bounds = lowest if floors is None else np.maximum(floors, lowest)
+    prefixes = hash_prefix(seeds, positions)
+    words = _token_words(vocab_size)
+    search = compiled_search()
+
+    def candidates(first: int) -> list[npt.NDArray[np.int32] | None]:
+        best, room = np.empty(count), capacity(count)
+        tokens, scores = np.empty(room, dtype=np.int32), np.empty(room)
+        found: list[npt.NDArray[np.int32] | None] = []
+        for row in range(first, num_rows, num_threads):
+            num_found = search(
+                logits[row], words, prefixes[row], temperatures[row], scales[row], bounds[row], count, best, tokens, scores
+            )
+            found.append(tokens[:num_found].copy() if num_found >= 0 else None)
+        return found
+
+    num_threads = max(1, min(num_threads, num_rows, logits.size // _SCORES_OF_A_THREAD))
+    of_rows: list[npt.NDArray[np.int32] | None] = [None] * num_rows
+    for first, found in enumerate(
+        map(candidates, [0]) if num_threads == 1 else _threads(num_threads).map(candidates, range(num_threads))
+    ):
+        of_rows[first::num_threads] = found
+
+    no_room = [row for row, tokens in enumerate(of_rows) if tokens is None]
+    none = np.empty(0, dtype=np.int32)
+    tokens = np.concatenate([none if of_row is None else of_row for of_row in of_rows])
+    rows = np.repeat(np.arange(num_rows), [0 if of_row is None else len(of_row) for of_row in of_rows])
+    scores = gumbel_noise(seeds[rows], positions[rows], tokens) * scales[rows] + logits[rows, tokens] / temperatures[rows]
+    order = np.lexsort((tokens, -scores, rows))
+    order = order[scores[order] > -np.inf]
+    nums = np.bincount(rows[order], minlength=num_rows)
+    places = (np.cumsum(nums) - nums)[:, None] + np.arange(count)
+    result = np.zeros((num_rows, count), dtype=np.int64)
+    if order.size:
+        result[:] = tokens[order[np.minimum(places, order.size - 1)]]
+    fill_up(result, nums)
+    if no_room:
+        result[no_room] = noisy_tokens_reference(
+            logits[no_room], count, seeds[no_room], positions[no_room], scales=scales[no_room],
+            temperatures=temperatures[no_room], floors=bounds[no_room],
+        )  # fmt: skip
+    return result
+
+
+@functools.lru_cache(maxsize=4)
+def _token_words(vocab_size: int) -> npt.NDArray[np.uint32]:
+    return hash_word(np.arange(vocab_size, dtype=np.uint32))
+
+
+def _threads(num_threads: int) -> ThreadPoolExecutor:
+    return _threads_of_process(num_threads, os.getpid())  # a forked process has none of its parent's
+
+
+@functools.cache
+def _threads_of_process(num_threads: int, _process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="noisy-tokens")
 
 
 def noisy_tokens_reference(

@@ -30,7 +30,7 @@ def sample_with_noise(logits: torch.Tensor, seeds: torch.Tensor, positions: torc
 
     if logits.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64)
-    best = noisy_tokens(logits.detach().numpy(), 1, seeds.numpy(), positions.numpy())
+    best = noisy_tokens(logits.detach().numpy(), 1, seeds.numpy(), positions.numpy(), num_threads=torch.get_num_threads())
     tokens: torch.Tensor = torch.from_numpy(best[:, 0])
     return tokens
 

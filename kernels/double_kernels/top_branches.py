@@ -172,6 +172,7 @@ def _perturbed(
             scales=noise.scales.numpy()[noisy],
             temperatures=temperatures.numpy()[noisy] if temperatures is not None else None,
             floors=floors.numpy()[noisy] if support is not None else None,
+            num_threads=torch.get_num_threads(),
         )
     result = torch.from_numpy(tokens)
     probs = all_probs.gather(1, result)
