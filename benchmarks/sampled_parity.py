@@ -254,9 +254,13 @@ def sampled_parity(options: argparse.Namespace) -> int:
 def forward_noise(options: argparse.Namespace, target: Path) -> float:
     """How far a forward's logits may be off: the 99.9th percentile, as benchmarks.numerics measures it.
 
-    Of one text at a time, whatever the batch: the last texts of a round are alone, and several differ less.
+    Of one text at a time, whatever the batch: the last texts of a round are alone, and several differ less. With all cores:
+    with one, vLLM's kernels sum in the same order for one token and for several, and differ in nothing.
     """
+    import torch
+
     from benchmarks.numerics import LogitReader, noise_bound
 
     reader = LogitReader(target, options.dtype, options.max_model_len)
+    torch.set_num_threads(len(options.cores))
     return noise_bound(reader, target, options.prompts, options.max_model_len, options.k, batch=1, num_texts=4)
