@@ -43,10 +43,10 @@ class WitnessEngine(FakeEngine):
         return super().forward(rows, num_children)
 
     def _best(
-        self, context: Sequence[int], temperature: float, num_children: int
+        self, context: Sequence[int], row: Row, num_children: int
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         self.contexts.append(bytes(context))
-        return super()._best(context, temperature, num_children)
+        return super()._best(context, row, num_children)
 
 
 class Kept(NamedTuple):

@@ -61,22 +61,22 @@ def test_step_cost_of_steps_of_one_size_stays_sane() -> None:
 def test_calibration_learns_how_often_the_target_agrees_and_keeps_sources_apart() -> None:
     calibration = Calibration()
     rng = random.Random(1)
-    greedy, sampled = calibration.curve("draft", False), calibration.curve("draft", True)
+    greedy, sampled = calibration.curve("draft", 0), calibration.curve("draft", 3)
     bucket = int(0.42 * NUM_BUCKETS)
     assert greedy[bucket] == pytest.approx(0.425)
     for _ in range(3000):
-        calibration.observe("draft", 0.42, False, rng.random() < 0.8)
-        calibration.observe("draft", 0.42, True, rng.random() < 0.3)
+        calibration.observe("draft", 0.42, 0, rng.random() < 0.8)
+        calibration.observe("draft", 0.42, 3, rng.random() < 0.3)
     assert greedy[bucket] == pytest.approx(0.8, abs=0.04)
     assert sampled[bucket] == pytest.approx(0.3, abs=0.04)
-    assert calibration.curve("context", False)[bucket] == pytest.approx(0.425)
-    assert [row[:3] for row in calibration.table()] == [("draft", False, 0.4), ("draft", True, 0.4)]
+    assert calibration.curve("context", 0)[bucket] == pytest.approx(0.425)
+    assert [row[:3] for row in calibration.table()] == [("draft", 0, 0.4), ("draft", 3, 0.4)]
 
 
 def test_calibration_takes_certainty_without_falling_off_the_table() -> None:
     calibration = Calibration()
-    calibration.observe("draft", 1.0, False, True)
-    assert 0.9 < calibration.curve("draft", False)[int(1.0 * NUM_BUCKETS)] < 1
+    calibration.observe("draft", 1.0, 0, True)
+    assert 0.9 < calibration.curve("draft", 0)[int(1.0 * NUM_BUCKETS)] < 1
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,22 +8,38 @@ runs, and what was no tensor stays what it was. On a GPU it is a CUDA graph.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_double.draft.base import Batch
+from vllm_double.draft.base import SAMPLING_DTYPE, Batch
 from vllm_double.draft.graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 
 VOCAB, PAGE_SIZE, NUM_PAGES, MAX_LENGTH, NUM_CHILDREN = 61, 4, 192, 40, 5
 PLACES = torch.arange(MAX_LENGTH)
 LOGITS = torch.randn(97, VOCAB, generator=torch.Generator().manual_seed(0))
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Sampling(NamedTuple):
+    """Of a row, as `Row` has it."""
+
+    temperature: float
+    seed: int = 0
+    noise_scale: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+Rows: TypeAlias = "Sequence[tuple[int, list[int], int, int, float | Sampling]]"
+"""Request, its text, tokens of it that have been read, outputs, how it is sampled: a temperature where there is no noise."""
 
 
 class OperatorRecorder:
@@ -71,22 +87,43 @@ class Toy:
         self.seen.append((inputs.size, recording))
         self.inputs[inputs.size] = inputs
 
-    def step(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, inputs: StepInputs, sampled: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self.pages.view(-1)[inputs.slot_mapping] = inputs.input_ids
         texts = self.pages[inputs.block_table.long()].flatten(1)[:, :MAX_LENGTH]
         texts = torch.where(self.places < inputs.seq_lens[:, None], texts + 1, 0)
         line = (texts * (self.places**2 + 3)).sum(1) + 11 * inputs.input_ids + 5 * inputs.positions
         probs = (self.logits[line % 97] / inputs.temperatures[:, None]).softmax(-1)
-        best = probs.topk(NUM_CHILDREN)
-        return best.indices, best.values
+        if not sampled:
+            best = probs.topk(NUM_CHILDREN)
+            return best.indices, best.values
+        seeds, positions, scales = inputs.noise
+        top_k, top_p, min_p = (column[:, None] for column in inputs.support)
+        ranks = probs.argsort(-1, descending=True).argsort(-1)
+        is_kept = (ranks < torch.where(top_k > 0, top_k, VOCAB)) & (probs >= min_p * probs.amax(-1, keepdim=True))
+        is_kept &= probs >= (1 - top_p) / 4  # any rule that needs each parameter will do
+        noise = torch.sin(seeds[:, None] * 0.37 + positions[:, None] * 1.1 + torch.arange(VOCAB, device=probs.device) * 2.3)
+        scores = torch.where(is_kept, probs.log() + scales[:, None] * noise, -torch.inf)
+        tokens = scores.topk(NUM_CHILDREN).indices
+        return tokens, torch.where(is_kept, probs, 0.0).gather(1, tokens)
 
     @staticmethod
-    def answer(text: Sequence[int], temperature: float) -> tuple[list[int], list[float]]:
-        """What comes after the text, from the text alone."""
+    def answer(text: Sequence[int], sampling: Sampling) -> tuple[list[int], list[float]]:
+        """What comes after the text, from the text alone. Tokens of probability 0 are in no certain order."""
         values = torch.tensor(text)
         line = ((values + 1) * (PLACES[: len(text)] ** 2 + 3)).sum() + 11 * values[-1] + 5 * (len(text) - 1)
-        best = (LOGITS[line % 97] / (temperature or 1.0)).softmax(-1).topk(NUM_CHILDREN)
-        return best.indices.tolist(), best.values.tolist()
+        probs = (LOGITS[line % 97] / (sampling.temperature or 1.0)).softmax(-1).tolist()
+        by_prob = sorted(range(VOCAB), key=lambda token: -probs[token])
+        if sampling.noise_scale == 0.0:  # then its parameters say nothing, unless another row of the batch is sampled
+            return by_prob[:NUM_CHILDREN], [probs[token] for token in by_prob[:NUM_CHILDREN]]
+        kept = [token for token in by_prob[: sampling.top_k or VOCAB] if probs[token] >= sampling.min_p * max(probs)]
+        kept = [token for token in kept if probs[token] >= (1 - sampling.top_p) / 4]
+        position = len(text) - 1
+        kept.sort(
+            key=lambda token: -math.log(probs[token])
+            - sampling.noise_scale * math.sin(sampling.seed * 0.37 + position * 1.1 + token * 2.3)
+        )
+        best = kept[:NUM_CHILDREN]
+        return best, [probs[token] for token in best]
 
 
 class Recorded:
@@ -105,8 +142,7 @@ class Recorded:
     def table(request: int) -> list[int]:
         return [1 + 10 * request + page for page in range(10)]
 
-    def read(self, rows: Sequence[tuple[int, list[int], int, int, float]], num_children: int = NUM_CHILDREN) -> Any:
-        """rows: request, its text, tokens of it that have been read, outputs, temperature."""
+    def read(self, rows: Rows, num_children: int = NUM_CHILDREN) -> Any:
         lengths = [len(text) - start for _, text, start, _, _ in rows]
         used = [-(-len(text) // PAGE_SIZE) for _, text, *_ in rows]
         table = np.full((len(rows), max(used)), 77, dtype=np.int32)  # behind a row's last page is anything
@@ -119,20 +155,27 @@ class Recorded:
                 query_start=np.cumsum([0, *lengths], dtype=np.int32),
                 starts=np.array([start for _, _, start, _, _ in rows], dtype=np.int32),
                 num_outputs=np.array([wanted for *_, wanted, _ in rows], dtype=np.int32),
-                temperatures=np.array([temperature for *_, temperature in rows], dtype=np.float32),
+                sampling=np.array(
+                    [(one.seed, one.temperature, one.noise_scale, *one[3:]) for one in map(sampling_of, rows)], SAMPLING_DTYPE
+                ),
                 pages=table,
             ),
             num_children,
         )
 
-    def check(self, found: Any, rows: Sequence[tuple[int, list[int], int, int, float]]) -> None:
-        wanted = [(text[: len(text) - back], t) for _, text, _, n, t in rows for back in reversed(range(n))]
+    def check(self, found: Any, rows: Rows) -> None:
+        wanted = [(row[1][: len(row[1]) - back], sampling_of(row)) for row in rows for back in reversed(range(row[3]))]
         assert found[0].dtype == np.int32 and found[1].dtype == np.float32
         assert found[0].shape == found[1].shape == (len(wanted), NUM_CHILDREN)
-        for line, (text, temperature) in enumerate(wanted):
-            tokens, probs = Toy.answer(text, temperature)
-            np.testing.assert_allclose(found[1][line], probs, rtol=1e-5)
-            assert found[0][line].tolist() == tokens
+        for line, (text, sampling) in enumerate(wanted):
+            tokens, probs = Toy.answer(text, sampling)
+            np.testing.assert_allclose(found[1][line][: len(probs)], probs, rtol=1e-5)
+            assert found[0][line].tolist()[: len(tokens)] == tokens
+            assert not found[1][line][len(probs) :].any()
+
+
+def sampling_of(row: tuple[int, list[int], int, int, float | Sampling]) -> Sampling:
+    return row[4] if isinstance(row[4], Sampling) else Sampling(row[4])
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
@@ -158,6 +201,43 @@ def test_replays_of_random_rows_answer_for_other_texts(recorded: Recorded) -> No
             rows.append((request, list(text), start, rng.randint(0, count), rng.choice([0.0, 0.5, 1.0, 2.0])))
         recorded.check(recorded.read(rows), rows)
     assert recorded.toy.seen == [(size, False) for size, _ in recorded.toy.seen], "nothing is recorded while it drafts"
+
+
+def test_replays_of_sampled_rows_are_those_rows_ranked_by_their_own_noise_and_support(recorded: Recorded) -> None:
+    rng = random.Random(1)
+    for _ in range(100):
+        rows: list[Any] = []
+        for request in rng.sample(range(12), rng.randint(1, 6)):
+            text = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 8))]
+            start = max(0, len(text) - rng.randint(1, 2))
+            if start:
+                recorded.read([(request, text[:start], 0, 0, 1.0)])
+            sampling = Sampling(
+                rng.choice([0.5, 1.0, 2.0]), rng.randrange(-(1 << 10), 1 << 10), rng.choice([0.5, 1.0, 2.0]),
+                rng.choice([0, 0, 3, 7]), rng.choice([1.0, 1.0, 0.9]), rng.choice([0.0, 0.0, 0.2]),
+            )  # fmt: skip
+            rows.append((request, text, start, rng.randint(1, len(text) - start), rng.choice([sampling, Sampling(0.0)])))
+        recorded.check(recorded.read(rows), rows)
+
+
+def test_a_batch_without_noise_is_replayed_without_it(recorded: Recorded) -> None:
+    """What noise and filters cost is paid where a row is sampled."""
+    rows = [(0, [1, 2, 3], 0, 3, Sampling(1.0, seed=5, top_k=2))]
+    recorded.check(recorded.read(rows), rows)
+    (replays,) = {len(bucket.replays) for bucket in recorded.graphs._buckets}
+    assert replays == 2
+
+
+def test_what_fills_up_behind_sampled_rows_has_no_noise_and_no_filter(recorded: Recorded) -> None:
+    sampling = Sampling(0.7, seed=-9, noise_scale=1.5, top_k=3, top_p=0.75, min_p=0.25)
+    recorded.read([(request, [1], 0, 1, sampling) for request in range(16)])
+    recorded.read([(request, [1], 0, 1, sampling) for request in range(9)])
+    inputs = recorded.toy.inputs[16]
+    assert inputs.seeds.tolist() == [-9] * 9 + [0] * 7
+    assert inputs.noise_scales.tolist() == [1.5] * 9 + [0.0] * 7
+    assert inputs.top_k.tolist() == [3] * 9 + [0] * 7
+    assert inputs.top_p.tolist() == [0.75] * 9 + [1.0] * 7
+    assert inputs.min_p.tolist() == [0.25] * 9 + [0.0] * 7
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 14))
@@ -233,9 +313,9 @@ def test_recording_begins_with_small_buckets_or_cold_kernels() -> None:
         inputs.seq_lens.fill_(1)  # as some backends do when they record
         events.append((inputs.size, recording))
 
-    def step(inputs: StepInputs) -> Any:
-        events.append("step")
-        return toy.step(inputs)
+    def step(inputs: StepInputs, sampled: bool) -> Any:
+        events.append(("step", sampled))
+        return toy.step(inputs, sampled)
 
     StepGraphs(
         prepare, step, Noting(), sizes=[1, 2, 4], num_children=NUM_CHILDREN, page_size=PAGE_SIZE, max_length=MAX_LENGTH,
@@ -243,7 +323,10 @@ def test_recording_begins_with_small_buckets_or_cold_kernels() -> None:
     )  # fmt: skip
     expected: list[Any] = []
     for size in (4, 2, 1):
-        expected += [(size, True), "step", (size, True), "record", "step", (size, False), "step", (size, False)]
+        for sampled in (False, True):
+            expected += [(size, True)] if not sampled else []
+            expected += [("step", sampled), (size, True), "record", ("step", sampled)]
+            expected += [(size, False), ("step", sampled), (size, False)]
     assert events == expected
 
 
@@ -301,7 +384,7 @@ def test_a_recording_that_fails_is_used_or_raises(recorder: Recorder, reason: st
 
 
 def test_a_step_that_cannot_run_raises(said: Callable[[], list[str]]) -> None:
-    def step(inputs: StepInputs) -> Any:
+    def step(inputs: StepInputs, sampled: bool) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
     graphs = record_steps(

@@ -47,7 +47,7 @@ class FakeEngine:
     def __init__(self, key: str, number: int = 0, generation: int = 0, paused_s: float = 0.0, why: str = "") -> None:
         self.enabled = True
         self.commands: list[tuple[dict[str, Any], str]] = []
-        calibration = [("draft", False, 0.4, 0.381, 812.0), ("context", True, 0.95, 0.9, 20.0)]
+        calibration = [("draft", 0, 0.4, 0.381, 812.0), ("context", 3, 0.95, 0.9, 20.0)]
         self._rest = {"generation": generation, "paused_seconds": paused_s, "paused_why": why, "calibration": calibration}
         self._endpoint = Endpoint(Address(key, number), self._answer)
         self.close = self._endpoint.close
@@ -162,7 +162,7 @@ def test_the_calibration_is_not_shown_where_it_is_asked_for(engine: OnTheSpot, c
     assert run(capsys, "status", "--calibration")[1].splitlines() == [
         f"pid {os.getpid()}: on",
         "    draft, greedy: from 0.40 on it was right 0.381 of 812 times",
-        "    context, sampled: from 0.95 on it was right 0.900 of 20 times",
+        "    context, T <= 1.2: from 0.95 on it was right 0.900 of 20 times",
     ]
 
 
