@@ -224,9 +224,12 @@ class Proposer:
         live = [_Live(index, rows[index], request) for index, request in self._commit_all(rows)]
         for one in live:
             one.path = self._graft(one.request, one.row.tokens)
-        self._choose(live, live)
-        missed = [one for one in live if not one.path and self._may_draft(one.request)]
-        waited = yield from self._wait(missed, live)
+        missed = [one for one in live if not one.path]
+        for one in missed:
+            one.request.missed = True
+        awaited = self._awaited(missed, len(live))
+        self._choose([one for one in live if one not in awaited], live)
+        waited = yield from self._wait(awaited, live)
         chains: list[list[int]] = [[] for _ in rows]
         for one in live:
             chains[one.index] = [step.token for step in one.request.chain]
@@ -257,52 +260,60 @@ class Proposer:
 
     # ---- waiting ----------------------------------------------------------------------------------------------
 
+    def _awaited(self, missed: Sequence[_Live], num_rows: int) -> list[_Live]:
+        """The rows with nothing to verify for whose first draft tokens the target waits: all that may get some, or none."""
+        if not missed or self._end is None or not self._may_wait or not self._is_prompt(self._end):
+            return []
+        awaited = [one for one in missed if self._may_draft(one.request)]
+        acceptances = [self.wait_rule.acceptance(one.request.params.temperatures) for one in awaited]
+        if self.wait_rule.pays_to_begin(acceptances, self._rates(num_rows)):
+            return awaited
+        self.wait_rule.observe_no_wait()
+        return []
+
     def _may_draft(self, request: _Request) -> bool:
         """Whether the worker has the request, and is to draft for it."""
         longest = min(self._num_tokens, request.params.max_length - request.length - 1)
         return longest > 0 and self._is_known(request) and request.was_heard and not request.use.is_resting
 
-    def _wait(self, missed: list[_Live], live: Sequence[_Live]) -> Generator[None, None, float]:
-        """Wait for the draft's first tokens behind outcomes that were not prepared, while that pays; returns the seconds."""
-        rule, end = self.wait_rule, self._end
-        for one in missed:
-            one.request.missed = True
-        if not missed or end is None or not self._may_wait or not self._is_prompt(end):
+    def _wait(self, awaited: Sequence[_Live], live: Sequence[_Live]) -> Generator[None, None, float]:
+        """Wait for the first draft tokens of these rows, while that pays; returns the seconds."""
+        if not awaited or self._end is None:
             return 0.0
-        rates = self._rates(len(live))
-        acceptances = [rule.acceptance(one.request.params.temperatures) for one in missed]
-        if not rule.pays_to_begin(acceptances, rates):
-            rule.observe_no_wait()
-            return 0.0
-        began = seen = arrived = self._clock()
-        beat, has_come = end.heartbeat, False
+        rule, end, rates = self.wait_rule, self._end, self._rates(len(live))
+        for one in awaited:
+            one.request.waited = True
+            self._tell(one.request, one.row.tokens, waits=True)
+        began = seen = came = self._clock()
+        beat, num_known = end.heartbeat, 0
         while True:
             yield
             self._drain()
             now = self._clock()
             if end.heartbeat != beat:
                 beat, seen = end.heartbeat, now
-            paths = [one.request.trie.best_path(self._num_tokens) for one in missed]
-            num_known = sum(map(len, paths))
-            if num_known > sum(len(one.path) for one in missed):
-                if not has_come:
+            for one in awaited:
+                one.path = one.request.trie.best_path(self._num_tokens)
+            num_before, num_known = num_known, sum(len(one.path) for one in awaited)
+            if num_known > num_before:
+                if num_before:
+                    rule.observe_next(now - came)
+                else:
                     rule.observe_first(now - began)
-                has_come, arrived = True, now
-                for one, path in zip(missed, paths, strict=True):
-                    one.path = path
-            reaches = [
-                (one.path[-1].reach if one.path else 1.0) * acceptance for one, acceptance in zip(missed, acceptances, strict=True)
-            ]
-            if has_come and not rule.pays_to_go_on(reaches, rates):
-                break
-            if now - seen > rule.silence_s or now - arrived > rule.first_s + 2 * rule.silence_s:
+                came = now
+                reaches = [
+                    (one.path[-1].reach if one.path else 1.0) * rule.acceptance(one.request.params.temperatures)
+                    for one in awaited
+                ]
+                if not rule.pays_to_go_on(reaches, rates):
+                    break
+            if now - seen > rule.silence_s or now - came > rule.first_s + rule.silence_s:
                 self._late_beat = beat
                 break
-        for one in missed:
-            one.request.waited = True
+        for one in awaited:
             one.path = self._graft(one.request, one.row.tokens)
-        self._choose([one for one in missed if one.path], live)
-        self.counters.waited(now - began, has_come)
+        self._choose(awaited, live)
+        self.counters.waited(now - began, num_known > 0)
         return now - began
 
     def _is_prompt(self, end: TargetEnd) -> bool:
@@ -483,7 +494,7 @@ class Proposer:
 
     # ---- the worker -------------------------------------------------------------------------------------------
 
-    def _tell(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
+    def _tell(self, request: _Request, tokens: npt.NDArray[np.int32], waits: bool = False) -> None:
         """Send what was committed and which chain is now being verified; admit the request where it is not known."""
         if self._end is None or not request.params.use_worker or request.use.is_resting:
             return
@@ -494,7 +505,7 @@ class Proposer:
             return
         chain = np.array([step.token for step in request.chain], dtype=np.int32)
         probs = np.array([step.prob for step in request.chain], dtype=np.float32)
-        command = Commit(request.handle, request.told, tokens[request.told :], chain, probs)
+        command = Commit(request.handle, request.told, tokens[request.told :], chain, probs, waits)
         if self._end.send(command):
             request.told = len(tokens)
         else:

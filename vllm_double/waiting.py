@@ -20,7 +20,7 @@ __all__ = ["Rates", "WaitRule"]
 
 _DECAY = 0.98
 _FIRST_STEPS = 1.5  # draft steps until the first token comes, before any wait was measured: the rest of one, and one
-_SILENCE = 1.1  # draft steps without a heartbeat after which the worker is late
+_SILENCE = 1.5  # draft steps without a heartbeat after which the worker is late
 _MOST_STEPS = 8
 
 
@@ -59,7 +59,7 @@ class WaitRule:
 
     def __init__(self) -> None:
         self.step_s = 0.0  # of the draft: 0 before the worker has reported it
-        self._first_s = _Mean(0.0, 1.0)
+        self._first_s, self._next_s = _Mean(0.0, 1.0), _Mean(0.0, 1.0)
         self._accepted = [_Mean(0.5, 8.0) for _ in range(NUM_TEMPERATURES)]  # of the draft's first tokens
         self._accepted_after_miss = [_Mean(0.5, 8.0) for _ in range(NUM_TEMPERATURES)]
         self._hits_after_nothing = _Mean(0.9, 8.0)  # how often an outcome was prepared behind a forward that verified nothing
@@ -92,6 +92,10 @@ class WaitRule:
         """A wait's first token came after so many seconds."""
         self._first_s.observe(seconds)
 
+    def observe_next(self, seconds: float) -> None:
+        """The next token of a wait came so many seconds after the one before."""
+        self._next_s.observe(seconds)
+
     def observe_no_wait(self) -> None:
         """There was no wait: what earlier ones took counts less, so that one is tried again some day."""
         self._first_s.fade()
@@ -105,6 +109,11 @@ class WaitRule:
     def first_s(self) -> float:
         """Expected seconds until the first token comes."""
         return self._first_s.value(_FIRST_STEPS * self.step_s)
+
+    @property
+    def next_s(self) -> float:
+        """Expected seconds until the next one comes."""
+        return self._next_s.value(self.step_s)
 
     @property
     def silence_s(self) -> float:
@@ -122,7 +131,7 @@ class WaitRule:
         for _ in range(_MOST_STEPS):
             gain += _worth(reaches, rates)
             best = max(best, gain - rates.tokens_per_s * seconds)
-            seconds += self.step_s
+            seconds += self.next_s
             reaches = [reach * acceptance for reach, acceptance in zip(reaches, acceptances, strict=True)]
         # An outcome that is prepared is worth this much more than one for which the target waits.
         worth_of_hit = max((self._tokens_of_hit.value() - 1.0) * len(acceptances) - best, 0.0)
@@ -131,7 +140,7 @@ class WaitRule:
 
     def pays_to_go_on(self, reaches: Sequence[float], rates: Rates) -> bool:
         """Whether to wait for one more draft step. reaches: of each waiting row, the chance that its next token is accepted."""
-        return _worth(reaches, rates) > rates.tokens_per_s * self.step_s
+        return _worth(reaches, rates) > rates.tokens_per_s * self.next_s
 
 
 def _worth(reaches: Sequence[float], rates: Rates) -> float:
