@@ -170,6 +170,15 @@ def test_rows_of_scale_zero_are_ranked_by_logit(top: Any) -> None:
 
 
 @tops
+@pytest.mark.parametrize("bounds", [None, (4, 1.0, 0.0)], ids=["all-tokens", "support"])
+def test_rows_of_scale_zero_keep_logits_apart_that_a_temperature_makes_equal(bounds: Any, top: Any) -> None:
+    logits = torch.tensor([[1.9 + token * 2.0**-23 for token in range(100)]])
+    temperatures = torch.tensor([1.2])
+    assert len((logits / temperatures).unique()) < 100
+    check(top, logits, 9, temperatures, noise_of(1, [0.0]), support_of([bounds]) if bounds else None)
+
+
+@tops
 @pytest.mark.parametrize("has_support", [False, True], ids=["all-tokens", "support"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, "all-masked"], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
