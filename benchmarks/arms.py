@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.machine import has_cuda
 
-__all__ = ["ARMS", "WARM", "Arm", "Choices", "default_arms", "variants"]
+__all__ = ["ARMS", "OTHERS", "WARM", "Arm", "Choices", "default_arms", "variants"]
 
 
 _SUFFIX_K = 24  # vLLM's default
@@ -71,14 +71,19 @@ def _ngram(choices: Choices) -> list[dict[str, object] | None]:
     ]
 
 
-def _draft_model(choices: Choices) -> list[dict[str, object] | None]:
-    return [{"method": "draft_model", "model": str(choices.draft), "num_speculative_tokens": k} for k in choices.draft_k]
+def _draft_model(choices: Choices, **settings: object) -> list[dict[str, object] | None]:
+    return [
+        {"method": "draft_model", "model": str(choices.draft), "num_speculative_tokens": k} | settings for k in choices.draft_k
+    ]
 
 
 def _suffix(choices: Choices, **settings: object) -> list[dict[str, object] | None]:
     lengths = sorted({max(choices.double_k), _SUFFIX_K})
     return [{"method": "suffix", "num_speculative_tokens": k} | settings for k in lengths]
 
+
+OTHERS = ("ngram", "draft_model", "draft_model-probabilistic", "suffix")
+"""vLLM's own methods with cold caches: the best of them is what double is compared with."""
 
 WARM = ("suffix-warm", "double-warm")
 """Arms that keep what they answered, so that from the second round on they have seen every answer."""
@@ -88,6 +93,9 @@ ARMS: dict[str, Callable[[Choices], list[dict[str, object] | None]]] = {
     "plain-again": lambda choices: [None],
     "ngram": _ngram,
     "draft_model": _draft_model,
+    # Drafts are drawn, and accepted by a ratio of probabilities. Needs the standard rejection sampler, vLLM's default,
+    # and one vocabulary for both models. At T = 0 it is draft_model.
+    "draft_model-probabilistic": lambda choices: _draft_model(choices, draft_sample_method="probabilistic"),
     "suffix": lambda choices: _suffix(choices, suffix_decoding_max_cached_requests=0),
     "suffix-warm": _suffix,
     "double": _double,
@@ -102,10 +110,11 @@ ARMS: dict[str, Callable[[Choices], list[dict[str, object] | None]]] = {
 }
 
 
-def default_arms() -> list[str]:
-    """The arms of `make bench`; suffix where arctic-inference is installed."""
+def default_arms(sampled: bool = False) -> list[str]:
+    """The arms of `make bench`: suffix if arctic-inference is installed, drawn drafts if some temperature is above 0."""
+    drawn = ["draft_model-probabilistic"] if sampled else []
     suffix = ["suffix"] if find_spec("arctic_inference") is not None else []
-    return ["plain", "ngram", "draft_model", *suffix, "double"]
+    return ["plain", "ngram", "draft_model", *drawn, *suffix, "double"]
 
 
 def variants(name: str, choices: Choices) -> list[Arm]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 
-__all__ = ["Completion", "Request", "Round", "arrive", "complete", "play"]
+__all__ = ["Completion", "Request", "Round", "arrive", "choices", "complete", "play"]
+
+_OPTIONAL = ("top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,17 @@ class Request:
     max_tokens: int
     temperature: float = 0.0
     ignore_eos: bool = False
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    drafts: bool = True
 
     def body(self) -> dict[str, object]:
-        """The JSON body; no seed, because seeded requests are not drafted for at T > 0."""
-        return {
+        """The JSON body. A parameter that is None is left out; ``drafts`` False declines the drafts of method double."""
+        body: dict[str, object] = {
             "model": "target",
             "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt),
             "max_tokens": self.max_tokens,
@@ -34,6 +46,11 @@ class Request:
             "stream": True,
             "return_token_ids": True,
         }
+        given = {name: getattr(self, name) for name in _OPTIONAL}
+        body |= {name: value for name, value in given.items() if value is not None}
+        if not self.drafts:
+            body["vllm_xargs"] = {"double": json.dumps({"enabled": False})}
+        return body
 
 
 @dataclass
@@ -98,6 +115,21 @@ async def complete(session: aiohttp.ClientSession, url: str, request: Request) -
     if not found.finish_reason:
         raise RuntimeError(f"{request.id}: the stream ended without a reason after {len(found.tokens)} tokens")
     return found
+
+
+def choices(url: str, request: Request, **parameters: object) -> list[dict[str, Any]]:
+    """The choices of one answer that is not streamed; ``parameters``: more of the body, as ``n`` or ``logprobs``.
+
+    RuntimeError with the server's words when it refuses.
+    """
+    body = request.body() | {"stream": False} | parameters
+    post = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(post, timeout=300) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["choices"]
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{request.id}: HTTP {error.code}: {error.read().decode()[:500]}") from error
+    return sorted(found, key=lambda choice: int(choice["index"]))
 
 
 async def play(

@@ -30,6 +30,9 @@ class Speculation:
     chain_length: float | None
     hit_rate: float | None
     draft_step_ms: float | None
+    waits_per_round: float | None
+    wait_ms: float | None
+    missed_share: float | None
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -42,7 +45,11 @@ def growth(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
 
 
 def speculation(grown: Mapping[str, float]) -> Speculation:
-    """Rates from the counters' growth; ``tokens_per_forward`` counts forwards without drafts too."""
+    """Rates from the counters' growth; ``tokens_per_forward`` counts forwards without drafts too.
+
+    ``waits_per_round``: times per target forward that the target waited for the draft's first tokens. ``wait_ms``: their
+    mean length. ``missed_share``: the share of them that ended without a token.
+    """
     generated = grown.get("vllm:generation_tokens_total")
     drafts = grown.get("vllm:spec_decode_num_drafts_total")
     drafted = grown.get("vllm:spec_decode_num_draft_tokens_total")
@@ -51,6 +58,8 @@ def speculation(grown: Mapping[str, float]) -> Speculation:
     if forwards is None and generated is not None:
         # A sequence's forward commits one token of its own and the accepted ones.
         forwards = generated - (accepted or 0.0)
+    waits = grown.get("vllm:double_waits_total")
+    waited_s = _ratio(grown.get("vllm:double_wait_seconds_total"), waits)
     step = _ratio(grown.get("vllm:double_worker_forward_seconds_total"), grown.get("vllm:double_worker_iterations_total"))
     return Speculation(
         tokens_per_forward=_ratio(generated, forwards),
@@ -58,4 +67,7 @@ def speculation(grown: Mapping[str, float]) -> Speculation:
         chain_length=_ratio(drafted, drafts),
         hit_rate=_ratio(grown.get("vllm:double_hits_total"), grown.get("vllm:double_harvests_total")),
         draft_step_ms=None if step is None else 1000 * step,
+        waits_per_round=_ratio(waits, grown.get("vllm:double_target_forwards_total")),
+        wait_ms=None if waited_s is None else 1000 * waited_s,
+        missed_share=_ratio(grown.get("vllm:double_waits_missed_total"), waits),
     )

@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 
 from benchmarks import rows, workload
 
-__all__ = ["LogitReader", "main"]
+__all__ = ["LogitReader", "main", "noise_bound"]
 
 Logits = npt.NDArray[np.float32]
+QUANTILE = 0.999
 
 
 class LogitReader:
@@ -52,14 +53,14 @@ class LogitReader:
 
         All texts are read side by side, ``chunk`` tokens of each a forward, as a batch is.
         """
-        from vllm_double.draft.base import Row
+        from vllm_double.draft.base import Batch, Row
 
         size = self._engine.page_size
         pages, free = [], 1
         for text, first in texts:
             pages.append(range(free, free + 1 + len(text) // size))
             free = pages[-1].stop
-            self._engine.forward([Row(pages[-1], 0, text[:first], 0, 0.0)], 1)
+            self._engine.forward(Batch.of([Row(pages[-1], 0, text[:first], 0, 0.0)]), 1)
         parts: list[list[Logits]] = [[] for _ in texts]
         for step in range(0, max(len(text) - first for text, first in texts), chunk):
             taken = []
@@ -67,7 +68,7 @@ class LogitReader:
                 if tokens := text[first + step : first + step + chunk]:
                     taken.append((index, Row(pages[index], first + step, tokens, len(tokens), 0.0)))
             self._captured.clear()
-            self._engine.forward([row for _, row in taken], 1)
+            self._engine.forward(Batch.of([row for _, row in taken]), 1)
             logits, start = np.concatenate(self._captured), 0
             for index, row in taken:
                 parts[index].append(logits[start : start + row.num_outputs])
@@ -101,6 +102,15 @@ def long_texts(
     raise ValueError("there are no prompts")
 
 
+def noise_bound(
+    reader: LogitReader, target: Path, prompts: Path, max_model_len: int, k: int, batch: int, num_texts: int
+) -> float:
+    """The 99.9th percentile of ``noise`` on long texts."""
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    texts = long_texts(tokenizer, workload.load_prompts(prompts, 128), num_texts, max_model_len - 1)
+    return float(np.quantile(noise(reader, texts, 1 + k, batch), QUANTILE))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Appends one row; 0 if rounding explains every difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     texts = long_texts(tokenizer, workload.load_prompts(options.prompts, 128), options.num_texts, options.max_model_len - 1)
     differences = noise(reader, texts, 1 + options.k, options.batch)
-    bound = float(np.quantile(differences, 0.999))
+    bound = float(np.quantile(differences, QUANTILE))
     gaps = []
     for line in options.divergences.read_text().splitlines():
         entry = json.loads(line)

@@ -1,10 +1,12 @@
 """Greedy text of double against plain vLLM, token by token, up to the model's length limit.
 
     python -m benchmarks.parity --num-prompts 128 --max-tokens 256 --batch 1 8
+    python -m benchmarks.parity --sampled
 
 Prefix caching is on. In float32 every token has to be the same: the exit status is 1 otherwise.
 ``--divergences FILE`` keeps, as JSON lines, what an analysis of other dtypes needs: the prompt, the common
-text, and the two tokens at the first difference.
+text, and the two tokens at the first difference. ``--sampled`` compares sampled texts with and without drafts instead
+(benchmarks.sampled_parity).
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from benchmarks.harness import Fleet
 from benchmarks.machine import cores, parse_cores
 from benchmarks.metrics import counters, growth, speculation
 from benchmarks.run import portable
+from benchmarks.sampled_cells import CONDITIONS
 from benchmarks.server import ServerConfig, exit_on_sigterm
 from benchmarks.stats import first_difference, is_looping, share
 
-__all__ = ["divergences", "main", "workload_of"]
+__all__ = ["arguments", "divergences", "main", "parity_row", "workload_of"]
 
 
 def workload_of(
@@ -81,15 +84,30 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft", type=Path, default=workload.DRAFT)
     parser.add_argument("--prompts", type=Path, default=workload.PROMPTS)
     parser.add_argument("--cores", type=parse_cores, default=cores())
+    sampled = parser.add_argument_group("sampled texts")
+    sampled.add_argument("--sampled", action="store_true", help="with drafts against without, on one server, with seeds")
+    sampled.add_argument("--temperature", nargs="+", type=float, default=[0.3, 0.7, 1.0, 1.5])
+    sampled.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    sampled.add_argument("--per-cell", type=int, default=8, help="prompts of each temperature and condition, at each batch")
+    sampled.add_argument("--num-several", type=int, default=4, help="prompts that are asked for n = 4 texts")
+    sampled.add_argument("--seed", type=int, default=1 << 40, help="of the first prompt; the next has the next")
     parser.add_argument("--divergences", type=Path, help="JSON lines with every first difference")
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "parity.csv")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    num_cells = len(options.temperature) * len(options.conditions)
+    if options.sampled and not -(-options.num_prompts // num_cells) <= options.per_cell <= options.num_prompts:
+        parser.error(f"--per-cell: {num_cells} cells of so many prompts do not use each of {options.num_prompts}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs all batch sizes; 1 if a float32 text differs."""
+    """Runs all batch sizes; 1 if a float32 text differs, or a sampled one where rounding does not explain it."""
     exit_on_sigterm()
     options = arguments(argv)
+    if options.sampled:
+        from benchmarks.sampled_parity import sampled_parity  # it uses this module
+
+        return sampled_parity(options)
     every = tuple(options.cores)
     choices = Choices(options.draft, every, (options.k,), (options.k,), (options.k,))
     plain, ours = variants("plain", choices)[-1], variants(options.arm, choices)[-1]
@@ -130,6 +148,9 @@ def parity_row(
         "config": json.dumps(portable(arm.speculative)),
         "layers": layers,
         "dtype": options.dtype,
+        "temperature": 0.0,
+        "condition": None,
+        "seed": None,
         "batch": batch,
         "prompts": len(plain.completions),
         "max_tokens": options.max_tokens,
@@ -140,6 +161,10 @@ def parity_row(
         "tokens": plain.tokens,
         "identical": len(plain.completions) - len(different),
         "first_differences": json.dumps([one["position"] for one in different]),
+        "gaps": None,
+        "largest_gap": None,
+        "noise_p999": None,
+        "explained": None,
     }
 
 

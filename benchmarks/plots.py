@@ -25,11 +25,20 @@ USUAL = "completion+edit"
 
 
 def latest(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[str, dict[str, str]]]]:
-    """{(workload, temperature, batch): {arm: {layers: row}}}; later rows replace earlier ones."""
+    """{(workload, sampling, batch): {arm: {layers: row}}}; later rows replace earlier ones."""
     found: dict[Key, dict[str, dict[str, dict[str, str]]]] = {}
     for row in table:
-        cell = found.setdefault((row.get("workload") or USUAL, row["temperature"], row["batch"]), {})
+        cell = found.setdefault((row.get("workload") or USUAL, sampling(row), row["batch"]), {})
         cell.setdefault(row["arm"], {})[row["layers"]] = row
+    return found
+
+
+def sampling(row: Mapping[str, str]) -> str:
+    """The temperature, with top_p and top_k where requests had them: ``1``, ``1-p0.9-k20``."""
+    found = row["temperature"]
+    for column, letter in (("top_p", "p"), ("top_k", "k")):
+        if row.get(column):
+            found += f"-{letter}{row[column]}"
     return found
 
 
@@ -82,10 +91,10 @@ def reliability(table: Sequence[dict[str, str]], least_trials: int = 20) -> dict
 
 
 def over_batch(table: Sequence[dict[str, str]]) -> dict[Key, dict[str, dict[float, dict[str, str]]]]:
-    """{(workload, temperature, layers): {arm: {batch: row}}} of the latest run that had three batches or more."""
+    """{(workload, sampling, layers): {arm: {batch: row}}} of the latest run that had three batches or more."""
     runs: dict[tuple[Key, str, str], dict[str, dict[float, dict[str, str]]]] = {}
     for row in table:
-        key = (row.get("workload") or USUAL, row["temperature"], row["layers"])
+        key = (row.get("workload") or USUAL, sampling(row), row["layers"])
         run = runs.setdefault((key, row["command"], row["commit"].rstrip("+")), {})
         run.setdefault(row["arm"], {})[float(row["batch"])] = row
     return {key: run for (key, _, _), run in runs.items() if len(run.get("plain", ())) >= 3}

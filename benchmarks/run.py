@@ -1,12 +1,15 @@
-"""Compares the arms: interleaved rounds on the same cores, one CSV row per arm and cell (temperature, batch).
+"""Compares the arms: interleaved rounds on the same cores, one CSV row per arm and cell (temperature, top_p, batch).
 
     python -m benchmarks.run --layers 66 --temperature 0 1 --batch 1 4
+    python -m benchmarks.run --layers 66 --temperature 1 --top-p 0.9 --seed 7
     python -m benchmarks.run --layers 66 --scripted 8
 
 First every variant of every arm (chain lengths, thread splits) answers once, then the best of each arm
 is measured in interleaved rounds, cell by cell. A row holds quantiles over the rounds; ``speedup`` is the
 median of the round-wise ratio. Two servers of one kind differ by some percent for as long as they run: for a
 small difference start them anew (``--starts``), beside ``plain-again``, whose difference is nothing but that.
+``identical`` is the share of texts that equal plain's: at T = 0, and with ``--seed`` at T > 0, too. At T > 0 double draws
+the same text as plain in vLLM's V2 runner only.
 With ``--scripted`` the prompts are edits of code, and the target's replies are scripted (benchmarks/scripted).
 """
 
@@ -21,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import rows, scripted, workload
-from benchmarks.arms import ARMS, WARM, Arm, Choices, default_arms, variants
+from benchmarks.arms import ARMS, OTHERS, WARM, Arm, Choices, default_arms, variants
 from benchmarks.client import Request
 from benchmarks.harness import Fleet, Series, interleave
 from benchmarks.machine import cores, parse_cores
@@ -37,15 +40,23 @@ class Cell:
     """One condition that all arms are compared under."""
 
     temperature: float
+    top_p: float | None
     batch: int
+
+    def __str__(self) -> str:
+        nucleus = "" if self.top_p is None else f" top_p={self.top_p:g}"
+        return f"T={self.temperature:g}{nucleus} batch {self.batch}"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=default_arms(), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--layers", nargs="+", type=int, default=[66], help="decoder layers of the inflated target: its cost")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--top-p", type=float, help="of all requests; the target's default if not given")
+    parser.add_argument("--top-k", type=int, help="of all requests; the target's default if not given")
+    parser.add_argument("--seed", type=int, help="of the first request; the next has the next; no seeds if not given")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=1, help="times that the servers are started; --rounds after each")
@@ -68,6 +79,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=rows.RESULTS / "bench.csv")
     parser.add_argument("--logs", type=Path, default=workload.PAIR.parent / "logs")
     options = parser.parse_args(argv)
+    if options.arms is None:
+        options.arms = default_arms(sampled=max(options.temperature) > 0)
     if options.scripted is not None:
         options.num_prompts = options.scripted
     if options.max_tokens is None:
@@ -92,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tuple(options.threads),
     )
     tried = [variant for name in options.arms for variant in variants(name, choices)]
-    cells = [Cell(temperature, batch) for temperature in options.temperature for batch in options.batch]
+    cells = [Cell(temperature, options.top_p, batch) for temperature in options.temperature for batch in options.batch]
     with tempfile.TemporaryDirectory(prefix="vllm-double-bench-") as folder:
         for layers in options.layers:
             target = workload.inflated(options.target, layers, Path(folder))
@@ -135,7 +148,7 @@ def one_round(options: argparse.Namespace, base: ServerConfig, arm: Arm, cells: 
             fleet.warm_up(requests[: cell.batch], cell.batch)
             rates[cell] = fleet.ask(arm, requests, cell.batch).tokens_per_second
             print(
-                f"trying T={cell.temperature:g} batch {cell.batch:<3} {arm.label:<28} {rates[cell]:8.1f}/s",
+                f"trying {cell!s:<16} {arm.label:<32} {rates[cell]:8.1f}/s",
                 flush=True,
             )
     return rates
@@ -148,7 +161,14 @@ def prompts_of(options: argparse.Namespace) -> list[workload.Prompt]:
 
 def ask_for(options: argparse.Namespace, cell: Cell) -> list[Request]:
     """The requests of one round."""
-    return workload.requests(prompts_of(options), options.max_tokens, cell.temperature)
+    return workload.requests(
+        prompts_of(options),
+        options.max_tokens,
+        cell.temperature,
+        top_p=cell.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
 
 
 def measure(options: argparse.Namespace, base: ServerConfig, best: dict[Cell, list[Arm]], layers: int) -> None:
@@ -163,7 +183,7 @@ def measure(options: argparse.Namespace, base: ServerConfig, best: dict[Cell, li
             if idle > 0.1:
                 print(f"Idle servers burn {idle:.2f} cores: the figures are disturbed.", flush=True)
             for cell, series in measured.items():
-                print(f"{layers} layers, T={cell.temperature:g}, batch {cell.batch}, start {start + 1}", flush=True)
+                print(f"{layers} layers, {cell}, start {start + 1}", flush=True)
                 interleave(
                     fleet,
                     series,
@@ -185,10 +205,11 @@ def cell_rows(options: argparse.Namespace, cell: Cell, layers: int, series: Sequ
     target_step_ms = 1000 * median(gap for completion in plain.completions for gap in completion.gaps)
     reported = [one.speculation.draft_step_ms for one in series]
     draft_step_ms = next((step for step in reported if step), options.draft_step_ms)
+    is_repeatable = cell.temperature == 0 or options.seed is not None
     found = []
     for one in series:
         ratios = {other.arm.name: one.speedup(other) for other in series if other is not one}
-        others = [ratio for name, ratio in ratios.items() if name in ("ngram", "draft_model", "suffix")]
+        others = [ratio for name, ratio in ratios.items() if name in OTHERS]
         row: dict[str, rows.Value] = {
             "arm": one.arm.name,
             "config": json.dumps(portable(one.arm.speculative)),
@@ -200,6 +221,9 @@ def cell_rows(options: argparse.Namespace, cell: Cell, layers: int, series: Sequ
             "eager": not options.compile,
             "workload": "+".join(sorted({prompt.kind for prompt in prompts_of(options)})),
             "temperature": cell.temperature,
+            "top_p": cell.top_p,
+            "top_k": options.top_k,
+            "seed": options.seed,
             "batch": cell.batch,
             "max_tokens": options.max_tokens,
             "target_step_ms": target_step_ms,
@@ -208,7 +232,7 @@ def cell_rows(options: argparse.Namespace, cell: Cell, layers: int, series: Sequ
             "speedup": one.speedup(plain),
             "against_best_other": min(others) if others else None,
             "ratios": json.dumps({name: round(ratio, 4) for name, ratio in ratios.items()}),
-            "identical": share(one.identical(plain)) if cell.temperature == 0 else None,
+            "identical": share(one.identical(plain)) if is_repeatable else None,
         }
         found.append(row | describe(one))
     return found
@@ -237,6 +261,9 @@ def describe(series: Series) -> dict[str, rows.Value]:
         "acceptance": speculation.acceptance,
         "chain_length": speculation.chain_length,
         "hit_rate": speculation.hit_rate,
+        "waits_per_round": speculation.waits_per_round,
+        "wait_ms": speculation.wait_ms,
+        "missed_share": speculation.missed_share,
         "caches": "warm" if series.arm.name in WARM else "cold",
     }
 

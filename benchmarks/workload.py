@@ -53,9 +53,28 @@ def load_prompts(path: Path, count: int, kinds: Sequence[str] = ()) -> list[Prom
     return found[:count]
 
 
-def requests(prompts: Sequence[Prompt], max_tokens: int, temperature: float) -> list[Request]:
-    """One request per prompt."""
-    return [Request(prompt.id, prompt.text, max_tokens, temperature) for prompt in prompts]
+def requests(
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    temperature: float,
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> list[Request]:
+    """One request per prompt, whose seed is ``seed`` plus its index."""
+    return [
+        Request(
+            prompt.id,
+            prompt.text,
+            max_tokens,
+            temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=None if seed is None else seed + index,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def to_the_limit(prompts: Sequence[Prompt], target: Path, max_model_len: int, max_tokens: int) -> list[Request]:

@@ -7,7 +7,7 @@ state that an exception leaves behind.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -35,8 +35,10 @@ class GuardedProposer:
     All methods but `switch` belong to the thread of the target's steps.
     """
 
-    def __init__(self, proposer: Proposer, breaker: CircuitBreaker) -> None:
+    def __init__(self, proposer: Proposer, breaker: CircuitBreaker, nap: Callable[[], None] = lambda: None) -> None:
+        """nap: see Proposer.propose."""
         self.enabled = True
+        self._nap = nap
         self.breaker = breaker
         self._proposer = proposer
         self._is_drafting = True
@@ -109,7 +111,7 @@ class GuardedProposer:
         with self.guard():
             if self._goes_on():
                 self._wake_all(rows)
-                chains = self._proposer.propose(rows)
+                chains = self._proposer.propose(rows, self._nap)
                 if self.breaker.succeeded():
                     _logger.info("Drafting is tried again, having paused %s.", self.breaker.why)
                 self._judge()

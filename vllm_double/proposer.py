@@ -23,7 +23,7 @@ from vllm_double.retrieval.base import Continuation, Retriever
 from vllm_double.transport.base import TargetEnd
 from vllm_double.transport.messages import Admit, Commit, Forget, Nodes, Release
 from vllm_double.trie import DRAFT, Edge, PathToken, SpeculationTrie
-from vllm_double.waiting import WaitRule
+from vllm_double.waiting import Rates, WaitRule
 
 __all__ = ["Proposer", "RequestParams", "Row"]
 
@@ -95,10 +95,15 @@ class _Request:
     use: DraftUse = field(default_factory=DraftUse)
     finished: bool = False
     missed: bool = False  # nothing was ready behind the last committed token when the round began
+    waited: bool = False  # and the target waited for its chain
     chain: list[PathToken] = field(default_factory=list)
     # Retrieved tokens that the target did not want, each behind the tokens before it; oldest first.
     refused: dict[tuple[int, ...], None] = field(default_factory=dict)
     refused_tokens: set[int] = field(default_factory=set)  # all that were ever among them
+
+
+def _no_nap() -> None:
+    """Look again at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -114,13 +119,13 @@ class _Live:
 class Proposer:
     """All live requests of one engine. ``end`` is None where retrieval alone drafts. ``clock`` gives seconds.
 
-    ``vocab_size``: of the target; prompts can hold ids beyond it (of images, say), which are not offered. ``nap`` returns after
-    a fraction of a draft step; None: the target never waits for the draft.
+    ``vocab_size``: of the target; prompts can hold ids beyond it (of images, say), which are not offered. ``may_wait``:
+    whether the target may wait for the draft.
     """
 
     def __init__(
         self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
-        clock: Callable[[], float], vocab_size: int = sys.maxsize, nap: Callable[[], None] | None = None,
+        clock: Callable[[], float], vocab_size: int = sys.maxsize, may_wait: bool = True,
     ) -> None:  # fmt: skip
         self.counters = Counters()
         self.calibration = Calibration()
@@ -130,9 +135,9 @@ class Proposer:
         self._retrievers = list(retrievers)
         self._clock = clock
         self._vocab_size = vocab_size
-        self._nap = nap
+        self._may_wait = may_wait
         self.wait_rule = WaitRule()
-        self._tokens_per_row = 1.0  # of a forward, lately
+        self._tokens_per_row, self._chain_length = 1.0, 0.0  # of a forward, lately
         self._late_beat = -1  # the heartbeat of a worker that was waited for in vain
         self._requests: dict[str, _Request] = {}
         self._by_handle: dict[int, _Request] = {}
@@ -198,8 +203,9 @@ class Proposer:
 
     # ---- the round --------------------------------------------------------------------------------------------
 
-    def propose(self, rows: Sequence[Row]) -> list[list[int]]:
-        """The chains that the target verifies next, one per row; empty if nothing is worth it."""
+    def propose(self, rows: Sequence[Row], nap: Callable[[], None] = _no_nap) -> list[list[int]]:
+        """The chains that the target verifies next, one per row; empty if nothing is worth it. ``nap`` lets a fraction of a
+        draft step pass."""
         steps = self.round(rows)
         while True:
             try:
@@ -207,11 +213,10 @@ class Proposer:
             except StopIteration as end:
                 chains: list[list[int]] = end.value
                 return chains
-            assert self._nap is not None
-            self._nap()
+            nap()
 
     def round(self, rows: Sequence[Row]) -> Generator[None, None, list[list[int]]]:
-        """As `propose`; whenever it yields it wants to be resumed a little later."""
+        """As `propose`; whenever it yields it is to be resumed a fraction of a draft step later."""
         started = self._clock()
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
         self._drain()
@@ -219,9 +224,12 @@ class Proposer:
         live = [_Live(index, rows[index], request) for index, request in self._commit_all(rows)]
         for one in live:
             one.path = self._graft(one.request, one.row.tokens)
-        self._choose(live, live)
-        missed = [one for one in live if not one.path and self._may_draft(one.request)]
-        waited = yield from self._wait(missed, live)
+        missed = [one for one in live if not one.path]
+        for one in missed:
+            one.request.missed = True
+        awaited = self._awaited(missed, len(live))
+        self._choose([one for one in live if one not in awaited], live)
+        waited = yield from self._wait(awaited, live)
         chains: list[list[int]] = [[] for _ in rows]
         for one in live:
             chains[one.index] = [step.token for step in one.request.chain]
@@ -252,51 +260,60 @@ class Proposer:
 
     # ---- waiting ----------------------------------------------------------------------------------------------
 
+    def _awaited(self, missed: Sequence[_Live], num_rows: int) -> list[_Live]:
+        """The rows with nothing to verify for whose first draft tokens the target waits: all that may get some, or none."""
+        if not missed or self._end is None or not self._may_wait or not self._is_prompt(self._end):
+            return []
+        awaited = [one for one in missed if self._may_draft(one.request)]
+        acceptances = [self.wait_rule.acceptance(one.request.params.temperatures) for one in awaited]
+        if self.wait_rule.pays_to_begin(acceptances, self._rates(num_rows)):
+            return awaited
+        self.wait_rule.observe_no_wait()
+        return []
+
     def _may_draft(self, request: _Request) -> bool:
         """Whether the worker has the request, and is to draft for it."""
         longest = min(self._num_tokens, request.params.max_length - request.length - 1)
         return longest > 0 and self._is_known(request) and request.was_heard and not request.use.is_resting
 
-    def _wait(self, missed: list[_Live], live: Sequence[_Live]) -> Generator[None, None, float]:
-        """Wait for the draft's first tokens behind outcomes that were not prepared, while that pays; returns the seconds."""
-        rule, end = self.wait_rule, self._end
-        for one in missed:
-            one.request.missed = True
-        if not missed or end is None or self._nap is None or not self._is_prompt(end):
+    def _wait(self, awaited: Sequence[_Live], live: Sequence[_Live]) -> Generator[None, None, float]:
+        """Wait for the first draft tokens of these rows, while that pays; returns the seconds."""
+        if not awaited or self._end is None:
             return 0.0
-        tokens_per_s = self._tokens_per_second(len(live))
-        acceptances = [rule.acceptance(one.request.params.temperatures) for one in missed]
-        if not rule.pays_to_begin(acceptances, tokens_per_s):
-            rule.observe_no_wait()
-            return 0.0
-        began = seen = arrived = self._clock()
-        beat, has_come = end.heartbeat, False
+        rule, end, rates = self.wait_rule, self._end, self._rates(len(live))
+        for one in awaited:
+            one.request.waited = True
+            self._tell(one.request, one.row.tokens, waits=True)
+        began = seen = came = self._clock()
+        beat, num_known = end.heartbeat, 0
         while True:
             yield
             self._drain()
             now = self._clock()
             if end.heartbeat != beat:
                 beat, seen = end.heartbeat, now
-            paths = [one.request.trie.best_path(self._num_tokens) for one in missed]
-            num_known = sum(map(len, paths))
-            if num_known > sum(len(one.path) for one in missed):
-                if not has_come:
+            for one in awaited:
+                one.path = one.request.trie.best_path(self._num_tokens)
+            num_before, num_known = num_known, sum(len(one.path) for one in awaited)
+            if num_known > num_before:
+                if num_before:
+                    rule.observe_next(now - came)
+                else:
                     rule.observe_first(now - began)
-                has_come, arrived = True, now
-                for one, path in zip(missed, paths, strict=True):
-                    one.path = path
-            reaches = [
-                (one.path[-1].reach if one.path else 1.0) * acceptance for one, acceptance in zip(missed, acceptances, strict=True)
-            ]
-            if has_come and not rule.pays_to_go_on(reaches, tokens_per_s):
-                break
-            if now - seen > rule.silence_s or now - arrived > rule.first_s + 2 * rule.silence_s:
+                came = now
+                reaches = [
+                    (one.path[-1].reach if one.path else 1.0) * rule.acceptance(one.request.params.temperatures)
+                    for one in awaited
+                ]
+                if not rule.pays_to_go_on(reaches, rates):
+                    break
+            if now - seen > rule.silence_s or now - came > rule.first_s + rule.silence_s:
                 self._late_beat = beat
                 break
-        for one in missed:
+        for one in awaited:
             one.path = self._graft(one.request, one.row.tokens)
-        self._choose([one for one in missed if one.path], live)
-        self.counters.waited(now - began, has_come)
+        self._choose(awaited, live)
+        self.counters.waited(now - began, num_known > 0)
         return now - began
 
     def _is_prompt(self, end: TargetEnd) -> bool:
@@ -306,10 +323,11 @@ class Proposer:
         self.wait_rule.step_s = self.counters.worker.get("step_seconds", 0.0)
         return all(request.was_heard for request in self._by_handle.values() if not request.use.is_resting)
 
-    def _tokens_per_second(self, num_rows: int) -> float:
+    def _rates(self, num_rows: int) -> Rates:
         """What the batch decodes, by what its forwards take and have given lately."""
         fixed, per_token = self.step_cost.estimate()
-        return self._tokens_per_row * num_rows / (fixed + per_token * num_rows * (1.0 + self._tokens_per_row))
+        seconds = fixed + per_token * num_rows * (1.0 + self._chain_length)
+        return Rates(self._tokens_per_row * num_rows / seconds, per_token)
 
     def rest(self) -> None:
         """A round without drafts: hear the worker out, and tell it what there was no room for."""
@@ -361,6 +379,7 @@ class Proposer:
         num_accepted = min(len(new), row.num_sampled - 1)
         self.counters.committed(len(new), num_accepted, row.verified, request.chain)
         self._tokens_per_row += _RATE_WEIGHT * (len(new) - self._tokens_per_row)
+        self._chain_length += _RATE_WEIGHT * (len(row.verified) - self._chain_length)
         self._judge_draft(request, row.verified, len(new), num_accepted)
         request.chain = []
         request.length = known + row.num_sampled
@@ -378,9 +397,7 @@ class Proposer:
             if (first := trie.first_drafted()) is not None:
                 self.counters.draft_first_examples += 1
                 self.counters.draft_first_accepted += first == token
-                if request.missed:
-                    self.wait_rule.observe_token(temperatures, first == token)
-            request.missed = False
+                self.wait_rule.observe_token(temperatures, request.missed and place == known, first == token)
             for source, raw, said in trie.examples():
                 self.calibration.observe(source, raw, temperatures, said == token)
                 self.counters.draft_listed_accepted += source == DRAFT and said == token
@@ -392,6 +409,8 @@ class Proposer:
                 _note_refusals(request.refused, before, wrong, token)
             trie.commit(token)
         self.counters.harvested(trie.has_hit)
+        self.wait_rule.observe_forward(request.waited, len(row.verified), not request.missed, len(new), trie.has_hit)
+        request.missed = request.waited = False
 
     def _judge_draft(self, request: _Request, verified: Sequence[int], num_new: int, num_accepted: int) -> None:
         """While it rests the worker is told nothing, and has soon no work left; then it is told all that it missed.
@@ -475,7 +494,7 @@ class Proposer:
 
     # ---- the worker -------------------------------------------------------------------------------------------
 
-    def _tell(self, request: _Request, tokens: npt.NDArray[np.int32]) -> None:
+    def _tell(self, request: _Request, tokens: npt.NDArray[np.int32], waits: bool = False) -> None:
         """Send what was committed and which chain is now being verified; admit the request where it is not known."""
         if self._end is None or not request.params.use_worker or request.use.is_resting:
             return
@@ -486,7 +505,7 @@ class Proposer:
             return
         chain = np.array([step.token for step in request.chain], dtype=np.int32)
         probs = np.array([step.prob for step in request.chain], dtype=np.float32)
-        command = Commit(request.handle, request.told, tokens[request.told :], chain, probs)
+        command = Commit(request.handle, request.told, tokens[request.told :], chain, probs, waits)
         if self._end.send(command):
             request.told = len(tokens)
         else:

@@ -77,7 +77,9 @@ def noisy_tokens(
     none = np.empty(0, dtype=np.int32)
     tokens = np.concatenate([none if of_row is None else of_row for of_row in of_rows])
     rows = np.repeat(np.arange(num_rows), [0 if of_row is None else len(of_row) for of_row in of_rows])
-    scores = gumbel_noise(seeds[rows], positions[rows], tokens) * scales[rows] + logits[rows, tokens] / temperatures[rows]
+    with np.errstate(over="ignore"):  # a mask of the lowest number may become -inf
+        scores = logits[rows, tokens] / temperatures[rows]
+    scores += scales[rows] * gumbel_noise(seeds[rows], positions[rows], tokens)
     order = np.lexsort((tokens, -scores, rows))
     order = order[scores[order] > -np.inf]
     nums = np.bincount(rows[order], minlength=num_rows)
@@ -122,7 +124,8 @@ def noisy_tokens_reference(
     scores = gumbel_noise(seeds[:, None], positions[:, None], np.arange(logits.shape[1]))
     if scales is not None:
         scores *= scales[:, None]
-    scores += logits if temperatures is None else logits / temperatures[:, None]
+    with np.errstate(over="ignore"):  # a mask of the lowest number may become -inf
+        scores += logits if temperatures is None else logits / temperatures[:, None]
     scores[np.isnan(logits)] = -np.inf
     if floors is not None:
         scores[logits < floors[:, None]] = -np.inf

@@ -55,8 +55,8 @@ def top_branches(
     if logits.is_cuda:
         from double_kernels import triton_top_branches  # here: a CPU needs no triton
 
-        if noise is None and support is None and triton_top_branches.is_supported(logits, num_children):
-            return triton_top_branches.top_branches_triton(logits, num_children, temperatures)
+        if triton_top_branches.is_supported(logits, num_children):
+            return triton_top_branches.top_branches_triton(logits, num_children, temperatures, noise, support)
     return top_branches_reference(logits, num_children, temperatures, noise, support)
 
 

@@ -4,6 +4,9 @@ The first takes tiles of a row, so that 64 rows fill every multiprocessor: of ea
 exponentials, of each block of 64 logits the best. The second, one program per row, merges the sums. The f best tokens lie
 in the f blocks with the best maxima (of equal maxima the lower blocks): those are read again, f x 64 logits of the row.
 
+With noise the blocks' maxima are of the noisy scores, which the second launch computes again for the blocks that it reads.
+For support two launches of their own find the most probable tokens first, from which torch derives the floors.
+
 Both times the f best are found without a sort: logits become integers of the same order, and the f-th largest of them is
 found bit by bit, by counting. The time does not depend on f.
 """
@@ -14,9 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from double_kernels.noise import Noise
+from double_kernels.support import NUM_INSPECTED, Support, logit_floors
+from double_kernels.triton_noise import gumbel_noise_of
+
 __all__ = ["MAX_CHILDREN", "MAX_VOCAB_SIZE", "is_supported", "top_branches_triton"]
 
-MAX_CHILDREN = 64
+MAX_CHILDREN = NUM_INSPECTED
 MAX_VOCAB_SIZE = 262_144  # 4,096 blocks: what the second launch holds in registers
 
 _BLOCK = 64
@@ -30,13 +37,18 @@ def is_supported(logits: torch.Tensor, num_children: int) -> bool:
 
 
 def top_branches_triton(
-    logits: torch.Tensor, num_children: int, temperatures: torch.Tensor | None = None
+    logits: torch.Tensor,
+    num_children: int,
+    temperatures: torch.Tensor | None = None,
+    noise: Noise | None = None,
+    support: Support | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `num_children` best tokens of every row, and their softmax probabilities; no host synchronisation.
 
     logits: float16, bfloat16 or float32 [rows, vocab], any strides, vocab up to MAX_VOCAB_SIZE.
     num_children: 1 .. min(vocab, MAX_CHILDREN).
     temperatures: None (all 1) or float32 [rows] on the same device, each positive.
+    noise, support: see top_branches.
 
     Returns tokens int64 and probabilities float32 [rows, num_children], as top_branches does.
     Raises ValueError for logits or a count that the kernels don't take.
@@ -51,6 +63,13 @@ def top_branches_triton(
         return tokens, probs
     if temperatures is not None:
         temperatures = temperatures.to(torch.float32).contiguous()
+    seeds = positions = scales = floors = None
+    if noise is not None:
+        seeds, positions = noise.seeds.contiguous(), noise.positions.contiguous()
+        scales = noise.scales.to(torch.float32).contiguous()
+    if support is not None:
+        best, best_probs = top_branches_triton(logits, min(NUM_INSPECTED, vocab_size), temperatures)
+        floors = logit_floors(logits.gather(1, best).float(), best_probs, vocab_size, support)
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     tile_blocks = min(_TILE_BLOCKS, triton.next_power_of_2(num_blocks))
     num_tiles = triton.cdiv(num_blocks, tile_blocks)
@@ -59,13 +78,21 @@ def top_branches_triton(
     # A multiple of 16, so that the alignment of the second half is always the same: no kernel is compiled twice.
     tile_sums = torch.empty((2, triton.cdiv(num_rows * num_tiles, 16) * 16), dtype=torch.float32, device=device)
     scratch = torch.empty((2, num_rows, padded_children), dtype=torch.int32, device=device)
-    shared = {"HAS_TEMPERATURES": temperatures is not None, "KEY_BITS": _KEY_BITS[logits.dtype], "BLOCK": _BLOCK}
+    is_plain = noise is None and support is None
+    shared = {
+        "HAS_TEMPERATURES": temperatures is not None,
+        "HAS_NOISE": noise is not None,
+        "HAS_SUPPORT": support is not None,
+        "KEY_BITS": _KEY_BITS[logits.dtype] if is_plain else 32,  # scores with noise, or masked, are float32
+        "BLOCK": _BLOCK,
+    }
+    of_rows = (temperatures, seeds, positions, scales, floors)
     _reduce_tiles[(num_rows * num_tiles,)](
-        logits, temperatures, block_keys, tile_sums[0], tile_sums[1], vocab_size, num_tiles, logits.stride(0), logits.stride(1),
+        logits, *of_rows, block_keys, tile_sums[0], tile_sums[1], vocab_size, num_tiles, logits.stride(0), logits.stride(1),
         TILE_BLOCKS=tile_blocks, **shared, num_warps=4,
     )  # fmt: skip
     _select_tokens[(num_rows,)](
-        logits, temperatures, block_keys, tile_sums[0], tile_sums[1], scratch[0], scratch[1], tokens, probs,
+        logits, *of_rows, block_keys, tile_sums[0], tile_sums[1], scratch[0], scratch[1], tokens, probs,
         vocab_size, num_blocks, num_tiles, block_keys.shape[1], num_children, logits.stride(0), logits.stride(1),
         BLOCKS=triton.next_power_of_2(num_blocks), TILES=triton.next_power_of_2(num_tiles), CHILDREN=padded_children, **shared,
         num_warps=8,
@@ -85,6 +112,35 @@ def _keys(logits: "Any", KEY_BITS: tl.constexpr) -> "Any":
     values = logits.to(tl.float32)
     keys = tl.where(values == 0.0, 0, keys)
     return tl.where(values != values, (1 << (KEY_BITS - 1)) - 1, keys)
+
+
+@triton.jit
+def _rank_keys(
+    logits: "Any",
+    token: "Any",
+    row: "Any",
+    temperatures_ptr: "Any",
+    seeds_ptr: "Any",
+    positions_ptr: "Any",
+    scales_ptr: "Any",
+    floors_ptr: "Any",
+    HAS_TEMPERATURES: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_SUPPORT: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+) -> "Any":
+    """int32 of the order in which the row's tokens are ranked; of logits unless there is noise or support."""
+    ranks = logits
+    if HAS_NOISE:
+        scale = tl.load(scales_ptr + row)
+        scores = logits.to(tl.float32)
+        if HAS_TEMPERATURES:
+            scores = tl.div_rn(scores, tl.load(temperatures_ptr + row))
+        noise = gumbel_noise_of(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token)
+        ranks = tl.where(scale > 0.0, scores + scale * noise, logits.to(tl.float32))
+    if HAS_SUPPORT:
+        ranks = tl.where(logits.to(tl.float32) < tl.load(floors_ptr + row), -float("inf"), ranks.to(tl.float32))
+    return _keys(ranks, KEY_BITS)
 
 
 @triton.jit
@@ -108,6 +164,10 @@ def _is_among_best(keys: "Any", count: "Any", KEY_BITS: tl.constexpr) -> "Any":
 def _reduce_tiles(
     logits_ptr: "Any",
     temperatures_ptr: "Any",
+    seeds_ptr: "Any",
+    positions_ptr: "Any",
+    scales_ptr: "Any",
+    floors_ptr: "Any",
     block_keys_ptr: "Any",
     maxima_ptr: "Any",
     sums_ptr: "Any",
@@ -116,6 +176,8 @@ def _reduce_tiles(
     row_stride: "Any",
     token_stride: "Any",
     HAS_TEMPERATURES: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_SUPPORT: tl.constexpr,
     KEY_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
@@ -128,7 +190,11 @@ def _reduce_tiles(
     is_token = token < vocab_size
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     logits = tl.load(row_ptr + token.to(tl.int64) * token_stride, mask=is_token, other=-float("inf"))
-    keys = tl.where(is_token, _keys(logits, KEY_BITS), -(1 << (KEY_BITS - 1)))
+    keys = _rank_keys(
+        logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, HAS_TEMPERATURES, HAS_NOISE,
+        HAS_SUPPORT, KEY_BITS,
+    )  # fmt: skip
+    keys = tl.where(is_token, keys, -(1 << (KEY_BITS - 1)))
     row_keys_ptr = block_keys_ptr + row.to(tl.int64) * num_tiles * TILE_BLOCKS
     tl.store(row_keys_ptr + block, tl.max(keys, axis=1))
 
@@ -147,6 +213,10 @@ def _reduce_tiles(
 def _select_tokens(
     logits_ptr: "Any",
     temperatures_ptr: "Any",
+    seeds_ptr: "Any",
+    positions_ptr: "Any",
+    scales_ptr: "Any",
+    floors_ptr: "Any",
     block_keys_ptr: "Any",
     maxima_ptr: "Any",
     sums_ptr: "Any",
@@ -162,6 +232,8 @@ def _select_tokens(
     row_stride: "Any",
     token_stride: "Any",
     HAS_TEMPERATURES: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_SUPPORT: tl.constexpr,
     KEY_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -194,7 +266,11 @@ def _select_tokens(
     is_token = (place < num_chosen) & (token < vocab_size)
     logits_ptr += row * row_stride
     logits = tl.load(logits_ptr + token.to(tl.int64) * token_stride, mask=is_token, other=-float("inf"))
-    keys = tl.where(is_token, _keys(logits, KEY_BITS), lowest)
+    keys = _rank_keys(
+        logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, HAS_TEMPERATURES, HAS_NOISE,
+        HAS_SUPPORT, KEY_BITS,
+    )  # fmt: skip
+    keys = tl.where(is_token, keys, lowest)
     is_best = _is_among_best(keys, num_children, KEY_BITS)
     chosen_tokens_ptr += row * CHILDREN
     tl.store(chosen_tokens_ptr + tl.cumsum(is_best.to(tl.int32), axis=0) - 1, token, mask=is_best)
@@ -204,11 +280,18 @@ def _select_tokens(
     is_child = child < num_children
     token = tl.load(chosen_tokens_ptr + child, mask=is_child, other=0)
     logits = tl.load(logits_ptr + token.to(tl.int64) * token_stride, mask=is_child, other=-float("inf"))
-    keys = tl.where(is_child, _keys(logits, KEY_BITS), lowest)
+    keys = _rank_keys(
+        logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, HAS_TEMPERATURES, HAS_NOISE,
+        HAS_SUPPORT, KEY_BITS,
+    )  # fmt: skip
+    keys = tl.where(is_child, keys, lowest)
     comes_before = (keys[None, :] > keys[:, None]) | ((keys[None, :] == keys[:, None]) & (child[None, :] < child[:, None]))
     rank = tl.sum(comes_before.to(tl.int32), axis=1)
     scores = logits.to(tl.float32)
     if HAS_TEMPERATURES:
         scores = tl.div_rn(scores, tl.load(temperatures_ptr + row))  # an error of 2 ulp would show in the exponential
     tl.store(tokens_ptr + row * num_children + rank, token.to(tl.int64), mask=is_child)
-    tl.store(probs_ptr + row * num_children + rank, tl.exp(scores - highest) / total, mask=is_child)
+    probs = tl.exp(scores - highest) / total
+    if HAS_SUPPORT:
+        probs = tl.where(logits.to(tl.float32) < tl.load(floors_ptr + row), 0.0, probs)
+    tl.store(probs_ptr + row * num_children + rank, probs, mask=is_child)

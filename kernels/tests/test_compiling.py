@@ -12,7 +12,7 @@ import pytest
 
 _LOGITS = {"fp16": 16, "bf16": 16, "fp32": 32}
 _TARGET = ("cuda", 90, 32)
-_CALLED_BY_OTHERS = {"_keys", "_is_among_best"}
+_CALLED_BY_OTHERS = {"_keys", "_rank_keys", "_is_among_best", "gumbel_noise_of", "_mixed"}
 
 
 def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
@@ -23,9 +23,26 @@ def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
     sizes = {"SIZE_0": 1, "SIZE_1": 2, "SIZE_2": 3, "NUM_COLUMNS": 9, "BLOCK_ROWS": 8, "BLOCK_COLUMNS": 16}
     tokens = {"input_ids_ptr": "*i64", "positions_ptr": "*i64", "slot_mapping_ptr": "*i64", "tokens_ptr": "*i64"}
     sums = {"temperatures_ptr": "*fp32", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "probs_ptr": "*fp32"}
+    noise = {"seeds_ptr": "*i64", "scales_ptr": "*fp32", "floors_ptr": "*fp32"}
+    plain = [(dtype, has, False, False) for dtype, has in product(_LOGITS, (False, True))]
+    perturbed = [
+        ("fp32", True, True, False),
+        ("fp32", True, False, True),
+        ("fp32", True, True, True),
+        ("bf16", False, True, True),
+    ]
     logits = [
-        ({"logits_ptr": f"*{dtype}", **sums, **tokens}, {"KEY_BITS": bits, "HAS_TEMPERATURES": has, "BLOCK": 64})
-        for (dtype, bits), has in product(_LOGITS.items(), (False, True))
+        (
+            {"logits_ptr": f"*{dtype}", **sums, **tokens, **noise},
+            {
+                "KEY_BITS": 32 if has_noise or has_support else _LOGITS[dtype],
+                "HAS_TEMPERATURES": has_temperatures,
+                "HAS_NOISE": has_noise,
+                "HAS_SUPPORT": has_support,
+                "BLOCK": 64,
+            },
+        )
+        for dtype, has_temperatures, has_noise, has_support in plain + perturbed
     ]
     return {
         "_copy_slots": [
@@ -34,6 +51,7 @@ def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
         ],
         "_reduce_tiles": [(types, shared | {"TILE_BLOCKS": 64}) for types, shared in logits],
         "_select_tokens": [(types, shared | {"BLOCKS": 512, "TILES": 8, "CHILDREN": 64}) for types, shared in logits],
+        "_sample_blocks": [({"logits_ptr": "*fp32", "scores_ptr": "*fp32", **tokens, **noise}, {"BLOCK": 1024})],
         "_count_kept": [({}, {"BLOCK": 128})],
         "_lay_out": [
             (tokens, {"PADDING_SLOT": -1, "HAS_PATHS": has, "PAGE_SIZE": 16, "BLOCK": 128, "REQUESTS": 1024})
@@ -45,12 +63,12 @@ def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
 def compile_all() -> None:
     """Raises what the compiler raises; prints how many binaries there are of each kernel."""
     import triton
-    from double_kernels import triton_fork_pages, triton_insert_guidance, triton_top_branches
+    from double_kernels import triton_fork_pages, triton_insert_guidance, triton_noise, triton_top_branches
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     of_kernel = variants()
-    for module in (triton_fork_pages, triton_insert_guidance, triton_top_branches):
+    for module in (triton_fork_pages, triton_insert_guidance, triton_noise, triton_top_branches):
         for name, kernel in vars(module).items():
             if not isinstance(kernel, triton.JITFunction) or name in _CALLED_BY_OTHERS:
                 continue

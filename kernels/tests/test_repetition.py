@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from double_kernels import Noise, Support
 from double_kernels.triton_fork_pages import fork_pages_triton
 from double_kernels.triton_insert_guidance import insert_guidance_triton
+from double_kernels.triton_noise import sample_with_noise_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +42,15 @@ def branches(generator: torch.Generator) -> Callable[[], list[torch.Tensor]]:
     return lambda: list(top_branches_triton(logits, 32, temperatures))
 
 
+def noisy_branches(generator: torch.Generator) -> Callable[[], list[torch.Tensor]]:
+    num_rows, vocab_size = (64, 151_936) if ON_GPU else (2, 9_000)
+    logits = torch.randint(-9, 9, (num_rows, vocab_size), generator=generator).float().to(DEVICE)
+    row = torch.arange(num_rows, device=DEVICE)
+    noise = Noise(row, row, (row % 2).float())
+    support = Support(row.int() % 50, 1 - row / 100, torch.zeros(num_rows, device=DEVICE))
+    return lambda: [*top_branches_triton(logits, 32, None, noise, support), sample_with_noise_triton(logits, row, row)]
+
+
 def guidance(generator: torch.Generator) -> Callable[[], list[torch.Tensor]]:
     num_requests, longest = (1024, 128) if ON_GPU else (20, 40)
     lengths = torch.randint(0, longest + 1, (2, num_requests), generator=generator)
@@ -55,7 +66,7 @@ def guidance(generator: torch.Generator) -> Callable[[], list[torch.Tensor]]:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("make", [forked, branches, guidance])
+@pytest.mark.parametrize("make", [forked, branches, noisy_branches, guidance])
 def test_results_are_the_same_from_run_to_run(make: Callable[[torch.Generator], Callable[[], list[torch.Tensor]]]) -> None:
     run = make(torch.Generator().manual_seed(0))
     first = run()

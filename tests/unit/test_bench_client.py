@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
-from benchmarks.client import Request, Round, arrive, play
+from benchmarks.client import Request, Round, arrive, choices, play
+from vllm_double.request_args import RequestArgs
 
 
 @dataclass
@@ -93,14 +94,53 @@ def test_requests_are_sent_at_their_times_and_come_back_in_their_order() -> None
     assert found.seconds >= 0.2 > found.completions[0].seconds  # since it was sent
 
 
-def test_requests_ask_for_token_ids_and_carry_no_seed() -> None:
+def test_requests_ask_for_token_ids_and_leave_out_what_is_not_given() -> None:
     server = Completions()
     run(server, [Request("a", "x", 8, temperature=1.0)], 1)
     (body,) = server.bodies
     assert body["return_token_ids"] is True
     assert body["stream"] is True
     assert body["temperature"] == 1.0
-    assert "seed" not in body
+    assert not body.keys() & {"seed", "top_p", "top_k", "repetition_penalty", "presence_penalty", "vllm_xargs"}
+
+
+def test_a_body_carries_sampling_parameters_and_zero_is_one() -> None:
+    sampling = {"top_p": 0.9, "top_k": 20, "seed": 0, "presence_penalty": 0.3, "frequency_penalty": 0.0}
+    body = Request("a", (1, 2), 8, 0.7, repetition_penalty=1.1, **sampling).body()  # type: ignore[arg-type]
+    assert {name: body[name] for name in sampling} == sampling
+    assert body["repetition_penalty"] == 1.1
+    assert body["prompt"] == [1, 2]
+
+
+def test_a_request_that_declines_drafts_is_understood_by_the_plug_in() -> None:
+    xargs = Request("a", "x", 8, drafts=False).body()["vllm_xargs"]
+    assert isinstance(xargs, dict)
+    assert RequestArgs.parse(xargs) == RequestArgs(enabled=False)
+
+
+def test_choices_come_in_the_order_of_their_index_and_a_refusal_raises() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["stream"] or body["n"] > 2:
+            return web.json_response({"error": {"message": "too many"}}, status=400)
+        return web.json_response({"choices": [{"index": 1, "token_ids": [8]}, {"index": 0, "token_ids": [7]}]})
+
+    async def scenario() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            found = await asyncio.to_thread(choices, url, Request("a", "x", 8), n=2)
+            assert [choice["token_ids"] for choice in found] == [[7], [8]]
+            with pytest.raises(RuntimeError, match=r"HTTP 400.*too many"):
+                await asyncio.to_thread(choices, url, Request("a", "x", 8), n=3)
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

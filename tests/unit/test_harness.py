@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks import rows
-from benchmarks.arms import Arm, Choices, variants
+from benchmarks.arms import Arm, Choices, default_arms, variants
 from benchmarks.client import Completion, Request, Round
 from benchmarks.cost import fit, layers_for
 from benchmarks.harness import Series
@@ -23,7 +23,7 @@ from benchmarks.machine import parse_cores
 from benchmarks.metrics import counters, speculation
 from benchmarks.parity import divergences
 from benchmarks.plots import USUAL, latest, over_batch, reliability
-from benchmarks.run import portable
+from benchmarks.run import Cell, arguments, ask_for, cell_rows, portable
 from benchmarks.server import MARK, Server, ServerConfig, ServerError, family
 from benchmarks.stats import first_difference, is_looping, median_ratio, quantile, quiet_median, share
 from benchmarks.workload import load_prompts
@@ -194,6 +194,26 @@ def test_a_plain_server_commits_one_token_a_forward() -> None:
     assert found.acceptance is None
 
 
+WAITS = """# TYPE vllm:double_target_forwards_total counter
+vllm:double_target_forwards_total{engine="0"} 40
+# TYPE vllm:double_waits_total counter
+vllm:double_waits_total{engine="0"} 10
+# TYPE vllm:double_wait_seconds_total counter
+vllm:double_wait_seconds_total{engine="0"} 0.05
+# TYPE vllm:double_waits_missed_total counter
+vllm:double_waits_missed_total{engine="0"} 3
+"""
+
+
+def test_waits_are_told_by_round_and_their_length_by_wait() -> None:
+    found = speculation(counters(WAITS))
+    assert found.waits_per_round == pytest.approx(0.25)
+    assert found.wait_ms == pytest.approx(5)
+    assert found.missed_share == pytest.approx(0.3)
+    without = speculation(counters(PAGE % (100, 10, 40, 20)))
+    assert (without.waits_per_round, without.wait_ms, without.missed_share) == (None, None, None)
+
+
 def test_every_baseline_gets_each_thread_split_of_the_same_cores() -> None:
     assert [arm.label for arm in variants("plain", CHOICES)] == ["plain threads 0,1", "plain threads 0"]
     labels = [arm.label for arm in variants("ngram", CHOICES)]
@@ -205,6 +225,50 @@ def test_every_baseline_gets_each_thread_split_of_the_same_cores() -> None:
     assert double.speculative["method"] == "double"
     with pytest.raises(ValueError, match="no arm"):
         variants("doubel", CHOICES)
+
+
+def test_draws_of_a_draft_model_are_an_arm_of_their_own_and_tried_where_texts_are_sampled() -> None:
+    (drawn, *_), (greedy, *_) = (variants(name, CHOICES) for name in ("draft_model-probabilistic", "draft_model"))
+    assert greedy.speculative is not None
+    assert drawn.speculative == greedy.speculative | {"draft_sample_method": "probabilistic"}
+    assert arguments(["--temperature", "0", "--batch", "1"]).arms == default_arms()
+    assert "draft_model-probabilistic" not in default_arms()
+    assert arguments(["--temperature", "0", "1"]).arms == default_arms(sampled=True)
+    assert "draft_model-probabilistic" in default_arms(sampled=True)
+
+
+def test_each_request_has_a_seed_of_its_own_only_if_one_is_given() -> None:
+    options = arguments(["--num-prompts", "4", "--top-p", "0.9", "--top-k", "20", "--seed", "7"])
+    asked = ask_for(options, Cell(1.0, options.top_p, 4))
+    assert [request.seed for request in asked] == [7, 8, 9, 10]
+    assert {(request.temperature, request.top_p, request.top_k) for request in asked} == {(1.0, 0.9, 20)}
+    asked = ask_for(arguments(["--num-prompts", "4"]), Cell(1.0, None, 4))
+    assert {(request.seed, request.top_p, request.top_k) for request in asked} == {(None, None, None)}
+
+
+def measured(name: str, seconds: float) -> Series:
+    return Series(Arm(name), [Round([completion([1, 2], "ab")], seconds)])
+
+
+def test_the_best_other_method_may_be_the_one_that_draws_its_drafts() -> None:
+    options = arguments(["--num-prompts", "4", "--top-p", "0.9", "--seed", "7"])
+    arms = {"plain": 4.0, "ngram": 3.0, "draft_model": 2.0, "draft_model-probabilistic": 1.0, "double": 0.5}
+    found = cell_rows(options, Cell(1.0, 0.9, 4), 66, [measured(*arm) for arm in arms.items()])
+    by_arm = {row["arm"]: row for row in found}
+    assert by_arm["double"]["against_best_other"] == pytest.approx(2)
+    assert by_arm["draft_model-probabilistic"]["against_best_other"] == pytest.approx(2)
+    assert {(row["temperature"], row["top_p"], row["top_k"], row["seed"]) for row in found} == {(1.0, 0.9, None, 7)}
+    assert by_arm["double"]["identical"] == 1.0
+    (unseeded, *_) = cell_rows(arguments([]), Cell(1.0, None, 4), 66, [measured("plain", 1.0)])
+    assert unseeded["identical"] is None
+
+
+def test_columns_for_waits_and_sampling_fit_into_the_rows_that_are_there() -> None:
+    (row, *_) = cell_rows(arguments([]), Cell(0.0, None, 1), 66, [measured("plain", 1.0)])
+    columns = [*row, "idle_cores", *rows.provenance("benchmarks.run")]
+    with (rows.RESULTS / "bench.csv").open(newline="") as file:
+        header = next(csv.reader(file))
+    assert [column for column in columns if column in header] == header
 
 
 def test_all_arms_get_the_same_environment_but_for_the_threads() -> None:
@@ -241,6 +305,8 @@ def test_plots_take_the_latest_row_of_an_arm() -> None:
     found = latest([row | {"speedup": "1"}, row | {"speedup": "2"}, row | {"batch": "4", "speedup": "3"}])
     assert found[(USUAL, "0", "1")]["double"]["66"]["speedup"] == "2"
     assert set(found) == {(USUAL, "0", "1"), (USUAL, "0", "4")}
+    found = latest([row, row | {"temperature": "1", "top_p": "0.9", "top_k": "20"}])
+    assert set(found) == {(USUAL, "0", "1"), (USUAL, "1-p0.9-k20", "1")}
     found = latest([row | {"workload": "", "speedup": "1"}, row | {"workload": "scripted-edit", "speedup": "2"}])
     assert set(found) == {(USUAL, "0", "1"), ("scripted-edit", "0", "1")}
 

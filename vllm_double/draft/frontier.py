@@ -113,6 +113,7 @@ class Frontier:
         elif self._commit(request, command.keep, command.tokens) and not self._is_foreign(command.chain):
             longest = self._limits.num_speculative_tokens
             request.follow(command.chain[:longest], np.log(np.clip(command.chain_probs[:longest], 1e-9, 1.0)))
+            request.is_awaited = command.waits
 
     def _commit(self, request: DraftRequest, keep: int, tokens: npt.NDArray[np.int32]) -> bool:
         """False where nothing can be drafted for the text any more, and the request is forgotten."""
@@ -151,7 +152,9 @@ class Frontier:
         if self._starved:
             self._reclaim()
         work, pool = self._work, self._pool.address
-        work.begin(bool(self._retrievers))
+        # A target that waits gets its next token soonest from a forward of few nodes.
+        num_awaited = sum(request.is_awaited for request in work.requests)
+        work.begin(min(num_awaited or self._limits.nodes_per_iteration, self._limits.nodes_per_iteration), bool(self._retrievers))
         self._catch_up()
         while (outcome := self._steps.select(work.address, pool)) != at.DONE:
             if outcome == at.STARVED:
@@ -331,9 +334,9 @@ class _Work:
         self.header[at.QUEUE_KEYS_AT : at.OUTPUTS_AT + 1] = [array.ctypes.data for array in arrays]
         self.header[at.MAX_RUNS] = num_runs
 
-    def begin(self, has_sources: bool) -> None:
-        """An empty iteration."""
-        self.header[at.BUDGET], self.header[at.HAS_SOURCES] = self._limits.nodes_per_iteration, has_sources
+    def begin(self, budget: int, has_sources: bool) -> None:
+        """An empty iteration, of so many nodes at most."""
+        self.header[at.BUDGET], self.header[at.HAS_SOURCES] = budget, has_sources
         self.header[at.NUM_RUNS : at.NUM_TOKENS + 1] = 0
         self.header[at.NUM_QUEUED] = at.NOT_BEGUN
 

@@ -48,6 +48,7 @@ class DraftRequest:
         self.epoch = admission.epoch
         self.base = admission.base
         self.temperature = admission.temperature
+        self.is_awaited = False  # the target waits for what follows the text
         self.sampling = admission.seed, admission.temperature, 0.0, admission.top_k, admission.top_p, admission.min_p
         self._listings: dict[int, dict[int, Listing]] = {}  # of a sampled request, by the length of the text in front
         self._pool = pool

@@ -71,6 +71,8 @@ class DraftWorker:
     def _note_step(self, seconds: float) -> None:
         """A first step that compiles, or one beside which the machine stood still, is cut."""
         known = self._step_seconds
+        if known == 0.0:
+            self._last_report = float("-inf")  # the target waits for nobody of whom it does not know this
         self._step_seconds = seconds if known == 0.0 else known + _STEP_WEIGHT * (min(seconds, 3 * known) - known)
 
     def _count(self, started: float, num_tokens: int, num_rows: int) -> None:

@@ -54,8 +54,8 @@ class Launch:
                 self.start_draft()
         retrievers = _sources(config).open() if double.target_retrieval else []
         vocab_size = vllm_config.model_config.get_vocab_size()
-        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, _nap)
-        self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
+        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size)
+        self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic), _nap)
         # Not its rank: engines of a dense model count themselves as the only one.
         engine = vllm_config.parallel_config.data_parallel_index
         self._generation = max(len(processes) - 1, 0)  # how far this process is below the launcher

@@ -6,7 +6,7 @@ or a real clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from vllm_double.transport.inprocess import in_process_pair
 __all__ = ["Outcome", "ScriptedEngine", "ScriptedRetriever", "SimulatedClock", "simulate"]
 
 _PAGE_SIZE = 64
+_LOOKS = 20  # of a waiting target, in the time of a draft forward
 _MATCH_LENGTH = 8  # of what retrieval finds
 
 
@@ -57,7 +58,8 @@ class SimulatedClock:
 class Outcome:
     """What a simulation gave: ``speedup`` over decoding without drafts, in the same times and batch.
 
-    rounds: steps of the target. forwards: those of each request together. chain_length: tokens verified per forward.
+    rounds: steps of the target. forwards: those of each request together. chain_length: tokens verified per forward. waits: of
+    the target for the draft, per round; wait_seconds: of each.
     """
 
     speedup: float
@@ -67,6 +69,8 @@ class Outcome:
     nodes_per_step: float
     rounds: int
     forwards: int
+    waits: float
+    wait_seconds: float
 
 
 class ScriptedEngine:
@@ -82,27 +86,16 @@ class ScriptedEngine:
         self._tables = tables
         self._times = times
         self._clock = clock
-        self._page_seeds = np.zeros(num_pages, np.int64)  # the seed of the text whose first page it is
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward."""
         self._clock.advance(self._times.draft_forward(len(batch.token_ids)))
-        outputs, rows = batch.output_indices, np.repeat(np.arange(len(batch)), batch.num_outputs)
-        positions = batch.starts[rows] + outputs - batch.query_start[rows]
-        self.num_nodes += len(outputs)
-        last = batch.token_ids[outputs].astype(np.uint64)
-        return self._tables.children(last, num_children, self._seeds(batch)[rows], positions)
-
-    def _seeds(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """int64 [rows]. A stand-in for what the batch will say itself: the seed goes with the prompt's page and its copies."""
-        for row in np.flatnonzero(batch.starts == 0):
-            self._page_seeds[batch.pages[row, 0]] = self._tables.seed(int(batch.token_ids[batch.query_start[row]]))
-        return self._page_seeds[batch.pages[:, 0]]
+        last = batch.token_ids[batch.output_indices].astype(np.uint64)
+        self.num_nodes += len(last)
+        return self._tables.children(last, num_children, batch.output_sampling["seed"], batch.output_positions)
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
-        """See DraftEngine."""
-        for source, destination, _ in triples:
-            self._page_seeds[destination] = self._page_seeds[source]
+        """Pages hold nothing here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +169,12 @@ class _FreeVerification(StepCost):
 def simulate(
     script: Script, times: Times, *, num_tokens: int, batch: int = 1, num_speculative_tokens: int = 16,
     nodes_per_iteration: int | None = None, children_per_node: int = 64, min_path_prob: float = 1e-3, control: bool = True,
+    may_wait: bool = True,
 ) -> Outcome:  # fmt: skip
     """Decode ``num_tokens`` tokens for each of ``batch`` requests with the real proposer and the real draft worker.
 
     nodes_per_iteration: None is what the draft would choose by these times. control: whether chains are cut where another
-    token does not pay; False verifies all that is ready.
+    token does not pay; False verifies all that is ready. may_wait: whether the target may wait for the draft.
     """
     clock = SimulatedClock()
     tables = Tables(script)
@@ -195,7 +189,7 @@ def simulate(
     engine = ScriptedEngine(tables, times, clock, max_length, num_pages=batch * (max_length // _PAGE_SIZE + 2000))
     at_target, at_draft = ([ScriptedRetriever(tables)] if script.copied > 0 else [] for _ in range(2))
     worker = DraftWorker(engine, worker_end, limits, clock, at_draft)
-    proposer = Proposer(num_speculative_tokens, target_end, at_target, clock)
+    proposer = Proposer(num_speculative_tokens, target_end, at_target, clock, may_wait=may_wait)
     if not control:
         proposer.step_cost = _FreeVerification()
     target = _Target(texts(tables, batch, max_length), times, clock, proposer, num_tokens, script.temperature)
@@ -211,6 +205,8 @@ def simulate(
         nodes_per_step=engine.num_nodes / counters.rounds,
         rounds=counters.rounds,
         forwards=counters.rows,
+        waits=counters.waits / counters.rounds,
+        wait_seconds=counters.wait_seconds / max(counters.waits, 1),
     )
 
 
@@ -229,8 +225,9 @@ class _Target:
         self._texts = {f"r{index}": text.tokens for index, text in enumerate(scripted)}
         self._lengths = dict.fromkeys(self._texts, 1)
         self._chains: dict[str, list[int]] = {name: [] for name in self._texts}
-        for name, text in self._texts.items():
-            proposer.admit(name, text[:1].copy(), RequestParams(temperature, num_tokens + 200, frozenset()))
+        for name, text in zip(self._texts, scripted, strict=True):
+            params = RequestParams(temperature, num_tokens + 200, frozenset(), seed=text.seed)
+            proposer.admit(name, text.tokens[:1].copy(), params)
         self._begin()
 
     def _begin(self) -> None:
@@ -247,7 +244,18 @@ class _Target:
             self._lengths[name] = start + num_accepted + 1
             rows.append(Row(name, self._texts[name][: start + num_accepted + 1], num_accepted + 1, chain))
         self._proposer.step_cost.observe(self._num_query, self._seconds)
-        chains = self._proposer.propose(rows)
+        self._go_on(rows, self._proposer.round(rows))
+
+    def _go_on(self, rows: Sequence[Row], steps: Generator[None, None, list[list[int]]]) -> None:
+        """The round, which may wait for the draft."""
+        try:
+            next(steps)
+        except StopIteration as end:
+            self._verify(rows, end.value)
+        else:
+            self._clock.at(self._clock.now + self._times.draft / _LOOKS, lambda: self._go_on(rows, steps))
+
+    def _verify(self, rows: Sequence[Row], chains: Sequence[list[int]]) -> None:
         for row, chain in zip(rows, chains, strict=True):
             if self._lengths[row.request_id] < self._num_tokens:
                 self._chains[row.request_id] = chain

@@ -67,7 +67,7 @@ FORGET: Final = 6
 # Each is followed by its arrays in the order of the counts.
 # handle, base, max_length, epoch, temperature, seed, top_k, top_p, min_p, #tokens, #stop tokens, #bytes of the tenant
 _ADMIT: Final = struct.Struct("<QIIIdqIddIHH")
-_COMMIT: Final = struct.Struct("<QIII")  # handle, keep, #tokens, #chain
+_COMMIT: Final = struct.Struct("<QIIIB")  # handle, keep, #tokens, #chain, waits (0 or 1)
 _RELEASE: Final = struct.Struct("<QB")  # handle, keep (0 or 1)
 
 _INT: Final = np.dtype("<i4")
@@ -109,6 +109,7 @@ class Commit:
     """``tokens[:keep]`` of the text stay (fewer than there are: a rewind), ``tokens`` are appended.
 
     ``chain``: int32 [n], what the target verifies now, possibly empty; ``chain_probs``: float32 [n].
+    ``waits``: the target verifies nothing yet, but waits for what follows.
     """
 
     handle: int
@@ -116,6 +117,7 @@ class Commit:
     tokens: IntArray
     chain: IntArray
     chain_probs: FloatArray
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ def _encode_commit(message: Commit) -> bytes:
     num_chain = len(message.chain)
     if len(message.chain_probs) != num_chain:
         raise ValueError("chain and chain_probs differ in length")
-    header = _COMMIT.pack(message.handle, message.keep, len(message.tokens), num_chain)
+    header = _COMMIT.pack(message.handle, message.keep, len(message.tokens), num_chain, message.waits)
     tokens = _raw(message.tokens, _INT, MAX_TOKENS)
     if not num_chain:
         return header + tokens
@@ -268,17 +270,19 @@ def _encode_commit(message: Commit) -> bytes:
 
 
 def _decode_commit(payload: Buffer) -> Commit:
-    handle, keep, num_tokens, num_chain = _COMMIT.unpack_from(payload)
+    handle, keep, num_tokens, num_chain, waits = _COMMIT.unpack_from(payload)
     size = _COMMIT.size + 4 * (num_tokens + 2 * num_chain)
     if max(num_tokens, num_chain) > MAX_TOKENS or len(payload) != size:
         raise ValueError("sizes do not add up")
+    if waits > 1:
+        raise ValueError("a flag that is neither 0 nor 1")
     offset = _COMMIT.size
     tokens = _array(payload, _INT, num_tokens, offset)
     chain = _array(payload, _INT, num_chain, offset + 4 * num_tokens)
     probs = _array(payload, _FLOAT, num_chain, offset + 4 * (num_tokens + num_chain))
     if not np.isfinite(probs).all():
         raise ValueError("chain_probs are not finite")
-    return Commit(handle, keep, tokens, chain, probs)
+    return Commit(handle, keep, tokens, chain, probs, bool(waits))
 
 
 def _decode_nodes(parts: Sequence[Buffer]) -> Nodes:
