@@ -172,10 +172,13 @@ class FakeEngine:
 
 
 def is_kept(probs: npt.NDArray[np.float64], row: Row) -> npt.NDArray[np.bool_]:
-    """bool [vocab_size]: the tokens that the target draws from, if these are its probabilities."""
-    order = np.argsort(-probs, kind="stable")
-    kept = np.zeros(len(probs), dtype=bool)
-    kept[order[: row.top_k or None]] = True
-    mass = probs[order] * kept[order]
-    kept[order[np.cumsum(mass) - mass >= row.top_p * mass.sum()]] = False
-    return kept & (probs >= row.min_p * probs.max())
+    """bool [vocab_size]: the tokens that the target draws from, if these are its probabilities; see `logit_floors`."""
+    falling = np.sort(probs)[::-1]
+    kept = falling >= row.min_p * falling[0]
+    if 0 < row.top_k <= len(falling):
+        kept &= falling >= falling[row.top_k - 1]
+    if row.top_p < 1:
+        mass = falling * kept
+        kept &= np.cumsum(mass) - mass < row.top_p * mass.sum()
+    least: np.float64 = falling[kept].min()
+    return np.greater_equal(probs, least)

@@ -1,0 +1,61 @@
+"""What a flat batch says of its outputs, against its rows, one by one."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_double.draft.base import Batch, Row, count_outputs
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Row:
+    tokens = draw(st.lists(st.integers(0, 99), min_size=1, max_size=5))
+    start = draw(st.integers(0, 12))
+    num_pages = -(-(start + len(tokens)) // 4)
+    return Row(
+        pages=draw(st.lists(st.integers(0, 63), min_size=num_pages, max_size=num_pages)),
+        start=start,
+        tokens=tokens,
+        num_outputs=draw(st.integers(0, len(tokens))),
+        temperature=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        seed=draw(st.integers(-(1 << 63), (1 << 63) - 1)),
+        noise_scale=draw(st.sampled_from([0.0, 0.0, 0.5, 1.5])),
+        top_k=draw(st.sampled_from([0, 0, 1, 40])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.5])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.25])),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(rows(), max_size=6))
+def test_outputs_are_those_of_the_rows(all_rows: list[Row]) -> None:
+    batch = Batch.of(all_rows)
+    places, positions, sampling = [], [], []
+    place = 0
+    for row in all_rows:
+        for index in range(len(row.tokens)):
+            if index >= len(row.tokens) - row.num_outputs:
+                places.append(place)
+                positions.append(row.start + index)
+                sampling.append((row.seed, row.temperature, row.noise_scale, row.top_k, row.top_p, row.min_p))
+            place += 1
+    assert batch.output_indices.tolist() == places
+    assert batch.output_positions.tolist() == positions
+    assert batch.output_sampling.tolist() == sampling
+    assert batch.temperatures.tolist() == [row.temperature for row in all_rows]
+    assert batch.is_sampled == any(row.noise_scale > 0 for row in all_rows)
+    assert batch.is_filtered == any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in all_rows)
+    assert count_outputs(batch, page_size=4, num_pages=64, max_length=64, vocab_size=100) == len(places)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(rows(), max_size=6))
+def test_a_batch_gives_back_its_rows(all_rows: list[Row]) -> None:
+    again = list(Batch.of(all_rows))
+    assert len(again) == len(all_rows)
+    for row, other in zip(all_rows, again, strict=True):
+        assert list(other.pages)[: len(row.pages)] == list(row.pages)
+        assert (other.start, list(other.tokens), other.num_outputs) == (row.start, list(row.tokens), row.num_outputs)
+        assert (other.seed, other.temperature, other.noise_scale) == (row.seed, row.temperature, row.noise_scale)
+        assert (other.top_k, other.top_p, other.min_p) == (row.top_k, row.top_p, row.min_p)

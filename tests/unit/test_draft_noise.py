@@ -1,0 +1,175 @@
+"""What a draft worker lists for sampled requests, and what it learns of the target's draws, with a model that is a function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from double_kernels import gumbel_noise
+
+from tests.witness import WitnessEngine
+from vllm_double.draft.base import Row
+from vllm_double.draft.fake_engine import is_kept
+from vllm_double.draft.frontier import Frontier, FrontierLimits
+from vllm_double.draft.noise_coupling import Listing
+from vllm_double.draft.pages import PagePool
+from vllm_double.draft.tree import DraftRequest
+from vllm_double.hashing import mix, seed
+from vllm_double.transport.messages import Admit, Commit
+
+VOCAB = 14
+NO_CHAIN = np.empty(0, np.int32), np.empty(0, np.float32)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+class Sampled:
+    """A frontier, requests with parameters of their own, and a target with the draft's distribution."""
+
+    def __init__(self, *admissions: Admit) -> None:
+        self.engine = WitnessEngine(VOCAB, num_pages=200, page_size=3, max_length=60)
+        limits = FrontierLimits(4, nodes_per_iteration=6, children_per_node=8, min_path_prob=1e-4)
+        self.frontier = Frontier(self.engine, limits)
+        self.admissions = {admission.handle: admission for admission in admissions}
+        self.texts = {admission.handle: admission.tokens.tolist() for admission in admissions}
+        for admission in admissions:
+            self.frontier.apply(admission)
+
+    def drawn(self, handle: int, text: Any) -> int:
+        """What the target draws behind the text."""
+        admission, text = self.admissions[handle], list(text)
+        logits = self.engine._next_token(text) / (admission.temperature or 1.0)
+        probs = np.exp(logits - logits.max())
+        probs /= probs.sum()
+        if admission.temperature == 0:
+            return int(probs.argmax())
+        row = Row((), 0, (), 0, 1.0, top_k=admission.top_k, top_p=admission.top_p, min_p=admission.min_p)
+        scores = np.log(probs) + gumbel_noise(np.array(admission.seed), np.array(len(text) - 1), np.arange(VOCAB))
+        return int(np.where(is_kept(probs, row), scores, -np.inf).argmax())
+
+    def iterate(self) -> list[tuple[Any, bytes]]:
+        """One draft forward; its records, each with the text that it stands behind."""
+        batch = self.frontier.select()
+        if not len(batch):
+            return []
+        self.engine.copy_slots(self.frontier.tail_copies)
+        records = self.frontier.expand(*self.engine.forward(batch, 8))
+        return list(zip(records, self.engine.contexts, strict=True))
+
+    def commit(self, handle: int, *tokens: int) -> None:
+        text = self.texts[handle]
+        self.frontier.apply(Commit(handle, len(text), ints(*tokens), *NO_CHAIN))
+        text += tokens
+
+
+ADMISSIONS = (
+    Admit(1, 3, ints(1, 2, 3), 1.0, 60, (), "", seed=5),
+    Admit(2, 2, ints(4, 4), 0.7, 60, (), "", seed=-(1 << 63), top_k=4),
+    Admit(3, 4, ints(1, 2, 3, 4), 1.5, 60, (), "", seed=(1 << 63) - 1, top_p=0.8, min_p=0.05),
+    Admit(4, 3, ints(1, 2, 3), 0.0, 60, (), ""),
+)
+
+
+def test_the_first_token_of_every_list_is_what_a_target_with_the_same_distribution_draws() -> None:
+    world = Sampled(*ADMISSIONS)
+    num_records = dict.fromkeys(world.texts, 0)
+    for _ in range(12):
+        for record, context in world.iterate():
+            handle = int(record["handle"])
+            assert record["tokens"][0] == world.drawn(handle, context)
+            num_records[handle] += 1
+        world.frontier.check_integrity()
+    assert min(num_records.values()) >= 4
+
+
+def test_records_carry_chances_that_fall() -> None:
+    world = Sampled(*ADMISSIONS)
+    for _ in range(12):
+        for record, _ in world.iterate():
+            probs = record["probs"][: record["count"]]
+            assert (np.diff(probs) <= 1e-6).all() and 0 < probs.sum() <= 1 + 1e-5
+
+
+def test_tokens_that_the_target_does_not_draw_from_have_no_chance() -> None:
+    world = Sampled(ADMISSIONS[1])
+    for _ in range(8):
+        for record, _ in world.iterate():
+            assert (record["probs"][4 : record["count"]] == 0).all() and record["probs"][:4].all()
+
+
+def test_the_list_behind_the_text_is_learnt_from_with_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, learnt = Sampled(*ADMISSIONS), []
+    monkeypatch.setattr(world.frontier._coupling, "learn", lambda *lesson: learnt.append(lesson))
+    for handle in (1, 2, 3, 4) * 4:
+        for _ in range(3):
+            world.iterate()
+        text = world.texts[handle]
+        drawn = world.drawn(handle, text)
+        learnt.clear()
+        world.commit(handle, drawn)
+        if handle == 4:
+            assert not learnt, "a greedy request teaches nothing of noise"
+            continue
+        ((temperature, listing, token),) = learnt
+        admission = world.admissions[handle]
+        assert (temperature, token) == (admission.temperature, drawn) and listing.tokens[0] == drawn
+        noise = gumbel_noise(np.array(admission.seed), np.array(len(text) - 2), listing.tokens)
+        assert np.array_equal(listing.noise, noise)
+
+
+def test_a_commit_of_several_tokens_teaches_as_many_lists_as_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, learnt = Sampled(ADMISSIONS[0]), []
+    monkeypatch.setattr(world.frontier._coupling, "learn", lambda *lesson: learnt.append(lesson))
+    contexts = {context for _ in range(12) for _, context in world.iterate()}
+    text = list(world.texts[1])
+    for _ in range(4):
+        text.append(world.drawn(1, text))
+    prefixes = [bytes(text[:length]) for length in range(3, len(text))]
+    world.commit(1, *text[3:])
+    assert [lesson[2] for lesson in learnt] == [text[len(one)] for one in prefixes if one in contexts]
+    assert len(learnt) >= 3
+
+
+def request(base: int) -> tuple[DraftRequest, list[int]]:
+    """A request whose prompt is there."""
+    pool = PagePool(64, prefix_caching=False)
+    tokens = list(range(1, base + 1))
+    one = DraftRequest(Admit(9, base, ints(*tokens), 1.0, 60, (), "", seed=3), pool, 4, 5, 4, 60)
+    one.commit(0, tokens)
+    return one, tokens
+
+
+def listing(first: int) -> Listing:
+    return Listing(ints(first), np.zeros(1, np.float32), np.zeros(1, np.float32))
+
+
+def test_drawn_tokens_come_with_the_lists_of_their_own_texts() -> None:
+    one, _ = request(3)
+    prefix = seed(9)
+    one.note_listing(3, prefix, listing(50))
+    one.note_listing(3, mix(prefix, 1), listing(51))  # of another text of that length
+    one.note_listing(4, mix(prefix, 7), listing(52))
+    one.note_listing(4, mix(prefix, 8), listing(53))  # of a text that was not said
+    one.note_listing(6, mix(mix(mix(prefix, 7), 5), 6), listing(54))
+    one.commit(3, [7, 5])
+    assert [(int(listed.tokens[0]), token) for listed, token in one.drawn(2)] == [(50, 7), (52, 5)]
+    assert list(one.drawn(2)) == [], "each is given once"
+    one.commit(5, [6, 2])
+    assert [(int(listed.tokens[0]), token) for listed, token in one.drawn(2)] == [(54, 2)]
+
+
+def test_a_text_that_goes_back_gives_no_list_of_what_it_was() -> None:
+    one, _ = request(3)
+    one.commit(3, [7, 5])
+    list(one.drawn(2))
+    one.note_listing(5, mix(mix(seed(9), 7), 5), listing(50))
+    one.commit(4, [6, 8])
+    assert list(one.drawn(2)) == []
+
+
+def test_tokens_of_the_prompt_are_not_drawn() -> None:
+    one, text = request(6)
+    assert list(one.drawn(len(text))) == []
