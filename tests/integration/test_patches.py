@@ -71,7 +71,7 @@ class Global:
 def as_written(parameter: inspect.Parameter, module: ModuleType) -> inspect.Parameter:
     """Without its annotation."""
     default = parameter.default
-    if not isinstance(default, type | str | int | float | None):
+    if not isinstance(default, type | str | int | float | tuple | None):
         default = next(Global(name) for name, value in vars(module).items() if value is default)
     return parameter.replace(annotation=inspect.Parameter.empty, default=default)
 

@@ -119,8 +119,9 @@ class Toy:
         kept = [token for token in kept if probs[token] >= (1 - sampling.top_p) / 4]
         position = len(text) - 1
         kept.sort(
-            key=lambda token: -math.log(probs[token])
-            - sampling.noise_scale * math.sin(sampling.seed * 0.37 + position * 1.1 + token * 2.3)
+            key=lambda token: (
+                -math.log(probs[token]) - sampling.noise_scale * math.sin(sampling.seed * 0.37 + position * 1.1 + token * 2.3)
+            )
         )
         best = kept[:NUM_CHILDREN]
         return best, [probs[token] for token in best]

@@ -13,6 +13,7 @@ from vllm_double.patches.cpu_sampler import (
     reject_padding,
 )
 from vllm_double.patches.registry import Entry, Signature
+from vllm_double.patches.sampling_entries import SAMPLING
 
 _CPU_KERNELS = "vllm.utils.cpu_triton_utils"
 _MODEL_RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -220,11 +221,11 @@ HOOKS: tuple[Entry, ...] = (
     ),
     Entry(
         name="request-verification",
-        target="vllm.sampling_params:SamplingParams.verify",
-        what='wrapped: refuses a request whose extra_args["double"] cannot be read',
-        why="the worker must not fail for one request's mistake",
-        upstream=_lines("vllm/sampling_params.py", 838, 901),
-        expected=(Signature("self, model_config, speculative_config, structured_outputs_config, tokenizer"),),
+        target="vllm.sampling_params:SamplingParams._validate_spec_decode",
+        what='wrapped: refuses a request whose extra_args["double"] cannot be read, and no min_p or logit_bias',
+        why="the worker must not fail for one request's mistake; and both are applied behind each draft token",
+        upstream=_lines("vllm/sampling_params.py", 1103, 1182),
+        expected=(Signature("self, speculative_config"),),
     ),
     Entry(
         name="v2-supported",
@@ -356,5 +357,5 @@ HOOKS: tuple[Entry, ...] = (
     ),
 )
 
-ENTRIES: tuple[Entry, ...] = MENDS + HOOKS
+ENTRIES: tuple[Entry, ...] = MENDS + HOOKS + SAMPLING
 """Every entry; names and targets are unique (tested)."""
