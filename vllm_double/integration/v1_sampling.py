@@ -29,7 +29,6 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from double_kernels import sample_with_noise
-from double_kernels.noise_search import compiled_search
 
 __all__ = ["ChainVerifier", "Draws", "SharedNoiseSampler", "share_noise"]
 
@@ -50,6 +49,8 @@ def share_noise(runner: Any, draws_of: Callable[[], Draws]) -> None:
     draws_of: of the batch that is being sampled.
     """
     if runner.device.type == "cpu":
+        from double_kernels.noise_search import compiled_search  # numba, which must not be there before vLLM's kernels
+
         compiled_search()  # now, and not in somebody's request
     sampler = runner.sampler
     sampler.topk_topp_sampler = SharedNoiseSampler(sampler.logprobs_mode, draws_of)
