@@ -18,12 +18,14 @@ import pytest
 import torch
 from double_kernels.fork_pages import fork_pages_reference
 from double_kernels.insert_guidance import GuidanceBatch, insert_guidance_reference
+from double_kernels.noise import Noise, gumbel_noise
+from double_kernels.support import Support
 from double_kernels.top_branches import top_branches_reference
 from double_kernels.triton_fork_pages import fork_pages_triton
 from double_kernels.triton_insert_guidance import insert_guidance_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
-from vllm_double.draft.base import Batch, Row, count_outputs
+from vllm_double.draft.base import SAMPLING_DTYPE, Batch, count_outputs
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.graphs import CudaRecorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.transport.messages import Admit, Commit, Release
@@ -31,6 +33,7 @@ from vllm_double.transport.messages import Admit, Commit, Release
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_ROUNDS = 3000 if DEVICE == "cuda" else 24
 NUM_CHILDREN = 6
+FIELDS = SAMPLING_DTYPE.names or ()
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 67, 32, 4, 2, 8, 2
 PAGE_SIZE, NUM_PAGES, MAX_LENGTH = 4, 96, 80
 # float32 sums in another order, through two layers and a softmax; also how close two probabilities are that may change places.
@@ -147,8 +150,9 @@ class LlamaEngine:
     def record(self, max_tokens: int) -> None:
         """From now on forwards of so many tokens are replayed, where there is no GPU run again on the same buffers."""
 
-        def step(inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens, probs = self._top(self.llama.decode(inputs), NUM_CHILDREN, inputs.temperatures)
+        def step(inputs: StepInputs, sampled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            noise, support = (inputs.noise, inputs.support) if sampled else (None, None)
+            tokens, probs = self._top(self.llama.decode(inputs), NUM_CHILDREN, inputs.temperatures, noise, support)
             return tokens, probs
 
         self._graphs = record_steps(
@@ -174,7 +178,13 @@ class LlamaEngine:
         logits = self.llama.paged(laid_out, block_table)
         outputs = [index for row, end in zip(rows, ends, strict=True) for index in range(end - row.num_outputs, end)]
         temperatures = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
-        tokens, probs = self._top(logits[outputs], num_children, self._tensor(temperatures, np.float32))
+        noise, support = None, None
+        if batch.is_sampled:
+            of_outputs = {name: torch.from_numpy(batch.output_sampling[name].copy()).to(self._device) for name in FIELDS}
+            positions = self._tensor(batch.output_positions, np.int64)
+            noise = Noise(of_outputs["seed"], positions, of_outputs["noise_scale"])
+            support = Support(of_outputs["top_k"], of_outputs["top_p"], of_outputs["min_p"])
+        tokens, probs = self._top(logits[outputs], num_children, self._tensor(temperatures, np.float32), noise, support)
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
@@ -192,27 +202,36 @@ class TwinEngine(LlamaEngine):
         self._twin = LlamaEngine("cpu", insert_guidance_reference, fork_pages_reference, top_branches_reference)
         self._texts = np.full((NUM_PAGES, PAGE_SIZE), -1)  # which token each slot holds
         self.num_outputs = 0
+        self.num_sampled = 0
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         sizes = {"page_size": PAGE_SIZE, "num_pages": NUM_PAGES, "max_length": MAX_LENGTH, "vocab_size": VOCAB}
         self.num_outputs += count_outputs(batch, **sizes)
         found, expected = super().forward(batch, num_children), self._twin.forward(batch, num_children)
-        same_answers(found, expected)
-        self._check_texts(list(batch), found)
+        same_answers(batch, found, expected)
+        self._check_texts(batch, found)
+        self.num_sampled += int((batch.output_sampling["noise_scale"] > 0).sum())
         return found
 
-    def _check_texts(self, rows: Sequence[Row], found: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]) -> None:
+    def _check_texts(self, batch: Batch, found: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]) -> None:
         tokens, probs = [], []
-        for row in rows:
+        for row in batch:
             for position, token in enumerate(row.tokens, start=row.start):
                 self._texts[row.pages[position // PAGE_SIZE], position % PAGE_SIZE] = token
             length = row.start + len(row.tokens)
             text = self._texts[list(row.pages)].flatten()[:length].tolist()
             logits = self._twin.llama.whole(text)[length - row.num_outputs :] / (row.temperature or 1.0)
-            best = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-            tokens.append(best.indices[:, : found[0].shape[1]].numpy())
-            probs.append(best.values[:, : found[0].shape[1]].numpy())
-        same_answers(found, (np.concatenate(tokens), np.concatenate(probs)))
+            all_probs = logits.softmax(-1)
+            is_kept = all_probs >= row.min_p * all_probs.amax(-1, keepdim=True)
+            if row.top_k:
+                is_kept &= logits >= logits.topk(row.top_k).values[:, -1:]
+            positions = np.arange(length - row.num_outputs, length)[:, None]
+            noise = torch.from_numpy(gumbel_noise(np.array([[row.seed]]), positions, np.arange(VOCAB)))
+            scores = torch.where(is_kept, all_probs.log() + row.noise_scale * noise, -torch.inf)
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : found[0].shape[1]]
+            tokens.append(best.numpy())
+            probs.append(torch.where(is_kept, all_probs, 0.0).gather(1, best).numpy())
+        same_answers(batch, found, (np.concatenate(tokens), np.concatenate(probs)))
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
         super().copy_slots(triples)
@@ -221,13 +240,25 @@ class TwinEngine(LlamaEngine):
             self._texts[destination, :used] = self._texts[source, :used]
 
 
-def same_answers(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
-    """The same probabilities, and the same tokens unless two are equally probable."""
-    np.testing.assert_allclose(found[1], expected[1], rtol=TOLERANCE)
-    for line, place in np.argwhere(found[0] != expected[0]):
-        others = np.delete(expected[1][line], place)
+def same_answers(batch: Batch, found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    """The same scores and probabilities in order, and the same tokens unless two have the same score."""
+    sampling, positions = batch.output_sampling, batch.output_positions[:, None]
+
+    def scores(tokens: Any, probs: Any) -> Any:
+        noise = gumbel_noise(sampling["seed"][:, None], positions, tokens)
+        with np.errstate(divide="ignore"):
+            return np.log(probs) + sampling["noise_scale"][:, None] * noise
+
+    # A tolerance of probabilities is one of their logarithms.
+    found_scores, expected_scores = scores(*found), scores(*expected)
+    np.testing.assert_allclose(found_scores, expected_scores, rtol=0, atol=2 * TOLERANCE)
+    same = found[0] == expected[0]
+    np.testing.assert_allclose(found[1][same], expected[1][same], rtol=TOLERANCE)
+    for line, place in np.argwhere(~same):
+        others = np.delete(expected_scores[line], place)
         last = place == expected[1].shape[1] - 1  # its equal may be the first that is not listed
-        assert last or np.isclose(others, expected[1][line, place], rtol=TOLERANCE).any(), f"token {place} of output {line}"
+        is_equal = np.isclose(others, expected_scores[line, place], rtol=0, atol=2 * TOLERANCE)
+        assert last or is_equal.any(), f"token {place} of output {line}"
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +282,11 @@ def test_drafting_on_the_kernels_is_that_on_the_references(is_recorded: bool) ->
         if len(texts) < 3:
             text = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 24))]
             texts[number] = text
-            frontier.apply(Admit(number, len(text), np.array(text, np.int32), rng.choice([0.0, 1.3]), MAX_LENGTH, (), ""))
+            temperature = rng.choice([0.0, 1.3])  # vLLM gives greedy requests no filters
+            filters = {"top_k": rng.choice([0, 4]), "min_p": rng.choice([0.0, 0.05])} if temperature else {}
+            seed = rng.randrange(-(1 << 63), 1 << 63)
+            tokens = np.array(text, np.int32)
+            frontier.apply(Admit(number, len(text), tokens, temperature, MAX_LENGTH, (), "", seed=seed, **filters))
         batch = frontier.select()
         if len(batch):
             engine.copy_slots(frontier.tail_copies)
@@ -275,6 +310,7 @@ def test_drafting_on_the_kernels_is_that_on_the_references(is_recorded: bool) ->
             text += accepted
         frontier.check_integrity()
     assert engine.num_outputs > 4 * NUM_ROUNDS
+    assert NUM_ROUNDS / 2 < engine.num_sampled < engine.num_outputs
     assert num_copies > NUM_ROUNDS / 4
     assert (engine.num_replays > NUM_ROUNDS / 2) == is_recorded
 
