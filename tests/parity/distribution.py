@@ -1,8 +1,7 @@
-"""A tiny language model, what it should say by exact enumeration, and what vLLM's sampler makes of it.
+"""A tiny language model, what it should say by exact enumeration, and what a sampler makes of it.
 
 The exact side (`next_token_probs`, `exact_joint`) is plain Python and shares nothing with vLLM. The sampled
-side (`sample_joint`) goes through vLLM's `RejectionSampler` step by step, with the tensors that
-`GPUModelRunner` would build for chains of drafted tokens: here V1's, or those of another `Stepper`.
+side (`sample_texts`) goes through a model runner's sampler step by step: see `Stepper`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +33,8 @@ class SamplingRule:
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
+    min_p: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def penalises(self) -> bool:
@@ -45,20 +46,27 @@ class TokenModel:
     """Next-token logits that depend on the last two tokens: `logits[second last, last, next]`, float32."""
 
     logits: np.ndarray
-    drafts: np.ndarray
-    """The drafter's guess after the last two tokens: often the likely token, sometimes an unlikely one."""
+    draft_logits: np.ndarray
+    """What a draft model would say in their place."""
+
+    @property
+    def drafts(self) -> np.ndarray:
+        """The drafter's guess after the last two tokens: often the likely token, sometimes an unlikely one."""
+        return self.draft_logits.argmax(axis=-1)
 
     @classmethod
     def random(cls, seed: int) -> TokenModel:
         generator = np.random.default_rng(seed)
         logits = generator.normal(0.0, 1.2, (VOCAB, VOCAB, VOCAB)).astype(np.float32)
-        drafts = (logits + generator.normal(0.0, 1.2, logits.shape)).argmax(axis=-1)
-        return cls(logits, drafts)
+        draft_logits = (logits + generator.normal(0.0, 1.2, logits.shape)).astype(np.float32)
+        return cls(logits, draft_logits)
 
 
 def next_token_probs(logits: Sequence[float], rule: SamplingRule, output: Sequence[int]) -> list[float]:
     """The distribution of the next token after PROMPT and `output`, number by number, in float64."""
     scores = [float(value) for value in logits]
+    for token, bias in rule.bias:
+        scores[token] += bias
     for token in range(VOCAB):
         if token in PROMPT or token in output:
             scores[token] *= 1 / rule.repetition if scores[token] > 0 else rule.repetition
@@ -67,7 +75,8 @@ def next_token_probs(logits: Sequence[float], rule: SamplingRule, output: Sequen
     if rule.temperature == 0:
         return [float(token == scores.index(max(scores))) for token in range(VOCAB)]
     weights = [math.exp(score / rule.temperature) for score in scores]
-    by_weight = sorted(range(VOCAB), key=lambda token: -weights[token])
+    likely = [token for token in range(VOCAB) if weights[token] >= rule.min_p * max(weights)]
+    by_weight = sorted(likely, key=lambda token: -weights[token])
     kept: list[int] = []
     mass_of_top_k = sum(weights[token] for token in by_weight[: rule.top_k])
     for token in by_weight[: rule.top_k]:
@@ -150,9 +159,9 @@ class Rows:
             self.lengths[rows] += 1
 
     def take_finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Removes the rows with JOINT tokens or more; returns their cases and first JOINT tokens."""
+        """Removes the rows with JOINT tokens or more; returns their places and first JOINT tokens."""
         finished = self.lengths >= JOINT
-        result = self.case[finished], self._text[finished, 2 : 2 + JOINT]
+        result = self.place[finished], self._text[finished, 2 : 2 + JOINT]
         self.case, self.place, self.lengths, self._text = (
             self.case[~finished],
             self.place[~finished],
@@ -172,24 +181,32 @@ class Stepper(Protocol):
         """One target forward and its sampling for every row, as the model runner does it; extends `rows`."""
 
 
-def sample_joint(
-    model: TokenModel, cases: Sequence[Case], samples: int, seed: int, batch: int = 4096, stepper: Stepper | None = None
-) -> list[np.ndarray]:
-    """Counts of the first JOINT tokens, one array [VOCAB] * JOINT of total `samples` for every case.
+def sample_texts(
+    model: TokenModel, cases: Sequence[Case], samples: int, stepper: Stepper, batch: int = 4096
+) -> tuple[np.ndarray, np.ndarray]:
+    """Case [rows] and first JOINT tokens [rows, JOINT] of `samples` rows for every case.
 
     The cases are interleaved, so that neighbouring rows of a batch have different parameters and chains.
     """
-    torch.manual_seed(seed)
-    stepper = V1Sampler() if stepper is None else stepper
-    counts = np.zeros((len(cases), *(VOCAB,) * JOINT), dtype=np.int64)
     order = np.tile(np.arange(len(cases)), samples)
+    texts = np.empty((len(order), JOINT), dtype=np.int64)
     for start in range(0, len(order), batch):
         rows = Rows(order[start : start + batch])
         stepper.start(cases, rows)
         while len(rows.case):
             stepper.step(model, cases, rows)
-            case, tokens = rows.take_finished()
-            np.add.at(counts, (case, *tokens.T), 1)
+            place, tokens = rows.take_finished()
+            texts[start + place] = tokens
+    return order, texts
+
+
+def sample_joint(
+    model: TokenModel, cases: Sequence[Case], samples: int, stepper: Stepper, batch: int = 4096
+) -> list[np.ndarray]:
+    """Counts of the first JOINT tokens, one array [VOCAB] * JOINT of total `samples` for every case."""
+    counts = np.zeros((len(cases), *(VOCAB,) * JOINT), dtype=np.int64)
+    case, texts = sample_texts(model, cases, samples, stepper, batch)
+    np.add.at(counts, (case, *texts.T), 1)
     return list(counts)
 
 
@@ -218,31 +235,6 @@ def p_value(counts: np.ndarray, probs: np.ndarray, smallest_cell: float = 5.0) -
     return float(stats.chi2.sf(statistic, len(expected) - 1))
 
 
-class V1Sampler:
-    """The V1 runner's, which keeps nothing of a batch."""
-
-    def __init__(self) -> None:
-        from vllm.v1.sample.rejection_sampler import RejectionSampler
-        from vllm.v1.sample.sampler import Sampler
-
-        self._sampler = RejectionSampler(Sampler())
-
-    def start(self, cases: Sequence[Case], rows: Rows) -> None:
-        """See Stepper."""
-
-    def step(self, model: TokenModel, cases: Sequence[Case], rows: Rows) -> None:
-        """See Stepper."""
-        last = rows.last_two()
-        scheduled, real = scheduled_lengths(cases, rows.case, last)
-        chain, logits = draft_and_score(model, last, scheduled, real)
-        sampling = _sampling_metadata(cases, rows, scheduled, chain)
-        if scheduled.any():
-            output = self._sampler(_metadata(scheduled, chain), None, logits, sampling)
-        else:
-            output = self._sampler.sampler(logits, sampling)
-        rows.extend(output.sampled_token_ids.numpy())
-
-
 def scheduled_lengths(cases: Sequence[Case], case: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For rows of these cases: how many tokens are scheduled, and how many are not -1."""
     scheduled, real = np.zeros((2, len(last)), dtype=np.int64)
@@ -267,56 +259,3 @@ def draft_and_score(
             # vLLM feeds token 0 where a padding stands.
             before, latest = latest, np.maximum(chain[:, position], 0)
     return chain, torch.from_numpy(scores[np.arange(MAX_CHAIN + 1) <= scheduled[:, None]])
-
-
-def _metadata(scheduled: np.ndarray, chain: np.ndarray) -> Any:
-    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-
-    drafted = np.arange(MAX_CHAIN) < scheduled[:, None]
-    ends = np.cumsum(scheduled + 1)
-    all_logits = np.arange(ends[-1])
-    bonus = ends - 1
-    return SpecDecodeMetadata(
-        draft_token_ids=torch.from_numpy(chain[drafted].astype(np.int32)),
-        num_draft_tokens=scheduled.tolist(),
-        cu_num_draft_tokens=torch.from_numpy(np.cumsum(scheduled).astype(np.int32)),
-        cu_num_sampled_tokens=torch.from_numpy(ends.astype(np.int32)),
-        target_logits_indices=torch.from_numpy(np.delete(all_logits, bonus).astype(np.int32)),
-        bonus_logits_indices=torch.from_numpy(bonus.astype(np.int32)),
-        logits_indices=torch.from_numpy(all_logits.astype(np.int32)),
-    )
-
-
-def _sampling_metadata(cases: Sequence[Case], rows: Rows, scheduled: np.ndarray, chain: np.ndarray) -> Any:
-    from vllm.v1.sample.logits_processor import LogitsProcessors
-    from vllm.v1.sample.metadata import SamplingMetadata
-
-    rules = [case.rule for case in cases]
-
-    def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor([getattr(rule, name) for rule in rules], dtype=dtype)[torch.from_numpy(rows.case)]
-
-    penalises = any(rule.penalises for rule in rules)
-    temperature = column("temperature")
-    drafts = None
-    if penalises:
-        drafts = [row[:length] for row, length in zip(chain.tolist(), scheduled.tolist(), strict=True)]
-    return SamplingMetadata(
-        temperature=temperature,
-        all_greedy=False,
-        all_random=bool((temperature > 0).all()),
-        top_p=column("top_p") if any(rule.top_p < 1 for rule in rules) else None,
-        top_k=column("top_k", torch.int32) if any(rule.top_k < VOCAB for rule in rules) else None,
-        generators={},
-        max_num_logprobs=None,
-        no_penalties=not penalises,
-        prompt_token_ids=torch.tensor([PROMPT] * len(rows.case)) if penalises else None,
-        frequency_penalties=column("frequency"),
-        presence_penalties=column("presence"),
-        repetition_penalties=column("repetition"),
-        output_token_ids=rows.outputs() if penalises else [],
-        allowed_token_ids_mask=None,
-        bad_words_token_ids={},
-        logitsprocs=LogitsProcessors(),
-        spec_token_ids=drafts,
-    )
