@@ -6,7 +6,7 @@ also needs numba.
 
 from double_kernels.fork_pages import fork_pages
 from double_kernels.insert_guidance import GuidanceBatch, insert_guidance
-from double_kernels.noise import Noise, gumbel_noise
+from double_kernels.noise import Noise, gumbel_noise, quick_gumbel_noise
 from double_kernels.sample_with_noise import sample_with_noise
 from double_kernels.support import Support
 from double_kernels.top_branches import top_branches
@@ -18,6 +18,7 @@ __all__ = [
     "fork_pages",
     "gumbel_noise",
     "insert_guidance",
+    "quick_gumbel_noise",
     "sample_with_noise",
     "top_branches",
 ]

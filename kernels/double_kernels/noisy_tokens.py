@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from double_kernels.noise import gumbel_noise, hash_prefix, hash_word
-from double_kernels.noise_search import MAX_COUNT, capacity, compiled_search
+from double_kernels.noise_search import MAX_COUNT, capacity, compiled_ranking, compiled_search
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["fill_up", "noisy_tokens", "noisy_tokens_reference"]
+__all__ = ["fill_up", "noisy_tokens", "noisy_tokens_reference", "ranked_tokens"]
 
 _SCORES_OF_A_THREAD = 1 << 17  # fewer are not worth a thread
 
@@ -94,6 +94,31 @@ def noisy_tokens(
             temperatures=temperatures[no_room], floors=bounds[no_room],
         )  # fmt: skip
     return result
+
+
+def ranked_tokens(
+    logits: npt.NDArray[np.float32],
+    count: int,
+    seeds: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    scales: npt.NDArray[np.float32],
+    temperatures: npt.NDArray[np.float32] | None = None,
+    floors: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.int64]:
+    """As `noisy_tokens`, in one compiled call: tokens whose scores differ in float32's last digits may change places."""
+    num_rows, vocab_size = logits.shape
+    if count > MAX_COUNT:
+        return noisy_tokens_reference(logits, count, seeds, positions, scales=scales, temperatures=temperatures, floors=floors)
+    lowest = np.full(num_rows, np.finfo(np.float32).min)
+    bounds = lowest if floors is None else np.maximum(floors, lowest)
+    temperatures = np.ones(num_rows, dtype=np.float32) if temperatures is None else np.ascontiguousarray(temperatures)
+    tokens, num_found = np.zeros((num_rows, count), dtype=np.int64), np.empty(num_rows, dtype=np.int64)
+    compiled_ranking()(
+        np.ascontiguousarray(logits), _token_words(vocab_size), hash_prefix(seeds, positions), temperatures,
+        np.ascontiguousarray(scales), bounds, tokens, num_found,
+    )  # fmt: skip
+    fill_up(tokens, num_found)
+    return tokens
 
 
 @functools.lru_cache(maxsize=4)

@@ -144,7 +144,7 @@ def _perturbed(
     """`top_branches` of at least one row on a CPU, where each row may have noise, support or neither."""
     import numpy as np
 
-    from double_kernels.noisy_tokens import fill_up, noisy_tokens
+    from double_kernels.noisy_tokens import fill_up, ranked_tokens
 
     num_rows, vocab_size = scores.shape
     floors = torch.full((num_rows,), -torch.inf)
@@ -164,15 +164,14 @@ def _perturbed(
         tokens[plain] = found
     if noisy.size:
         assert noise is not None
-        tokens[noisy] = noisy_tokens(
+        tokens[noisy] = ranked_tokens(
             scores.numpy() if noisy.size == num_rows else scores.numpy()[noisy],
             num_children,
             noise.seeds.numpy()[noisy],
             noise.positions.numpy()[noisy],
-            scales=noise.scales.numpy()[noisy],
-            temperatures=temperatures.numpy()[noisy] if temperatures is not None else None,
-            floors=floors.numpy()[noisy] if support is not None else None,
-            num_threads=torch.get_num_threads(),
+            noise.scales.numpy()[noisy],
+            temperatures.numpy()[noisy] if temperatures is not None else None,
+            floors.numpy()[noisy] if support is not None else None,
         )
     result = torch.from_numpy(tokens)
     probs = all_probs.gather(1, result)

@@ -87,10 +87,41 @@ def ask(llm: Any) -> Texts:
         ],
         "structured": run(some[:2], SamplingParams(temperature=0, max_tokens=24, structured_outputs=regex)),
         "logprobs": run(some[:2], SamplingParams(temperature=0, max_tokens=24, logprobs=2)),
-        "seeded": [
-            text for seed in (1, 2) for text in run([some[0]], SamplingParams(temperature=0.8, max_tokens=32, seed=seed))
-        ],
     }
+
+
+def ask_sampled(llm: Any, drafts: bool = True, num_prompts: int = 4, longest: int = 32) -> Texts:
+    """Sampled texts with seeds, one by one and in a batch whose rows differ in everything; without ``drafts`` they are declined."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    declined = None if drafts else {"double": {"enabled": False}}
+    regex = StructuredOutputsParams(regex=r"( *(self\.)?[a-z_]+ = [a-z_]+\(([a-z_]+, )*[a-z_]+\)\n){1,8}")
+
+    def params(seed: int, **settings: Any) -> SamplingParams:
+        return SamplingParams(seed=seed, max_tokens=longest, extra_args=declined, **settings)
+
+    conditions = {
+        "T 1": params(1, temperature=1.0),
+        "T 0.3": params(2, temperature=0.3),
+        "greedy": params(3, temperature=0.0),
+        "top_p": params(4, temperature=0.7, top_p=0.9),
+        "top_k, logprobs": params(-5, temperature=1.5, top_k=20, logprobs=2),
+        "min_p": params(1 << 40, temperature=1.0, min_p=0.1),
+        "logit_bias": params(7, temperature=1.0, logit_bias={5: 4.0, 83: -100.0}),
+        "penalties": params(8, temperature=1.0, repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2),
+        "bias and penalties": params(9, temperature=1.0, repetition_penalty=1.3, logit_bias={5: 4.0}),
+        "min_tokens": params(10, temperature=1.0, min_tokens=longest - 4),
+        "bad words": params(11, temperature=1.0, bad_words=["self", "return"]),
+        "grammar": params(12, temperature=1.0, structured_outputs=regex),
+    }
+    texts = prompts(num_prompts)
+    found = {name: [generate(llm, [text], one)[0] for text in texts[:2]] for name, one in conditions.items()}
+    found["several"] = generate(llm, texts[:1], params(13, temperature=1.0, n=4))
+    found["batch"] = generate(llm, [text for text in texts for _ in conditions], list(conditions.values()) * len(texts))
+    # More tokens than one step reads: the engine's max_num_batched_tokens decides.
+    found["long prompt"] = generate(llm, ["\n".join(prompts(16))[:800]], params(14, temperature=1.0))
+    return found
 
 
 def count(name: str, **labels: str) -> float:

@@ -123,6 +123,14 @@ class Probe:
         store = interpreter.store
         interpreter.store = lambda pointers, values, mask: store(pointers, values, mask.astype(bool))
 
+    def probe_filters_in_torch(self) -> None:
+        """Triton's interpreter cannot run vLLM's kernel for top_k and top_p; vLLM has the same in torch's operators."""
+        from vllm.v1.sample.ops import topk_topp_sampler
+        from vllm.v1.worker.gpu.sample import sampler, states
+
+        for module in (states, sampler):
+            module.apply_top_k_top_p = topk_topp_sampler.apply_top_k_top_p_pytorch  # type: ignore[attr-defined]
+
     def probe_epoch(self) -> int:
         """Of the draft's prefix cache: that in which the last request was admitted, unless the weights changed since."""
         return int(self._rank._proposer._proposer._epoch)

@@ -250,8 +250,8 @@ def _params(
     sampling = SamplingParams(max_tokens=10, extra_args={"double": double} if double is not None else None)
     request = Request("r", [1, 2], sampling, None, cache_salt=salt, lora_request=lora)
     proposer = object.__new__(v1.DoubleProposer)
-    proposer._max_model_len, proposer._draft_seeded, proposer._said_unreadable = 100, False, False
-    return proposer._params(_sent(request))
+    proposer._max_model_len, proposer._said_unreadable = 100, False
+    return proposer._params(_sent(request), 5)
 
 
 def test_the_salt_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,8 @@ def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(m
     monkeypatch.setattr(Scheduler, "reset_prefix_cache", reset)
     _inform(monkeypatch)
     drafter = object.__new__(v1.DoubleProposer)
-    drafter._max_model_len, drafter._draft_seeded, drafter._num_resets = 100, False, 0
+    drafter._max_model_len, drafter._num_resets = 100, 0
+    drafter._seeds, drafter._new_seeds = {}, np.random.default_rng(0)
     drafter._proposer = SimpleNamespace(
         admit=lambda request_id, tokens, params: done.append(request_id),
         reset_prefix_cache=lambda: done.append("ours"),
@@ -297,11 +298,12 @@ def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(m
 
     def step(*ids: str) -> None:
         batch = SimpleNamespace(
-            req_id_to_index=dict.fromkeys(ids, 0), token_ids_cpu=np.array([[1, 2]]), num_tokens_no_spec=np.array([2])
-        )
+            req_id_to_index=dict.fromkeys(ids, 0), token_ids_cpu=np.array([[1, 2]]), num_tokens_no_spec=np.array([2]),
+            generators={},
+        )  # fmt: skip
         runner = SimpleNamespace(input_batch=batch)
         new = [_sent(Request(name, [1, 2], SamplingParams(max_tokens=10), None)) for name in ids]
-        drafter.follow_step(runner, SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=new))
+        drafter.follow_step(runner, SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=new, num_scheduled_tokens={}))
 
     scheduler = object.__new__(Scheduler)
     step("a", "b")
@@ -330,17 +332,27 @@ def test_what_cannot_be_read_costs_the_request_its_drafts_and_is_said_once(
 
 
 def test_the_front_end_refuses_what_cannot_be_read_under_method_double_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified: list[Any] = []
-    monkeypatch.setattr(SamplingParams, "verify", lambda self, model, speculative, *args: verified.append(speculative))
-    front_end.refuse_malformed(DoubleSpeculativeConfig)
-    front_end.refuse_malformed(DoubleSpeculativeConfig)
+    checked: list[Any] = []
+    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", lambda self, speculative: checked.append(speculative))
+    front_end.check_requests(DoubleSpeculativeConfig)
+    front_end.check_requests(DoubleSpeculativeConfig)
     double = object.__new__(DoubleSpeculativeConfig)
     good, bad = (SamplingParams(extra_args={"double": {"tenant": tenant}}) for tenant in ("a", 5))
-    good.verify(None, double, None, None)
-    bad.verify(None, None, None, None)
+    good._validate_spec_decode(double)
+    bad._validate_spec_decode(None)
     with pytest.raises(VLLMValidationError, match="must be text"):
-        bad.verify(None, double, None, None)
-    assert verified == [double, None, double]
+        bad._validate_spec_decode(double)
+    assert checked == [None], "vLLM's own check is for other methods"
+
+
+def test_min_p_and_logit_bias_are_refused_for_other_methods_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", SamplingParams._validate_spec_decode)
+    front_end.check_requests(DoubleSpeculativeConfig)
+    double = object.__new__(DoubleSpeculativeConfig)
+    for params in (SamplingParams(min_p=0.1), SamplingParams(logit_bias={5: 1.0})):
+        params._validate_spec_decode(double)
+        with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
+            params._validate_spec_decode(SimpleNamespace(method="ngram"))
 
 
 @pytest.fixture

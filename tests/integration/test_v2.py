@@ -14,6 +14,7 @@ import torch
 from tests.integration.llm import (
     Texts,
     ask,
+    ask_sampled,
     begin_with_one_token,
     check_begins,
     count,
@@ -37,18 +38,33 @@ ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 WITHOUT = {"double": {"enabled": False}}
 
 
+SETTINGS = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
+
+
+@pytest.fixture(scope="module")
+def plain_sampled() -> Texts:
+    """Sampled texts of plain vLLM on V2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "1")
+        with engine(None, worker_extension_cls="tests.integration.probe.Probe", **SETTINGS) as llm:
+            llm.collective_rpc("probe_masks_of_int")
+            llm.collective_rpc("probe_filters_in_torch")
+            return ask_sampled(llm, num_prompts=1, longest=10)
+
+
 class TestOnV2:
     """On one engine: to start it under the interpreter takes a minute."""
 
     @pytest.fixture(scope="class")
-    def llm(self) -> Iterator[Any]:
-        settings = {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 160, "enable_prefix_caching": True}
+    def llm(self, plain_sampled: Texts) -> Iterator[Any]:
+        settings = SETTINGS
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(SWITCH, "1")
             with engine(double(), worker_extension_cls="tests.integration.probe.Probe", **settings) as llm:
                 assert llm.collective_rpc("probe_runner") == ["vllm.v1.worker.cpu.model_runner"]
                 llm.collective_rpc("probe_draft_always")
                 llm.collective_rpc("probe_masks_of_int")
+                llm.collective_rpc("probe_filters_in_torch")
                 llm.collective_rpc("probe_watch_steps")
                 yield llm
                 assert sample("failures_total") == 0
@@ -64,17 +80,14 @@ class TestOnV2:
         """In every row case, under preemption and chunked prefill."""
         assert sample("accepted_tokens_total") > 0
         assert sample("committed_tokens_total") / sample("request_forwards_total") > 1.05
-        # Seeded draws are each runner's own.
-        assert {name: texts for name, texts in found.items() if name != "seeded"} == {
-            name: texts for name, texts in plain.items() if name != "seeded"
-        }
+        assert found == plain
 
-    def test_seeded_draws_are_not_those_without_drafts(self, llm: Any, found: Texts) -> None:
-        from vllm import SamplingParams
-
-        for seed, text in zip((1, 2), found["seeded"], strict=True):
-            params = SamplingParams(temperature=0.8, max_tokens=32, seed=seed, extra_args=WITHOUT)
-            assert generate(llm, prompts(1), params) == [text]
+    def test_sampled_texts_are_those_of_plain_vllm_on_v2(self, plain_sampled: Texts, llm: Any) -> None:
+        accepted = count(ACCEPTED)
+        found = ask_sampled(llm, num_prompts=1, longest=10)
+        for name, texts in plain_sampled.items():
+            assert found[name] == texts, name
+        assert count(ACCEPTED) > accepted + 10, "hardly anything was drafted"
 
     def test_drafts_of_sampled_requests_are_never_accepted(self, llm: Any) -> None:
         from vllm import SamplingParams
@@ -167,8 +180,8 @@ def speculator(module: Any, proposer: Any) -> Any:
 
     made = object.__new__(module.DoubleSpeculator)
     made.__dict__.update(
-        _proposer=proposer, _num_resets=0, _max_model_len=64, _draft_seeded=False, _num_tokens=3, _texts={}, _step=None,
-        _drafts=None, _watches_weights=True, _step_started=0.0, _device=torch.device("cpu"),
+        _proposer=proposer, _num_resets=0, _max_model_len=64, _seeds={}, _num_tokens=3, _texts={}, _step=None,
+        _drafts=None, _is_prepared=True, _step_started=0.0, _device=torch.device("cpu"),
     )  # fmt: skip
     assert isinstance(made, TargetRank)
     return made
@@ -195,6 +208,11 @@ def states(*ids: str) -> Any:
     return SimpleNamespace(req_id_to_index=index, draft_tokens=torch.full((len(ids) + 1, 3), 77))
 
 
+def runner_with(req_states: Any) -> Any:
+    seeds = SimpleNamespace(np=np.arange(10, dtype=np.int64))
+    return SimpleNamespace(req_states=req_states, sampler=SimpleNamespace(sampling_states=SimpleNamespace(seeds=seeds)))
+
+
 def output(**sampled: list[int]) -> Any:
     return SimpleNamespace(req_ids=list(sampled), sampled_token_ids=list(sampled.values()))
 
@@ -209,13 +227,13 @@ def test_what_vllm_writes_into_stands_there_in_the_next_step(v2: Any) -> None:
 
 def test_what_was_scheduled_is_not_what_the_forward_reads(v2: Any) -> None:
     made, device = speculator(v2, FakeProposer()), states("a", "b", "c")
-    made.follow_step(SimpleNamespace(req_states=device), scheduled({}, {"c": [5, 6], "a": [-1, -1, -1]}))
+    made.follow_step(runner_with(device), scheduled({}, {"c": [5, 6], "a": [-1, -1, -1]}))
     assert device.draft_tokens.tolist() == [[0, 0, 0], [77, 77, 77], [5, 6, 0], [77, 77, 77]]
 
 
 def test_chains_are_padded_or_told_twice(v2: Any) -> None:
     made = speculator(v2, FakeProposer())
-    made.follow_step(SimpleNamespace(req_states=states("a", "b")), scheduled({"a": [1, 2], "b": [1, 2, 3]}, {}))
+    made.follow_step(runner_with(states("a", "b")), scheduled({"a": [1, 2], "b": [1, 2, 3]}, {}))
     drafts = made.propose_rows(output(b=[4, 9], a=[7]))
     assert (drafts.req_ids, drafts.draft_token_ids) == (["b", "a"], [[9], [7]])
     assert made._proposer.rows == [("b", [1, 2, 3, 4, 9], 2, []), ("a", [1, 2, 7], 1, [])]
@@ -224,7 +242,7 @@ def test_chains_are_padded_or_told_twice(v2: Any) -> None:
 
 def test_a_request_that_was_preempted_is_admitted_anew_only_with_another_text(v2: Any) -> None:
     proposer = FakeProposer()
-    made, runner = speculator(v2, proposer), SimpleNamespace(req_states=states("a"))
+    made, runner = speculator(v2, proposer), runner_with(states("a"))
     made.follow_step(runner, scheduled({"a": [1, 2]}, {}))
     made.propose_rows(output(a=[7]))
     proposer.admitted.clear()
@@ -239,7 +257,7 @@ def test_a_request_that_was_preempted_is_admitted_anew_only_with_another_text(v2
 
 def test_a_rank_that_does_not_propose_keeps_texts_or_verifies_something_else(v2: Any) -> None:
     made, device = speculator(v2, None), states("a")
-    made.follow_step(SimpleNamespace(req_states=device), scheduled({"a": [1, 2]}, {"a": [5]}))
+    made.follow_step(runner_with(device), scheduled({"a": [1, 2]}, {"a": [5]}))
     assert device.draft_tokens[0].tolist() == [5, 0, 0] and made._texts == {}
     assert made.propose_rows(output(a=[7])).draft_token_ids == [[]]
 

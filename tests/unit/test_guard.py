@@ -365,7 +365,7 @@ def test_drafting_that_pays_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupt_is_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Guarded()
 
-    def interrupt(rows: list[Row]) -> None:
+    def interrupt(*_: object) -> None:
         raise SystemExit
 
     monkeypatch.setattr(world.inner, "propose", interrupt)

@@ -82,7 +82,7 @@ def rounds_of_saguaro(tables: Tables, prompt: int, num_tokens: int, draft_length
 
 
 def loop(script: Script, cost_ratio: float, num_tokens: int, **settings: float) -> Outcome:
-    return simulate(script, Times(1e-3 * cost_ratio, 1e-3), num_tokens=num_tokens, **settings)  # type: ignore[arg-type]
+    return simulate(script, Times(1e-3 * cost_ratio, 1e-3), num_tokens=num_tokens, may_wait=False, **settings)  # type: ignore[arg-type]
 
 
 SCRIPTS = [Script(0.65), Script(0.65, seed=1), Script(0.9, tail=1.0), Script(0.4, spread=5.0), Script(1.0), Script(0.8, seed=7)]

@@ -183,14 +183,13 @@ def test_the_engine_answers_with_the_noise_of_each_text_and_position() -> None:
         tokens = text.tokens[list(places)].astype(np.uint64)
         return tables.children(tokens, 4, text.seed, np.array(places))[0].tolist()
 
-    whole = [Row(pages, 0, text.tokens[:60].tolist(), 3, 1.0) for pages, text in (([5], first), ([2], second))]
+    whole = [Row(pages, 0, text.tokens[:60].tolist(), 3, 1.0, text.seed) for pages, text in (([5], first), ([2], second))]
     assert answer(*whole) == expected(first, range(57, 60)) + expected(second, range(57, 60))
-    engine.copy_slots([(5, 7, 60), (2, 8, 60)])
     ahead = [
-        Row([8, 9], 60, second.tokens[60:70].tolist(), 10, 1.0),
-        Row([7], 60, first.tokens[60:62].tolist(), 1, 1.0),
-        Row([5], 60, first.tokens[60:61].tolist(), 0, 1.0),
-        Row([2], 60, second.tokens[60:61].tolist(), 1, 1.0),
+        Row([8, 9], 60, second.tokens[60:70].tolist(), 10, 1.0, second.seed),
+        Row([7], 60, first.tokens[60:62].tolist(), 1, 1.0, first.seed),
+        Row([5], 60, first.tokens[60:61].tolist(), 0, 1.0, first.seed),
+        Row([2], 60, second.tokens[60:61].tolist(), 1, 1.0, second.seed),
     ]
     assert answer(*ahead) == expected(second, range(60, 70)) + expected(first, range(61, 62)) + expected(second, range(60, 61))
 
@@ -220,7 +219,7 @@ def test_the_loop_on_one_path_takes_the_rounds_of_pearl_with_shared_noise(script
     expected = [rounds_on_one_path(Tables(script), prompt, 200, draft_length) for prompt in (7919, 15838)]
     found = simulate(
         script, Times(1e-3 * (2 * draft_length + 1.5), 1e-3), num_tokens=200, batch=2, num_speculative_tokens=draft_length - 1,
-        nodes_per_iteration=1, children_per_node=1, min_path_prob=1e-120, control=False,
+        nodes_per_iteration=1, children_per_node=1, min_path_prob=1e-120, control=False, may_wait=False,
     )  # fmt: skip
     assert (found.forwards, found.rounds) == (sum(expected), max(expected))
 

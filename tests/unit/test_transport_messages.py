@@ -175,7 +175,7 @@ def test_unknown_kind_of_command_is_refused(kind):
 
 def test_command_with_more_tokens_than_a_command_may_have_is_refused():
     num = MAX_TOKENS + 1
-    payload = messages._COMMIT.pack(1, 0, num, 0) + bytes(4 * num)
+    payload = messages._COMMIT.pack(1, 0, num, 0, 0) + bytes(4 * num)
     with pytest.raises(MessageError):
         decode_command(messages.COMMIT, payload)
 

@@ -34,8 +34,8 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
         return meeting.follow(engine)
     if meeting.num_ranks > 1:
         engine = meeting.lead(engine)
-    # The first forward imports and allocates for seconds; page 0 belongs to nobody.
-    engine.forward(Batch.of([Row([0], 0, [0], 1, 0.0)]), 1)
+    # The first forwards import, compile and allocate for seconds; page 0 belongs to nobody.
+    engine.forward(Batch.of([Row([0], 0, [0], 1, 0.0), Row([1], 0, [0], 1, 1.0, noise_scale=1.0, top_p=0.9)]), 1)
 
     limits = dict(settings["limits"])
     if limits["nodes_per_iteration"] is None:

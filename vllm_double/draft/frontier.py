@@ -243,13 +243,13 @@ class Frontier:
 
     def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> list[tuple[int, Listing]]:
         """Turn the probabilities of sampled requests into chances to be drawn, in place; returns what is to be noted of whom."""
-        from double_kernels import gumbel_noise  # imports torch, which a plan for greedy requests does not need
+        from double_kernels import quick_gumbel_noise  # imports torch, which a plan for greedy requests does not need
 
         batch = self._work.latest
         sampling = batch.output_sampling
         outputs = np.flatnonzero(sampling["noise_scale"] > 0)
         sampling, listed = sampling[outputs], tokens[outputs]
-        noise = gumbel_noise(sampling["seed"][:, None], batch.output_positions[outputs, None], listed)
+        noise = quick_gumbel_noise(sampling["seed"], batch.output_positions[outputs], listed)
         with np.errstate(divide="ignore"):
             log_probs = np.log(probs[outputs])
         probs[outputs] = self._coupling.chances(sampling["temperature"], log_probs, noise)

@@ -69,8 +69,8 @@ class Outcome:
     nodes_per_step: float
     rounds: int
     forwards: int
-    waits: float
-    wait_seconds: float
+    waits: float = 0.0
+    wait_seconds: float = 0.0
 
 
 class ScriptedEngine:
