@@ -1,5 +1,7 @@
 """Any message survives the wire; no bytes whatever make a decoder do more than refuse."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,18 +19,24 @@ from vllm_double.transport.messages import (
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
+I64 = st.integers(-(2**63), 2**63 - 1)
 I32 = st.integers(-(2**31), 2**31 - 1)
 TOKENS = st.lists(I32, max_size=40).map(lambda values: np.array(values, np.int32))
 PROBS = st.floats(0, 1, width=32)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
 
 
-@given(U64, U32, TOKENS, st.floats(0, 1e6), U32, st.lists(I32, max_size=20), TEXT, U32)
-def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops, tenant, epoch):
-    sent = Admit(handle, base, tokens, temperature, max_length, tuple(stops), tenant, epoch)
+FRACTION = st.floats(0, 1)
+SAMPLING = st.tuples(I64, U32, FRACTION.filter(lambda top_p: top_p > 0), FRACTION)
+
+
+@given(U64, U32, TOKENS, st.floats(0, 1e6), U32, st.lists(I32, max_size=20), TEXT, U32, SAMPLING)
+def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops, tenant, epoch, sampling):
+    sent = Admit(handle, base, tokens, temperature, max_length, tuple(stops), tenant, epoch, *sampling)
     got = decode_command(*messages.encode(sent))
-    for name in ("handle", "base", "temperature", "max_length", "stop_token_ids", "tenant", "epoch"):
-        assert getattr(got, name) == getattr(sent, name)
+    for field in dataclasses.fields(Admit):
+        if field.name != "tokens":
+            assert getattr(got, field.name) == getattr(sent, field.name)
     np.testing.assert_array_equal(got.tokens, tokens)
 
 

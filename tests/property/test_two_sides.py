@@ -73,15 +73,24 @@ PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8) | st.build
     lambda tenant, start, length: [PHRASES[tenant][(start + place) % 6] for place in range(length)],
     st.sampled_from(list(PHRASES)), st.integers(0, 5), st.integers(1, 20),
 )  # fmt: skip
-PARAMS = st.builds(
+COMMON = {
+    "max_length": st.sampled_from([60, 60, 60, 18]),
+    "stop_token_ids": st.sampled_from([frozenset(), frozenset(), frozenset({5}), frozenset({3, 9})]),
+    "tenant": st.sampled_from(["a", "b", "a", "b", None]),
+    "use_drafts": st.sampled_from([True] * 9 + [False]),
+    "use_worker": st.sampled_from([True] * 9 + [False]),
+}
+GREEDY = st.builds(RequestParams, temperature=st.just(0.0), **COMMON)
+SAMPLED = st.builds(
     RequestParams,
-    temperature=st.sampled_from([0.0, 0.0, 0.8]),
-    max_length=st.sampled_from([60, 60, 60, 18]),
-    stop_token_ids=st.sampled_from([frozenset(), frozenset(), frozenset({5}), frozenset({3, 9})]),
-    tenant=st.sampled_from(["a", "b", "a", "b", None]),
-    use_drafts=st.sampled_from([True] * 9 + [False]),
-    use_worker=st.sampled_from([True] * 9 + [False]),
+    temperature=st.sampled_from([0.3, 0.8, 1.0]),
+    seed=st.sampled_from([0, 7, -1, -(1 << 63), (1 << 63) - 1]),
+    top_k=st.sampled_from([0, 0, 1, 3]),
+    top_p=st.sampled_from([1.0, 1.0, 0.5]),
+    min_p=st.sampled_from([0.0, 0.0, 0.125]),
+    **COMMON,
 )
+PARAMS = GREEDY | SAMPLED
 
 
 @dataclass
@@ -270,6 +279,11 @@ class TwoSides(RuleBasedStateMachine):
         for handle, request in frontier._requests.items():
             assert self.worker_end.superseded or bytes(request.tokens.tolist()) == texts[handle]
             assert request.epoch == self.end.epochs[handle], "it finds what was read before a reset"
+            live = next((live for live in self.live.values() if live.handle == handle), None)
+            if live is not None:
+                params = live.params
+                sampling = (params.seed, params.temperature, 0.0, params.top_k, params.top_p, params.min_p)
+                assert request.sampling == sampling, "it does not know what the target draws from"
         for handle, text in texts.items():
             # A request is given up where pages ran out, or where the draft does not know a token.
             assert handle in frontier._requests or self.starved or VOCAB in text

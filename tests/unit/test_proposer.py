@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -698,3 +699,43 @@ def test_a_worker_that_comes_in_the_middle_of_an_admission_leaves_a_request_with
     for _ in range(6):
         world.step()
     assert len(world.worker.frontier) == 1 and world.chains["r"]
+
+
+class Heard:
+    """A worker's end that only listens."""
+
+    def __init__(self) -> None:
+        self.target, self._worker = in_process_pair(capacity=1 << 20)
+
+    def admissions(self) -> list[Admit]:
+        return [command for command in self._worker.receive() if isinstance(command, Admit)]
+
+
+def test_the_worker_is_told_what_the_target_draws_from() -> None:
+    heard = Heard()
+    proposer = Proposer(4, heard.target, [], Ticks())
+    params = replace(PARAMS, temperature=0.7, seed=-(1 << 63), top_k=40, top_p=0.95, min_p=0.05)
+    proposer.admit("r", np.array([1, 2], np.int32), params)
+    (admission,) = heard.admissions()
+    names = ("temperature", "seed", "top_k", "top_p", "min_p")
+    assert [getattr(admission, name) for name in names] == [getattr(params, name) for name in names]
+
+
+def test_first_and_listed_tokens_of_the_draft_are_counted() -> None:
+    world = World(noise=0.0, turns=20)
+    world.admit("r", [3, 5])
+    for _ in range(10):
+        world.step()
+    counters = world.proposer.counters
+    assert counters.draft_first_examples > 15
+    assert counters.draft_first_accepted == counters.draft_listed_accepted == counters.draft_first_examples
+
+    wrong = World(turns=20)
+    wrong.draft = lambda context: -wrong.target(context)
+    wrong.worker = wrong.make_worker()
+    wrong.admit("r", [3, 5])
+    for _ in range(10):
+        wrong.step()
+    counters = wrong.proposer.counters
+    assert counters.draft_first_examples > 5 and counters.draft_first_accepted == 0
+    assert counters.draft_listed_accepted == 0

@@ -1,4 +1,5 @@
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -184,6 +185,31 @@ def test_admit_with_a_tenant_that_is_no_text_is_refused():
     kind, payload = encode(admit(tenant="ab"))
     with pytest.raises(MessageError):
         decode_command(kind, payload[:-2] + b"\xff\xff")
+
+
+NAN, INF = float("nan"), float("inf")
+NO_SAMPLING = [
+    *(("temperature", value) for value in (-0.1, NAN, INF)),
+    *(("top_p", value) for value in (0.0, -0.5, 1.0001, NAN, INF)),
+    *(("min_p", value) for value in (-0.001, 1.0001, NAN, INF)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NO_SAMPLING)
+def test_admit_with_parameters_that_nobody_can_sample_by_is_refused_at_both_ends(name, value):
+    with pytest.raises(MessageError):
+        encode(admit(**{name: value}))
+    kind, payload = encode(admit(temperature=0.625, top_p=0.75, min_p=0.125))
+    wire = {"temperature": struct.pack("<d", 0.625), "top_p": struct.pack("<d", 0.75), "min_p": struct.pack("<d", 0.125)}
+    assert payload.count(wire[name]) == 1
+    with pytest.raises(MessageError):
+        decode_command(kind, payload.replace(wire[name], struct.pack("<d", value)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 1 << 63), ("seed", -(1 << 63) - 1), ("top_k", -1), ("top_k", 1 << 32)])
+def test_admit_with_a_seed_or_top_k_beyond_the_wire_is_refused_by_its_sender(name, value):
+    with pytest.raises(MessageError):
+        encode(admit(**{name: value}))
 
 
 def test_commit_with_probabilities_that_are_not_finite_is_refused():
