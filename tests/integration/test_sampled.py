@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 import psutil
@@ -51,6 +52,7 @@ def draft_actors() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.skipif(version("vllm").startswith("0.31"), reason="once is enough: the draft worker is the same on all versions")
 def test_texts_stay_the_same_while_the_draft_is_killed_stopped_and_started_again(llm: Any) -> None:
     from vllm import SamplingParams
 

@@ -49,7 +49,7 @@ def plain_sampled() -> Texts:
         with engine(None, worker_extension_cls="tests.integration.probe.Probe", **SETTINGS) as llm:
             llm.collective_rpc("probe_masks_of_int")
             llm.collective_rpc("probe_filters_in_torch")
-            return ask_sampled(llm, num_prompts=1, longest=10)
+            return ask_sampled(llm, num_prompts=1, longest=10, singly=False)
 
 
 class TestOnV2:
@@ -84,7 +84,7 @@ class TestOnV2:
 
     def test_sampled_texts_are_those_of_plain_vllm_on_v2(self, plain_sampled: Texts, llm: Any) -> None:
         accepted = count(ACCEPTED)
-        found = ask_sampled(llm, num_prompts=1, longest=10)
+        found = ask_sampled(llm, num_prompts=1, longest=10, singly=False)
         for name, texts in plain_sampled.items():
             assert found[name] == texts, name
         assert count(ACCEPTED) > accepted + 10, "hardly anything was drafted"
