@@ -102,6 +102,7 @@ ARMS: dict[str, Callable[[Choices], list[dict[str, object] | None]]] = {
     "double-without-retrieval": lambda choices: _double(choices, target_retrieval=False, draft_retrieval=False),
     "double-target-side": lambda choices: _double(choices, draft_retrieval=False),
     "double-draft-side": lambda choices: _double(choices, target_retrieval=False),
+    "double-without-waiting": lambda choices: _double(choices, wait_for_draft=False),
     "double-one-path": lambda choices: _double(choices, children_per_node=1, target_retrieval=False, draft_retrieval=False),
     "double-without-coverage": lambda choices: _double(choices, children_per_node=1),
     "double-retrieval-only": lambda choices: _double(choices, with_draft=False),

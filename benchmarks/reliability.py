@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             table = server.engines[0]["calibration"]
     provenance = rows.provenance("benchmarks.reliability")  # of one time, by which the rows are known as one run's
     for source, temperatures, said, right, trials in table:
-        row: dict[str, rows.Value] = {"source": source, "sampled": temperatures > 0, "said": said, "right": right, "trials": trials}
+        row: dict[str, rows.Value] = {"source": source, "sampled": temperatures > 0}
+        row |= {"said": said, "right": right, "trials": trials}
         rows.append(options.output, row | provenance)
     print(f"{len(table)} rows in {options.output.name}")
 

@@ -75,6 +75,10 @@ class DoubleConfig(BaseModel):
         "it brings",
     )
     prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
+    wait_for_draft: bool = Field(
+        True, description="behind an outcome that the draft did not prepare for, the target may wait for its first tokens, if "
+        "these are worth more than what the whole batch decodes meanwhile; false: never",
+    )  # fmt: skip
     ray_address: str | None = Field(
         None,
         description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own',

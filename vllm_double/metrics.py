@@ -61,7 +61,10 @@ _COUNTERS = {
         "vllm:double_draft_rests",
         "Times that the draft model rested for a request to which it had brought next to nothing.",
     ),
-    "draft_first_examples": ("vllm:double_draft_first_examples", "Committed tokens for which the draft had listed what follows."),
+    "draft_first_examples": (
+        "vllm:double_draft_first_examples",
+        "Committed tokens for which the draft had listed what follows.",
+    ),
     "draft_first_accepted": ("vllm:double_draft_first_accepted", "Those of them that were the first of the draft's list."),
     "draft_listed_accepted": ("vllm:double_draft_listed_accepted", "Those of them that were among the best of the list."),
     "waits": ("vllm:double_waits", "Times that the target waited for the draft's first tokens."),

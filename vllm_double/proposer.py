@@ -1,4 +1,4 @@
-"""The round on the target's side, between two target forwards: drain, commit, graft, choose, tell; maybe wait, and choose again.
+"""The round on the target's side, between two target forwards: drain, commit, graft, choose, tell, and maybe wait.
 
 Knows neither vLLM nor Ray nor a clock: the integration hands in rows, the worker is one end of two logs, time is passed in.
 """

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_double.draft.processes import parent
 from vllm_double.calibration import TEMPERATURE_NAMES
+from vllm_double.draft.processes import parent
 from vllm_double.endpoint import Address, Answer, ask, find
 
 __all__ = ["Server", "SwitchError", "find_servers", "select", "switch"]

@@ -48,7 +48,7 @@ class _Mean:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the target does without waiting. tokens_per_s: of the whole batch. token_s: that a token to verify adds to a step."""
+    """What the target does without waiting. tokens_per_s: of the batch. token_s: what a token to verify adds to a step."""
 
     tokens_per_s: float
     token_s: float
@@ -62,7 +62,7 @@ class WaitRule:
         self._first_s, self._next_s = _Mean(0.0, 1.0), _Mean(0.0, 1.0)
         self._accepted = [_Mean(0.5, 8.0) for _ in range(NUM_TEMPERATURES)]  # of the draft's first tokens
         self._accepted_after_miss = [_Mean(0.5, 8.0) for _ in range(NUM_TEMPERATURES)]
-        self._hits_after_nothing = _Mean(0.9, 8.0)  # how often an outcome was prepared behind a forward that verified nothing
+        self._hits_after_nothing = _Mean(0.9, 8.0)  # how often an outcome was prepared, behind a forward without a chain
         self._hits_after_chain = _Mean(0.8, 8.0)
         self._hits_after_wait = _Mean(0.8, 8.0)
         self._tokens_of_hit = _Mean(2.0, 8.0)  # of a forward whose outcome before was prepared
@@ -70,15 +70,15 @@ class WaitRule:
     # ---- measurements -----------------------------------------------------------------------------------------
 
     def observe_token(self, temperatures: int, after_miss: bool, accepted: bool) -> None:
-        """The draft's first token behind a text was, or was not, the target's; the text was, or was not, an outcome that was not
+        """Whether the draft's first token behind a text was the target's. after_miss: the text was an outcome that was not
         prepared."""
         self._accepted[temperatures].observe(accepted)
         if after_miss:
             self._accepted_after_miss[temperatures].observe(accepted)
 
     def observe_forward(self, waited: bool, num_verified: int, was_hit: bool, num_tokens: int, is_hit: bool) -> None:
-        """A row's forward: whether the target had waited for its chain of ``num_verified``, and whether something had been ready
-        before; it gave ``num_tokens``, and something is ready behind them or not."""
+        """A row's forward. waited: for its chain of ``num_verified``. was_hit, is_hit: something was ready before it, and
+        behind the ``num_tokens`` that it gave."""
         if was_hit:
             self._tokens_of_hit.observe(num_tokens)
         if waited:

@@ -4,7 +4,8 @@ The noise of nearly all tokens needs no logarithm. A token whose logit lies d / 
 it only if its uniform number is below exp(-d), thus if its 32-bit hash is below 2 ** (32 - floor(d / log(2))): of 150,000
 tokens a few dozen are.
 
-To be imported when something is searched: vLLM's workers break if numba is imported before they are set up, and a GPU needs none.
+To be imported when something is searched: vLLM's workers break if numba is imported before they are set up, and a GPU needs
+none.
 """
 
 from __future__ import annotations

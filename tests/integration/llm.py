@@ -91,7 +91,7 @@ def ask(llm: Any) -> Texts:
 
 
 def ask_sampled(llm: Any, drafts: bool = True, num_prompts: int = 4, longest: int = 32) -> Texts:
-    """Sampled texts with seeds, one by one and in a batch whose rows differ in everything; without ``drafts`` they are declined."""
+    """Sampled texts with seeds, one by one and in a batch whose rows differ in everything. ``drafts``: False declines them."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

@@ -64,7 +64,7 @@ class Probe:
         inner = self._rank._proposer._proposer
         propose = inner.propose
 
-        def fail(rows: Any) -> None:
+        def fail(*_: Any) -> None:
             inner.propose = propose
             raise RuntimeError("a test's")
 

@@ -52,8 +52,8 @@ class Batch:
     """The rows of one forward, flat; see `Row` for what they mean.
 
     token_ids: int64 [tokens], row after row. query_start: int32 [rows + 1], where each row's tokens begin. starts, num_outputs:
-    int32 [rows]. sampling: SAMPLING_DTYPE [rows]. pages: int32 [rows, width], block tables; entries behind a row's last page mean
-    nothing. The arrays are good until the caller makes its next batch.
+    int32 [rows]. sampling: SAMPLING_DTYPE [rows]. pages: int32 [rows, width], block tables; entries behind a row's last page
+    mean nothing. The arrays are good until the caller makes its next batch.
     """
 
     token_ids: npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ from double_kernels import Noise, Support, fork_pages, insert_guidance, top_bran
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_double.draft.base import Batch, Row, count_outputs
+from vllm_double.draft.base import SAMPLING_DTYPE, Batch, Row, count_outputs
 from vllm_double.draft.graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.draft.loader import EngineConfig, LoadedModel, load
 
@@ -178,7 +178,7 @@ class VllmDraftEngine:
         if not batch.is_sampled:
             return None, None
         sampling = batch.output_sampling
-        columns = {name: self._tensor(sampling[name].copy()) for name in sampling.dtype.names}
+        columns = {name: self._tensor(sampling[name].copy()) for name in SAMPLING_DTYPE.names or ()}
         noise = Noise(columns["seed"], self._tensor(batch.output_positions), columns["noise_scale"])
         if not batch.is_filtered:
             return noise, None

@@ -162,7 +162,8 @@ class FakeEngine:
         if row.noise_scale > 0:
             from double_kernels import gumbel_noise  # imports torch
 
-            noise = gumbel_noise(np.array([row.seed]), np.array([len(context) - 1]), np.arange(self.vocab_size))
+            seed, position = np.array([row.seed], np.int64), np.array([len(context) - 1], np.int64)
+            noise = gumbel_noise(seed, position, np.arange(self.vocab_size))
             scores += row.noise_scale * noise
         kept = is_kept(probs, row)
         probs[~kept] = 0.0

@@ -154,7 +154,8 @@ class Frontier:
         work, pool = self._work, self._pool.address
         # A target that waits gets its next token soonest from a forward of few nodes.
         num_awaited = sum(request.is_awaited for request in work.requests)
-        work.begin(min(num_awaited or self._limits.nodes_per_iteration, self._limits.nodes_per_iteration), bool(self._retrievers))
+        budget = self._limits.nodes_per_iteration
+        work.begin(min(num_awaited or budget, budget), bool(self._retrievers))
         self._catch_up()
         while (outcome := self._steps.select(work.address, pool)) != at.DONE:
             if outcome == at.STARVED:
@@ -242,7 +243,7 @@ class Frontier:
         return records
 
     def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> list[tuple[int, Listing]]:
-        """Turn the probabilities of sampled requests into chances to be drawn, in place; returns what is to be noted of whom."""
+        """Turn probabilities of sampled requests into chances to be drawn, in place; returns what is to be noted of whom."""
         from double_kernels import quick_gumbel_noise  # imports torch, which a plan for greedy requests does not need
 
         batch = self._work.latest
@@ -346,7 +347,7 @@ class _Work:
 
     def request_of(self, output: int) -> DraftRequest:
         """Whose an output of the latest batch is."""
-        return self.requests[self._outputs[output, 0]]
+        return self.requests[int(self._outputs[output, 0])]
 
     def batch(self, coupling: NoiseCoupling) -> Batch:
         """What was chosen, for the engine."""

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from double_kernels import Noise, Support
+
 from vllm_double.draft.base import Batch, Row
 
 __all__ = ["CudaRecorder", "Recorder", "StepGraphs", "StepInputs", "bucket_sizes", "record_steps"]
@@ -39,8 +39,8 @@ class StepInputs:
     """Buffers of one bucket, at addresses that never change: ``size`` rows of one query token.
 
     On the device: input_ids, positions, slot_mapping, seeds int64 [size]; seq_lens int32 [size], from 1 on; temperatures
-    float32 [size], positive; noise_scales, top_p, min_p float32 [size]; top_k int32 [size]; block_table int32 [size, pages], its
-    entries 0 where nothing is; query_start_loc int32 [size + 1]. On the host: seq_lens_cpu, query_start_loc_cpu.
+    float32 [size], positive; noise_scales, top_p, min_p float32 [size]; top_k int32 [size]; block_table int32 [size, pages],
+    its entries 0 where nothing is; query_start_loc int32 [size + 1]. On the host: seq_lens_cpu, query_start_loc_cpu.
     """
 
     size: int
@@ -101,8 +101,9 @@ class StepGraphs:
     """
 
     def __init__(
-        self, prepare: Callable[[StepInputs, bool], None], step: Callable[[StepInputs, bool], tuple[torch.Tensor, torch.Tensor]],
-        recorder: Recorder, *, sizes: Sequence[int], num_children: int, page_size: int, max_length: int, device: torch.device,
+        self, prepare: Callable[[StepInputs, bool], None],
+        step: Callable[[StepInputs, bool], tuple[torch.Tensor, torch.Tensor]], recorder: Recorder, *,
+        sizes: Sequence[int], num_children: int, page_size: int, max_length: int, device: torch.device,
     ) -> None:  # fmt: skip
         """Records at once. Raises what recording raises, and RuntimeError where a replay does not do what the step does.
 
@@ -126,7 +127,7 @@ class StepGraphs:
         inputs = bucket.inputs
         self._stage(bucket, Batch.of([]), True)
         for sampled in (False, True):
-            self._packed_step(inputs, sampled)  # kernels are compiled, libraries allocate; and what was prepared may have changed
+            self._packed_step(inputs, sampled)  # kernels are compiled, libraries allocate; what was prepared may have changed
             self._stage(bucket, Batch.of([]), True)
             bucket.replays[sampled] = recorder(functools.partial(self._packed_step, inputs, sampled))
             # A recording that kept values instead of addresses would draft nonsense without a word.

@@ -60,7 +60,8 @@ class DraftRequest:
         self._trunk = np.zeros(-(-longest // page_size) + 1, np.int32)
         self._text = np.zeros(_MIN_TEXT, np.int32)
         self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
-        self._page_keys = [partition_key(self.tenant, self.epoch)]  # and of the text's full pages, as far as they were asked for
+        # And of the text's full pages, as far as they were asked for.
+        self._page_keys = [partition_key(self.tenant, self.epoch)]
         self._num_inserted = 0  # pages of the trunk that are in the prefix cache: they are not written any more
         self._num_children = num_children
         # A branch leaves the text's, or another branch, within the reach of one commit, and ends within that of a later one.

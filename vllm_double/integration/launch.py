@@ -54,7 +54,9 @@ class Launch:
                 self.start_draft()
         retrievers = _sources(config).open() if double.target_retrieval else []
         vocab_size = vllm_config.model_config.get_vocab_size()
-        proposer = Proposer(config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size)
+        proposer = Proposer(
+            config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, double.wait_for_draft
+        )
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic), _nap)
         # Not its rank: engines of a dense model count themselves as the only one.
         engine = vllm_config.parallel_config.data_parallel_index

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from double_kernels import sample_with_noise
 from torch import nn
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -27,8 +28,6 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-
-from double_kernels import sample_with_noise
 
 __all__ = ["ChainVerifier", "Draws", "SharedNoiseSampler", "share_noise"]
 
@@ -80,7 +79,7 @@ class SharedNoiseSampler(nn.Module):
     def forward(
         self, logits: torch.Tensor, generators: Any, k: torch.Tensor | None, p: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See TopKTopPSampler.forward_native: int64 [rows], and the processed logits or log-probabilities if they are wanted."""
+        """See TopKTopPSampler.forward_native: int64 [rows], and processed logits or log-probabilities if they are wanted."""
         logits = apply_top_k_top_p(logits, k, p)
         processed = None
         if self.logprobs_mode == "processed_logits":
@@ -104,7 +103,7 @@ class ChainVerifier(nn.Module):
     def __init__(self, sampler: nn.Module) -> None:
         """sampler: vLLM's, whose ``topk_topp_sampler`` is a SharedNoiseSampler."""
         super().__init__()
-        self.sampler = sampler
+        self.sampler: Any = sampler
 
     def forward(
         self, metadata: SpecDecodeMetadata, draft_probs: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata
@@ -216,8 +215,8 @@ class _Rowwise:
         self._expansion = expansion
         self._processor = processor
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """See LogitsProcessor.apply."""
+    def apply(self, logits: torch.Tensor) -> Any:
+        """See LogitsProcessor.apply: float32 [rows, vocabulary], changed in place."""
         expansion, processor = self._expansion, self._processor
         if isinstance(processor, MinTokensLogitsProcessor):
             return processor.apply_with_spec_decode(logits, (expansion.counts + 1).tolist())

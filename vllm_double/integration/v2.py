@@ -173,8 +173,9 @@ def share_noise(runner: GPUModelRunner) -> None:
 
 def verify_chains(
     verifier: Any, logits: torch.Tensor, draft_logits: Any, draft_sampled: torch.Tensor, pos: torch.Tensor,
-    cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor, idx_mapping_np: npt.NDArray[Any], expanded_idx_mapping: torch.Tensor,
-    expanded_local_pos: torch.Tensor, seq_lens_upper_bound_np: npt.NDArray[Any], verify_draft_sampled: torch.Tensor | None = None,
+    cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor, idx_mapping_np: npt.NDArray[Any],
+    expanded_idx_mapping: torch.Tensor, expanded_local_pos: torch.Tensor, seq_lens_upper_bound_np: npt.NDArray[Any],
+    verify_draft_sampled: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """In place of ``RejectionSampler._verify`` (``verifier``): every row is drawn as a row without drafts would be.
 
