@@ -117,7 +117,7 @@ def test_the_list_behind_the_text_is_learnt_from_with_what_was_drawn(monkeypatch
         admission = world.admissions[handle]
         assert (temperature, token) == (admission.temperature, drawn) and listing.tokens[0] == drawn
         noise = gumbel_noise(np.array(admission.seed), np.array(len(text) - 2), listing.tokens)
-        assert np.array_equal(listing.noise, noise)
+        np.testing.assert_allclose(listing.noise, noise, atol=1e-5)  # compiled, its logarithms round otherwise
 
 
 def test_a_commit_of_several_tokens_teaches_as_many_lists_as_were_made(monkeypatch: pytest.MonkeyPatch) -> None:

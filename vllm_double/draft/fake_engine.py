@@ -174,6 +174,8 @@ class FakeEngine:
 
 def is_kept(probs: npt.NDArray[np.float64], row: Row) -> npt.NDArray[np.bool_]:
     """bool [vocab_size]: the tokens that the target draws from, if these are its probabilities; see `logit_floors`."""
+    if np.isnan(probs).any():
+        return np.ones(len(probs), np.bool_)  # without a distribution there is nothing to filter
     falling = np.sort(probs)[::-1]
     kept = falling >= row.min_p * falling[0]
     if 0 < row.top_k <= len(falling):
