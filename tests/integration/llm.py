@@ -90,7 +90,7 @@ def ask(llm: Any) -> Texts:
     }
 
 
-def ask_sampled(llm: Any, drafts: bool = True, num_prompts: int = 4, longest: int = 32, singly: bool = True) -> Texts:
+def ask_sampled(llm: Any, drafts: bool = True, num_prompts: int = 3, longest: int = 32, singly: bool = True) -> Texts:
     """Sampled texts with seeds, one by one and in a batch whose rows differ in everything. ``drafts``: False declines them."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -118,7 +118,7 @@ def ask_sampled(llm: Any, drafts: bool = True, num_prompts: int = 4, longest: in
     texts = prompts(num_prompts)
     found: Texts = {}
     if singly:
-        found = {name: [generate(llm, [text], one)[0] for text in texts[:2]] for name, one in conditions.items()}
+        found = {name: [generate(llm, [text], one)[0] for text in texts[:1]] for name, one in conditions.items()}
     found["several"] = generate(llm, texts[:1], params(13, temperature=1.0, n=4))
     found["batch"] = generate(llm, [text for text in texts for _ in conditions], list(conditions.values()) * len(texts))
     # More tokens than one step reads: the engine's max_num_batched_tokens decides.
