@@ -10,8 +10,8 @@ A row of results/coupling.csv for each temperature:
   optimum        acceptance with the draft's probabilities: 1 - total variation;
   covered_K_noise, covered_K  how often the drawn token is among K of the draft, best by log q + noise, or by q;
   server_...     what a double server counts on the same prompts and temperature, empty where it has no such counter:
-                 server_first is how often the first token that the draft listed was drawn, server_covered_8 how often one of
-                 the 8 listed was (of these no more are published).
+                 server_first is how often the first token that the draft listed was drawn, server_covered_3 how often one of
+                 the three that the target reads of the list was.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def server_columns(grown: Mapping[str, float]) -> dict[str, rows.Value]:
     spent = speculation(grown)
     return {
         "server_first": share_of("draft_first_accepted", "draft_first_examples"),
-        "server_covered_8": share_of("draft_listed_accepted", "draft_first_examples"),
+        "server_covered_3": share_of("draft_listed_accepted", "draft_first_examples"),
         "server_examples": grown.get("vllm:double_draft_first_examples_total"),
         "server_acceptance": spent.acceptance,
         "server_hit_rate": spent.hit_rate,

@@ -16,7 +16,7 @@ class Counters:
     """Monotone counts since the start, but for ``worker``, which is the worker's own last report.
 
     draft_first_examples: committed tokens for which it is known what the draft had listed; of these draft_first_accepted were
-    the first of the list, draft_listed_accepted among those that the target was told.
+    the first of the list, draft_listed_accepted among the three that the target reads of it.
 
     rows: request rows that a target forward sampled for, those without draft tokens included. A *harvest* is a row that
     asked for drafts; it is a *hit* when something was ready behind its new last token.

@@ -66,7 +66,10 @@ _COUNTERS = {
         "Committed tokens for which the draft had listed what follows.",
     ),
     "draft_first_accepted": ("vllm:double_draft_first_accepted", "Those of them that were the first of the draft's list."),
-    "draft_listed_accepted": ("vllm:double_draft_listed_accepted", "Those of them that were among the best of the list."),
+    "draft_listed_accepted": (
+        "vllm:double_draft_listed_accepted",
+        "Those of them that were among the three of the list that the target reads.",
+    ),
     "waits": ("vllm:double_waits", "Times that the target waited for the draft's first tokens."),
     "waits_missed": ("vllm:double_waits_missed", "Those of them in which nothing came."),
     "wait_seconds": ("vllm:double_wait_seconds", "Seconds that the target waited for the draft."),

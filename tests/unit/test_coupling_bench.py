@@ -61,7 +61,7 @@ def test_counters_that_a_server_lacks_give_empty_columns() -> None:
         "vllm:double_draft_listed_accepted_total": 160.0,
     }
     found = server_columns(counted)
-    assert (found["server_first"], found["server_covered_8"], found["server_examples"]) == (0.45, 0.8, 200)
+    assert (found["server_first"], found["server_covered_3"], found["server_examples"]) == (0.45, 0.8, 200)
     assert server_columns(dict.fromkeys(counted, 0.0))["server_first"] is None
     assert found.keys() == server_columns({}).keys()
 
