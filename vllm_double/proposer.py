@@ -219,6 +219,7 @@ class Proposer:
         """As `propose`; whenever it yields it is to be resumed a fraction of a draft step later."""
         started = self._clock()
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
+        self._count_absence()
         self._drain()
         self._say()
         live = [_Live(index, rows[index], request) for index, request in self._commit_all(rows)]
@@ -228,7 +229,7 @@ class Proposer:
         for one in missed:
             one.request.missed = True
         awaited = self._awaited(missed, len(live))
-        self._choose([one for one in live if one not in awaited], live)
+        self._choose(set(live).difference(awaited), live)
         waited = yield from self._wait(awaited, live)
         chains: list[list[int]] = [[] for _ in rows]
         for one in live:
@@ -250,7 +251,7 @@ class Proposer:
                 live.append((index, request))
         return live
 
-    def _choose(self, chosen: Sequence[_Live], live: Sequence[_Live]) -> None:
+    def _choose(self, chosen: set[_Live], live: Sequence[_Live]) -> None:
         """Cut the paths of ``chosen``, as long as they pay beside those of all, and tell the worker."""
         lengths = chain_lengths([[step.reach for step in one.path] for one in live], *self.step_cost.estimate())
         for one, length in zip(live, lengths, strict=True):
@@ -312,7 +313,7 @@ class Proposer:
                 break
         for one in awaited:
             one.path = self._graft(one.request, one.row.tokens)
-        self._choose(awaited, live)
+        self._choose(set(awaited), live)
         self.counters.waited(now - began, num_known > 0)
         return now - began
 
@@ -331,14 +332,17 @@ class Proposer:
 
     def rest(self) -> None:
         """A round without drafts: hear the worker out, and tell it what there was no room for."""
+        self._count_absence()
         self._drain()
         self._say()
+
+    def _count_absence(self) -> None:
+        self.counters.rounds_without_worker += self._end is not None and self._end.session == 0
 
     def _drain(self) -> None:
         """Take in what the worker has drafted since the last round."""
         if self._end is None:
             return
-        self.counters.rounds_without_worker += self._end.session == 0
         for report in self._end.drain(_DRAIN_BYTES_PER_ROUND):
             if not isinstance(report, Nodes):
                 self.counters.worker = report.values
