@@ -20,10 +20,10 @@ from benchmarks import rows, workload
 from benchmarks.pair.data import EOS_ID, modules
 from benchmarks.scripted.edits import Edit, make_edits
 from benchmarks.stats import first_difference
-from vllm_double.proposer import Proposer, RequestParams
-from vllm_double.proposer import Row as ProposerRow
 from vllm_double.retrieval import ContextRetriever, EditRetriever, Retriever
 from vllm_double.retrieval.automaton import warm_up
+from vllm_double.target.proposer import Proposer, RequestParams
+from vllm_double.target.proposer import Row as ProposerRow
 
 SUFFIX_DEPTH = 24  # vLLM's default
 TOKEN_COST = 0.03

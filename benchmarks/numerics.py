@@ -34,7 +34,7 @@ class LogitReader:
     """The target on vLLM's own kernels, outside an engine: logits at given places of given texts."""
 
     def __init__(self, target: Path, dtype: str, max_model_len: int) -> None:
-        from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+        from vllm_double.draft.engine.vllm_engine import EngineConfig, VllmDraftEngine
 
         self._engine = VllmDraftEngine(EngineConfig(str(target), dtype=dtype, max_model_len=max_model_len))
         self._captured: list[Any] = []
@@ -53,7 +53,7 @@ class LogitReader:
 
         All texts are read side by side, ``chunk`` tokens of each a forward, as a batch is.
         """
-        from vllm_double.draft.base import Batch, Row
+        from vllm_double.draft.engine.base import Batch, Row
 
         size = self._engine.page_size
         pages, free = [], 1

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import rows
-from vllm_double.plan.arguments import add_arguments
-from vllm_double.plan.predict import METHODS, Deployment, predict
-from vllm_double.plan.script import Script
+from vllm_double.planning.arguments import add_arguments
+from vllm_double.planning.predict import METHODS, Deployment, predict
+from vllm_double.planning.script import Script
 
 __all__ = ["Cell", "main", "measure"]
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.plots import USUAL
-from vllm_double.plan.predict import Deployment
-from vllm_double.plan.script import Script
-from vllm_double.plan.world import Outcome, simulate
+from vllm_double.planning.predict import Deployment
+from vllm_double.planning.script import Script
+from vllm_double.planning.world import Outcome, simulate
 
 __all__ = ["Fit", "acceptance_of", "fit", "groups", "main", "solve"]
 

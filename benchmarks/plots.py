@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from vllm_double.calibration import NUM_BUCKETS
+from vllm_double.target.calibration import NUM_BUCKETS
 
 __all__ = ["latest", "main", "over_batch", "reliability"]
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from benchmarks import rows
 from benchmarks.stats import quantile, quiet_median
-from vllm_double.draft.fake_engine import FakeEngine
+from vllm_double.draft.engine.fake import FakeEngine
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.proposer import Proposer, RequestParams, Row
 from vllm_double.retrieval.sources import Sources
+from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
 
 __all__ = ["main"]

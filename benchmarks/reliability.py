@@ -17,7 +17,7 @@ from benchmarks.arms import Choices, variants
 from benchmarks.harness import Fleet
 from benchmarks.machine import cores, parse_cores
 from benchmarks.server import ServerConfig, exit_on_sigterm
-from vllm_double.switch import find_servers, select
+from vllm_double.operations.switch import find_servers, select
 
 __all__ = ["main"]
 

@@ -34,7 +34,7 @@ fi
 # The bytecode of what servers and draft workers import is written now, once: where the environment forbids Python to write any,
 # every process would compile six thousand modules, for half a minute.
 env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core
-import vllm.v1.worker.gpu_model_runner, vllm_double.draft.actor, vllm_double.draft.engine' >/dev/null 2>&1 || true
+import vllm.v1.worker.gpu_model_runner, vllm_double.hosting.actor, vllm_double.draft.engine.vllm_engine' >/dev/null 2>&1 || true
 
 "$VENV/bin/python" -c 'from importlib.metadata import version; print("vLLM", version("vllm"), "with vllm-double", version("vllm-double"))'
 touch "$VENV/.installed-$VLLM_VERSION"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vllm_double import __version__
-from vllm_double.plan.arguments import add_arguments
+from vllm_double.planning.arguments import add_arguments
 
 __all__ = ["main"]
 
@@ -37,14 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "datastore":
         return _datastore(options)
     if options.command == "plan":
-        from vllm_double.plan.command import plan
+        from vllm_double.planning.command import plan
 
         return plan(options)
     return _check(options.source) if options.command == "check" else _settings()
 
 
 def _check(source: Path | None) -> int:
-    from vllm_double.patches import UnsupportedVllm, require
+    from vllm_double.integration.hooks import UnsupportedVllm, require
 
     if source is not None:
         return _check_source(source)
@@ -59,7 +59,7 @@ def _check(source: Path | None) -> int:
 
 def _check_source(source: Path) -> int:
     """Whether a vLLM that need not be installed fits. Names everything that does not."""
-    from vllm_double.patches import ENTRIES, check
+    from vllm_double.integration.hooks import ENTRIES, check
 
     try:
         root = zipfile.Path(source) if source.is_file() else source
@@ -93,7 +93,7 @@ def _add_switch(parser: argparse.ArgumentParser) -> None:
 
 
 def _switch(options: argparse.Namespace) -> int:
-    from vllm_double.switch import SwitchError, find_servers, select, switch
+    from vllm_double.operations.switch import SwitchError, find_servers, select, switch
 
     servers, left_out = find_servers()
     for sentence in left_out:

@@ -22,7 +22,7 @@ def register() -> None:
         engine_args = getattr(arguments, "EngineArgs", None)
         if engine_args is not None:
             _wrap(engine_args)
-        from vllm_double.patches import mend_cpu_sampler
+        from vllm_double.integration.hooks import mend_cpu_sampler
 
         mend_cpu_sampler()
     except Exception:
@@ -48,12 +48,12 @@ def _wrap(engine_args: Any) -> None:
 
 def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = None, target_parallel_config: Any = None) -> Any:
     from vllm_double.config import ConfigError
-    from vllm_double.patches import UnsupportedVllm, require
+    from vllm_double.integration.hooks import UnsupportedVllm, require
 
     try:
         require()
         from vllm_double.integration.speculative_config import build
-        from vllm_double.metrics import expose
+        from vllm_double.operations.metrics import expose
 
         for flag, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
             value = getattr(engine_args, flag, None)

@@ -25,9 +25,9 @@ from double_kernels.triton_fork_pages import fork_pages_triton
 from double_kernels.triton_insert_guidance import insert_guidance_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
-from vllm_double.draft.base import SAMPLING_DTYPE, Batch, count_outputs
+from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, count_outputs
+from vllm_double.draft.engine.cuda_graphs import CudaRecorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.draft.frontier import Frontier, FrontierLimits
-from vllm_double.draft.graphs import CudaRecorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.transport.messages import Admit, Commit, Release
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

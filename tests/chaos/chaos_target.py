@@ -12,8 +12,8 @@ import signal
 import sys
 import time
 
-from vllm_double.draft.host import HostSettings
-from vllm_double.draft.supervisor import DraftSupervisor
+from vllm_double.hosting.host import HostSettings
+from vllm_double.hosting.supervisor import DraftSupervisor
 from vllm_double.transport.shared import SharedTargetEnd
 
 

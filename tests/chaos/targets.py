@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.chaos import MARKER, Run, possessions, still_there, wait_for
-from vllm_double.draft.host import HostSettings
+from vllm_double.hosting.host import HostSettings
 
 HERE = Path(__file__).parent
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from vllm_double import lifeline
-from vllm_double.draft import processes
-from vllm_double.watch import wait_for_end
+from vllm_double.hosting import lifeline, processes
+from vllm_double.hosting.process_watch import wait_for_end
 
 LAUNCHER = """
     import os, subprocess, sys, time
     engine = '''
     import multiprocessing, os, signal, sys, time
-    from vllm_double import lifeline
+    from vllm_double.hosting import lifeline
     if {stubborn}:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lifeline._GRACE_S = 0.2

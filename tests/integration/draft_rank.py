@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.draft.base import Batch, DraftEngine, Row
-from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+from vllm_double.draft.engine.base import Batch, DraftEngine, Row
+from vllm_double.draft.engine.ranks import Meeting
+from vllm_double.draft.engine.vllm_engine import EngineConfig, VllmDraftEngine
 from vllm_double.draft.frontier import FrontierLimits
-from vllm_double.draft.ranks import Meeting
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.hashing import mix, seed
+from vllm_double.prefix_hash import mix, seed
 from vllm_double.transport.inprocess import in_process_pair
 from vllm_double.transport.messages import Admit, Nodes
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from vllm_double import patches
+from vllm_double.integration import hooks as patches
 
 BY_NAME = {entry.name: entry for entry in patches.ENTRIES}
 

@@ -28,7 +28,7 @@ class Probe:
 
     def probe_draft_always(self) -> None:
         """Draft though it should cost more than it gives, as it may beside a target so small, or an interpreted one."""
-        from vllm_double import control, guard
+        from vllm_double.target import control, guard
 
         guard._JUDGED_ROUNDS = sys.maxsize
         control.StepCost.estimate = lambda self: (1.0, 1e-6)  # type: ignore[method-assign]
@@ -108,7 +108,7 @@ class Probe:
 
     def probe_cut_the_first(self, cut: bool) -> None:
         """Have the controller find that drafts of a batch's first row never pay; or no more."""
-        from vllm_double import control, proposer
+        from vllm_double.target import control, proposer
 
         def cut_first(reaches: Any, fixed: float, per_token: float) -> list[int]:
             lengths = control.chain_lengths(reaches, fixed, per_token)

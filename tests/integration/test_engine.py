@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_double.draft.base import Batch, Row
+from vllm_double.draft.engine.base import Batch, Row
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("vllm")
@@ -62,7 +62,7 @@ def _run_again(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def _serve(connection: Connection, path: str, is_recorded: bool) -> None:
-    from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+    from vllm_double.draft.engine.vllm_engine import EngineConfig, VllmDraftEngine
 
     # As vLLM's, "auto" is 16 bits on a CPU that has instructions for them.
     sizes = {"num_pages": NUM_PAGES, "max_num_seqs": MAX_RECORDED, "num_children": NUM_CHILDREN}
@@ -358,7 +358,7 @@ def test_vllm_is_asked_for_other_graphs_than_of_decodes(tmp_path: Path, monkeypa
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
-    from vllm_double.draft.loader import EngineConfig, _vllm_config
+    from vllm_double.draft.engine.loader import EngineConfig, _vllm_config
 
     CONFIGS["llama"]().save_pretrained(tmp_path)
     monkeypatch.setattr(type(current_platform), "support_static_graph_mode", classmethod(lambda cls: True))
@@ -381,7 +381,7 @@ def test_vllm_is_asked_for_other_graphs_than_of_decodes(tmp_path: Path, monkeypa
     ],
 )
 def test_steps_are_recorded_where_they_must_not_be(settings: dict[str, Any], reason: str) -> None:
-    from vllm_double.draft.loader import EngineConfig
+    from vllm_double.draft.engine.loader import EngineConfig
 
     found = EngineConfig("model", **settings).eager_because
     assert reason in found and bool(reason) == bool(found)
@@ -399,7 +399,7 @@ def test_steps_that_a_backend_cannot_record_are_recorded(mode: str, supports: li
     from vllm.config import CUDAGraphMode
     from vllm.v1.attention.backend import AttentionCGSupport
 
-    from vllm_double.draft.loader import _not_recordable
+    from vllm_double.draft.engine.loader import _not_recordable
 
     class Group:
         kv_cache_spec = None

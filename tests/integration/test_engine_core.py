@@ -24,10 +24,10 @@ from vllm.v1.request import Request
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_double.draft.affinity import CoreSplit
+from vllm_double.hosting.cores import CoreSplit
 from vllm_double.integration import engine_core, front_end, launch, rank, speculative_config, v1
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
-from vllm_double.proposer import RequestParams
+from vllm_double.target.proposer import RequestParams
 
 SPLIT = CoreSplit(target=((0,), (1,)), draft=(2,), shared=False, bind="0|1")
 

@@ -12,8 +12,8 @@ import pytest
 
 from tests.chaos.chaos import Process, wait_for
 from tests.chaos.targets import Target, beating
-from vllm_double.draft.host import HostSettings
-from vllm_double.draft.supervisor import DraftSupervisor, HostUnavailableError
+from vllm_double.hosting.host import HostSettings
+from vllm_double.hosting.supervisor import DraftSupervisor, HostUnavailableError
 
 pytestmark = pytest.mark.integration
 START_S = 180.0

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from tests.integration.mended import BY_NAME, cpu_kernels, without
-from vllm_double import patches
 from vllm_double.cli import main
-from vllm_double.patches import registry
-from vllm_double.patches.source import read_function
+from vllm_double.integration import hooks as patches
+from vllm_double.integration.hooks import registry
+from vllm_double.integration.hooks.source import read_function
 
 torch = pytest.importorskip("torch")
 vllm = pytest.importorskip("vllm")
@@ -34,7 +34,7 @@ INSTALLED_MINOR = ".".join(INSTALLED.split(".")[:2])
 
 
 def test_importing_the_table_imports_vllm_or_torch() -> None:
-    code = "import sys, vllm_double.patches; sys.exit(any(name in sys.modules for name in ('vllm', 'torch')))"
+    code = "import sys, vllm_double.integration.hooks; sys.exit(any(name in sys.modules for name in ('vllm', 'torch')))"
     root = Path(patches.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.integration.llm import Texts, ask, engine
-from vllm_double.request_args import digest
+from vllm_double.integration.request_args import digest
 
 pytestmark = pytest.mark.integration
 

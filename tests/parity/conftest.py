@@ -14,7 +14,7 @@ def cpu_sampler() -> Iterator[None]:
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
-    from vllm_double import patches
+    from vllm_double.integration import hooks as patches
 
     if not current_platform.is_cpu() or HAS_TRITON:
         pytest.skip("the CPU build's sampler is tested here")

@@ -18,7 +18,7 @@ from scipy import stats
 from tests.parity.distribution import Case, SamplingRule, TokenModel, cut, exact_joint, fixed, p_value, padded, sample_joint
 from tests.parity.families import FAMILIES, SAMPLES, assert_plausible, p_values
 from tests.parity.v1_steps import VllmsRejection
-from vllm_double import patches
+from vllm_double.integration import hooks as patches
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")

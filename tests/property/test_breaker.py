@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_double.breaker import CircuitBreaker
+from vllm_double.operations.circuit_breaker import CircuitBreaker
 
 FIRST_S, MOST_S = 1.0, 8.0
 Event = tuple[float, str]

@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
-from vllm_double.draft.tree import Node
-from vllm_double.hashing import mix
+from vllm_double.draft.request_tree import Node
+from vllm_double.prefix_hash import mix
 from vllm_double.retrieval import ContextRetriever, Continuation
 from vllm_double.transport.messages import Admit, Commit, Release
 

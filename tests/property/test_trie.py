@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.calibration import NUM_BUCKETS
-from vllm_double.hashing import mix, seed
-from vllm_double.trie import Edge, SpeculationTrie
+from vllm_double.prefix_hash import mix, seed
+from vllm_double.target.calibration import NUM_BUCKETS
+from vllm_double.target.speculation_trie import Edge, SpeculationTrie
 
 # A fine line: what the source says is what the target does, up to the width of a bucket.
 CURVE = [(bucket + 0.5) / NUM_BUCKETS for bucket in range(NUM_BUCKETS + 1)]

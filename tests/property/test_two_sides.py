@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.witness import Wire, WitnessEnd, WitnessEngine, WitnessRetriever
-from vllm_double import control
-from vllm_double import proposer as proposer_module
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.proposer import Proposer, RequestParams, Row
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, context
 from vllm_double.retrieval.automaton import warm_up
+from vllm_double.target import control
+from vllm_double.target import proposer as proposer_module
+from vllm_double.target.proposer import Proposer, RequestParams, Row
+from vllm_double.target.speculation_trie import DRAFT
 from vllm_double.transport import messages
 from vllm_double.transport.ends import stamp
 from vllm_double.transport.messages import Forget, Release
-from vllm_double.trie import DRAFT
 
 K = 5
 VOCAB = 12  # of the draft; the target has one token more

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_double.draft.affinity import Place, bind_all_threads, format_cores, parse_cores, read_topology, split_cores
+from vllm_double.hosting.cores import Place, bind_all_threads, format_cores, parse_cores, read_topology, split_cores
 
 FOUR_CORES_SMT = {cpu: Place(core=cpu % 4, node=0) for cpu in range(8)}  # 0 and 4 are one core, 1 and 5, ...
 TWO_NODES = {cpu: Place(core=cpu, node=cpu // 4) for cpu in range(8)}

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from benchmarks.client import Request, Round, arrive, choices, play
-from vllm_double.request_args import RequestArgs
+from vllm_double.integration.request_args import RequestArgs
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.draft.base import Batch, Row, count_outputs
+from vllm_double.draft.engine.base import Batch, Row, count_outputs
 
 
 @st.composite

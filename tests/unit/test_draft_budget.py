@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from vllm_double.draft.base import Batch
-from vllm_double.draft.budget import MAX_NODES, measured_nodes
-from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.engine.base import Batch
+from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
+from vllm_double.draft.forward_budget import MAX_NODES, measured_nodes
 
 
 class TimedEngine(FakeEngine):

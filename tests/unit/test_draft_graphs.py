@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_double.draft.base import SAMPLING_DTYPE, Batch
-from vllm_double.draft.graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
+from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch
+from vllm_double.draft.engine.cuda_graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 
 VOCAB, PAGE_SIZE, NUM_PAGES, MAX_LENGTH, NUM_CHILDREN = 61, 4, 192, 40, 5
 PLACES = torch.arange(MAX_LENGTH)

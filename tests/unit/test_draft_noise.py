@@ -9,13 +9,13 @@ import pytest
 from double_kernels import gumbel_noise
 
 from tests.witness import WitnessEngine
-from vllm_double.draft.base import Row
-from vllm_double.draft.fake_engine import is_kept
+from vllm_double.draft.engine.base import Row
+from vllm_double.draft.engine.fake import is_kept
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.noise_coupling import Listing
-from vllm_double.draft.pages import PagePool
-from vllm_double.draft.tree import DraftRequest
-from vllm_double.hashing import mix, seed
+from vllm_double.draft.page_pool import PagePool
+from vllm_double.draft.request_tree import DraftRequest
+from vllm_double.prefix_hash import mix, seed
 from vllm_double.transport.messages import Admit, Commit
 
 VOCAB = 14

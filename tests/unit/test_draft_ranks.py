@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from vllm_double.draft import build
-from vllm_double.draft.base import Batch, Row
-from vllm_double.draft.host import HostSettings
-from vllm_double.draft.ranks import Follower, Meeting
+from vllm_double.draft.engine.base import Batch, Row
+from vllm_double.draft.engine.ranks import Follower, Meeting
+from vllm_double.hosting.host import HostSettings
 from vllm_double.transport.shared import SharedWorkerEnd
 
 
@@ -90,7 +90,7 @@ def test_a_rank_that_does_not_lead_publishes_or_the_first_request_waits(monkeypa
 
     noting = NotingEngine()
 
-    engine = ModuleType("vllm_double.draft.engine")  # the real one imports vLLM
+    engine = ModuleType("vllm_double.draft.engine.vllm_engine")  # the real one imports vLLM
     engine.__dict__.update(EngineConfig=lambda **settings: settings, VllmDraftEngine=lambda config: noting)
     monkeypatch.setitem(sys.modules, engine.__name__, engine)
     monkeypatch.setattr(build, "Meeting", FakeMeeting)

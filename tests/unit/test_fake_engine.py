@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from vllm_double.draft.base import Batch, DraftEngine, Row
-from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.engine.base import Batch, DraftEngine, Row
+from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 
 VOCAB_SIZE = 11
 PAGE_SIZE = 4
@@ -53,7 +53,7 @@ def test_it_is_no_draft_engine() -> None:
 
 
 def test_it_imports_torch_or_vllm() -> None:
-    code = "import sys, vllm_double.draft.fake_engine; print(*{'torch', 'vllm'}.intersection(sys.modules))"
+    code = "import sys, vllm_double.draft.engine.fake; print(*{'torch', 'vllm'}.intersection(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == ""
 

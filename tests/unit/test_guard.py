@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.unit.test_proposer import PARAMS, VOCAB, Ticks, World
-from vllm_double import guard
-from vllm_double.breaker import CircuitBreaker
-from vllm_double.guard import GuardedProposer
-from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Retriever
+from vllm_double.target import guarded_proposer as guard
+from vllm_double.target.guarded_proposer import GuardedProposer
+from vllm_double.target.proposer import Proposer, RequestParams, Row
 
 FIRST_S, MOST_S = 1.0, 8.0
 

@@ -12,11 +12,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_double import metrics
-from vllm_double.counters import Counters
-from vllm_double.endpoint import Address, Endpoint
-from vllm_double.metrics import _DoubleCollector, snapshot
-from vllm_double.trie import PathToken
+from vllm_double.operations import metrics
+from vllm_double.operations.control_socket import Address, Endpoint
+from vllm_double.operations.metrics import _DoubleCollector, snapshot
+from vllm_double.target.speculation_trie import PathToken
+from vllm_double.target.stats import Counters
 
 
 def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
@@ -101,9 +101,9 @@ def test_a_page_of_several_front_ends_shows_them_too(tmp_path: Path) -> None:
     """As vLLM makes it there: each scrape has a registry of its own. In a process apart, for what is changed in it stays."""
     code = """
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
-from vllm_double.counters import Counters
-from vllm_double.endpoint import Address, Endpoint
-from vllm_double.metrics import expose, snapshot
+from vllm_double.target.stats import Counters
+from vllm_double.operations.control_socket import Address, Endpoint
+from vllm_double.operations.metrics import expose, snapshot
 
 said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0}
 engines = [Endpoint(Address("%s", engine), lambda command, who: snapshot(Counters(), (1.0, 1.0), **said)) for engine in (0, 1)]

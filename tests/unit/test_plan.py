@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from vllm_double.cli import main
-from vllm_double.plan.command import curves
-from vllm_double.plan.predict import METHODS, Deployment, predict
-from vllm_double.plan.published import double, fan_outs, pearl, saguaro, speculative
-from vllm_double.plan.script import Script, Tables, Times, texts
-from vllm_double.plan.world import Outcome, simulate
+from vllm_double.planning.command import curves
+from vllm_double.planning.predict import METHODS, Deployment, predict
+from vllm_double.planning.published import double, fan_outs, pearl, saguaro, speculative
+from vllm_double.planning.script import Script, Tables, Times, texts
+from vllm_double.planning.world import Outcome, simulate
 
 EVERYTHING = 1e-120  # a path probability that no path in these tests falls below
 NO_SPREAD = 1e6  # the draft is equally sure everywhere, so that a round's tokens depend on the acceptance alone
@@ -286,7 +286,7 @@ def test_what_cannot_be_predicted_or_drawn_is_no_sentence(
 
 
 def test_the_command_loads_a_model_runtime() -> None:
-    code = "import sys, vllm_double.plan.command; print({'torch', 'vllm', 'ray', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, vllm_double.planning.command; print({'torch', 'vllm', 'ray', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
 

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import rows
 from benchmarks.plan_cells import Cell, main
-from vllm_double.plan.predict import METHODS, Deployment, predict
-from vllm_double.plan.script import Script
+from vllm_double.planning.predict import METHODS, Deployment, predict
+from vllm_double.planning.script import Script
 
 
 def cell(**speedups: float) -> Cell:

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import plan_fit, rows
 from benchmarks.plan_fit import Fit, acceptance_of, fit, groups, solve
-from vllm_double.plan.script import Script, Times
-from vllm_double.plan.world import Outcome
+from vllm_double.planning.script import Script, Times
+from vllm_double.planning.world import Outcome
 
 TRUE = Fit(Script(0.62, tail=0.5, copied=0.25), 0.03, 1.3, (4.5, 5.25), 400)
 

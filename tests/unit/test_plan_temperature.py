@@ -8,11 +8,11 @@ import pytest
 from scipy.stats import chisquare
 
 from vllm_double.cli import main
-from vllm_double.draft.base import Batch, Row
-from vllm_double.plan.predict import METHODS, Deployment, predict
-from vllm_double.plan.published import speculative
-from vllm_double.plan.script import NUM_LISTED, Script, Tables, Text, Times, texts
-from vllm_double.plan.world import ScriptedEngine, ScriptedRetriever, SimulatedClock, simulate
+from vllm_double.draft.engine.base import Batch, Row
+from vllm_double.planning.predict import METHODS, Deployment, predict
+from vllm_double.planning.published import speculative
+from vllm_double.planning.script import NUM_LISTED, Script, Tables, Text, Times, texts
+from vllm_double.planning.world import ScriptedEngine, ScriptedRetriever, SimulatedClock, simulate
 
 TYPICAL = [
     Script(acceptance, tail=tail, temperature=temperature)

@@ -9,7 +9,7 @@ import pytest
 
 import vllm_double.plugin as plugin
 from vllm_double.config import ConfigError
-from vllm_double.patches import UnsupportedVllm
+from vllm_double.integration.hooks import UnsupportedVllm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def engine_args(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngineArgs]:
     module = types.ModuleType("vllm.engine.arg_utils")
     module.EngineArgs = kind  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", module)
-    monkeypatch.setattr("vllm_double.patches.mend_cpu_sampler", lambda: ())
+    monkeypatch.setattr("vllm_double.integration.hooks.mend_cpu_sampler", lambda: ())
     return kind
 
 
@@ -49,7 +49,7 @@ def test_registering_survives_anything(monkeypatch: pytest.MonkeyPatch, engine_a
     def fail() -> None:
         raise RuntimeError("whatever")
 
-    monkeypatch.setattr("vllm_double.patches.mend_cpu_sampler", fail)
+    monkeypatch.setattr("vllm_double.integration.hooks.mend_cpu_sampler", fail)
     plugin.register()
     assert engine_args(None).create_speculative_config(None, None) == ("vllm's own", None)
 
@@ -60,7 +60,7 @@ def test_a_vllm_that_does_not_fit_refuses_only_our_method(
     def refuse() -> None:
         raise UnsupportedVllm("vLLM 9.9 changed propose_draft_token_ids.")
 
-    monkeypatch.setattr("vllm_double.patches.require", refuse)
+    monkeypatch.setattr("vllm_double.integration.hooks.require", refuse)
     plugin.register()
     with pytest.raises(UnsupportedVllm, match=r"vLLM 9\.9 changed"):
         engine_args({"method": "double"}).create_speculative_config(None, None)
@@ -73,7 +73,7 @@ def test_the_command_line_gets_a_sentence_and_no_traceback(
     def refuse() -> None:
         raise ConfigError("No such thing.")
 
-    monkeypatch.setattr("vllm_double.patches.require", refuse)
+    monkeypatch.setattr("vllm_double.integration.hooks.require", refuse)
     monkeypatch.setattr(plugin, "_is_command", lambda: True)
     plugin.register()
     with pytest.raises(SystemExit) as caught:
@@ -94,9 +94,10 @@ def test_importing_the_entry_point_imports_next_to_nothing() -> None:
 def test_the_seams_need_neither_vllm_nor_ray_nor_torch() -> None:
     code = (
         "import sys\n"
-        "import vllm_double.proposer, vllm_double.draft.worker, vllm_double.transport.inprocess, vllm_double.control\n"
-        "import vllm_double.retrieval, vllm_double.metrics, vllm_double.draft.fake_engine, vllm_double.draft.supervisor\n"
-        "import vllm_double.guard, vllm_double.switch\n"
+        "import vllm_double.target.proposer, vllm_double.target.verify_length, vllm_double.target.guarded_proposer\n"
+        "import vllm_double.draft.worker, vllm_double.draft.engine.fake, vllm_double.transport.inprocess\n"
+        "import vllm_double.retrieval\n"
+        "import vllm_double.operations.metrics, vllm_double.operations.switch, vllm_double.hosting.supervisor\n"
         "heavy = {'torch', 'vllm', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

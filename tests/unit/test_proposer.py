@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.proposer import Proposer, RequestParams, Row
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
 from vllm_double.retrieval.base import Retriever
 from vllm_double.retrieval.build import build
 from vllm_double.retrieval.sources import Sources
+from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.transport.inprocess import Faults, in_process_pair
 from vllm_double.transport.messages import Admit
 

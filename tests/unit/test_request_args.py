@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_double.config import ConfigError
-from vllm_double.request_args import RequestArgs, digest
+from vllm_double.integration.request_args import RequestArgs, digest
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from vllm_double import compiling
+from vllm_double import jit as compiling
 from vllm_double.retrieval import _steps
 
 USE = """
 import numpy as np
-from vllm_double.compiling import compiled
+from vllm_double.jit import compiled
 from vllm_double.retrieval import _steps
 rehash = compiled(_steps._rehash, "void(int64[::1])")
 edges = np.array([[0, 5, 1, -1]] * 4, np.int32)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_double.back_off import BackOff
-from vllm_double.draft import processes
-from vllm_double.draft.host import EXIT_UNREACHABLE, MARK, HostSettings
-from vllm_double.draft.supervisor import DraftSupervisor, HostUnavailableError, child_environment
+from vllm_double.hosting import processes
+from vllm_double.hosting.back_off import BackOff
+from vllm_double.hosting.host import EXIT_UNREACHABLE, MARK, HostSettings
+from vllm_double.hosting.supervisor import DraftSupervisor, HostUnavailableError, child_environment
 
 LIMIT_S = 10.0
 
@@ -142,7 +142,7 @@ def test_a_required_host_that_connects_is_taken(stop_at_end: list[DraftSuperviso
 
 
 def test_only_messages_and_warnings_reach_the_log(stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "vllm_double.draft.supervisor")
+    caplog.set_level(logging.INFO, "vllm_double.hosting.supervisor")
     lines = ["INFO chatter", "no level at all", "WARNING 11-21 a worry", said("a message"), said(state="up")]
     world = World((lines, 100.0, 4))
     stop_at_end.append(world.supervise(device="cpu", draft_cores=(1,), target_cores="0"))
@@ -230,7 +230,9 @@ def test_restarts_are_workers_that_came_up_again(stop_at_end: list[DraftSupervis
 
 
 def test_supervising_imports_neither_ray_nor_torch() -> None:
-    code = "import sys, vllm_double.draft.supervisor; print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
+    code = (
+        "import sys, vllm_double.hosting.supervisor; print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from vllm_double import endpoint, switch
 from vllm_double.cli import main
-from vllm_double.endpoint import Address, Endpoint, ask, find
+from vllm_double.operations import control_socket as endpoint
+from vllm_double.operations import switch
+from vllm_double.operations.control_socket import Address, Endpoint, ask, find
 
 ROOT = Path(__file__).resolve().parents[2]
 Processes = list[subprocess.Popen[Any]]
@@ -218,7 +219,7 @@ def test_another_user_may_switch(engine: OnTheSpot) -> None:
     one = engine(key=key)
     program = f"""
 import json, os, socket
-from vllm_double.endpoint import Address, ask
+from vllm_double.operations.control_socket import Address, ask
 os.setuid(65534)
 address = Address({key!r}, 0)
 try:

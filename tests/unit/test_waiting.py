@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from vllm_double.draft.fake_engine import FakeEngine, hashed_logits
+from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.plan.script import Script, Times
-from vllm_double.plan.world import simulate
-from vllm_double.proposer import Proposer, RequestParams, Row
+from vllm_double.planning.script import Script, Times
+from vllm_double.planning.world import simulate
+from vllm_double.target.proposer import Proposer, RequestParams, Row
+from vllm_double.target.waiting import Rates, WaitRule
 from vllm_double.transport.inprocess import in_process_pair
-from vllm_double.waiting import Rates, WaitRule
 
 VOCAB, STEP_S, TARGET_S = 24, 0.001, 0.016
 

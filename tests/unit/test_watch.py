@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_double import watch
-from vllm_double.watch import ProcessWatch, wait_for_end
+from vllm_double.hosting import process_watch as watch
+from vllm_double.hosting.process_watch import ProcessWatch, wait_for_end
 
 
 @pytest.fixture(params=["pidfd", "stat"])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vllm_double.plan.script import NUM_LISTED, Script, Tables, Times, texts
-from vllm_double.plan.world import Outcome, ScriptedRetriever, SimulatedClock, simulate
+from vllm_double.planning.script import NUM_LISTED, Script, Tables, Times, texts
+from vllm_double.planning.world import Outcome, ScriptedRetriever, SimulatedClock, simulate
 
 
 def run(script: Script, cost_ratio: float, *, num_tokens: int = 600, **settings: float) -> Outcome:

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.compiling import of_numbers, part, pointer
+from vllm_double.jit import of_numbers, part, pointer
 
 Ints = npt.NDArray[np.int32]
 Header = npt.NDArray[np.int64]

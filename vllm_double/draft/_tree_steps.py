@@ -13,7 +13,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.compiling import of_numbers, part, pointer
 from vllm_double.draft._page_steps import (
     HEADER_LENGTH as POOL_LENGTH,
 )
@@ -27,6 +26,7 @@ from vllm_double.draft._page_steps import (
     share_page,
     take_page,
 )
+from vllm_double.jit import of_numbers, part, pointer
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE
 
 Floats = npt.NDArray[np.float64]

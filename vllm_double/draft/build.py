@@ -7,9 +7,9 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_double.draft.base import Batch, DraftEngine, Row
-from vllm_double.draft.budget import measured_nodes
-from vllm_double.draft.ranks import Follower, Meeting
+from vllm_double.draft.engine.base import Batch, DraftEngine, Row
+from vllm_double.draft.engine.ranks import Follower, Meeting
+from vllm_double.draft.forward_budget import measured_nodes
 
 if TYPE_CHECKING:
     from vllm_double.draft.worker import DraftWorker
@@ -26,7 +26,7 @@ def build(settings: dict[str, Any]) -> DraftWorker | Follower:
     measured), ``retrieval`` (fields of Sources), ``prefix_caching``, ``address`` of the logs; ``rank``, and ``meeting``: path
     in the runtime folder, new for each start.
     """
-    from vllm_double.draft.engine import EngineConfig, VllmDraftEngine
+    from vllm_double.draft.engine.vllm_engine import EngineConfig, VllmDraftEngine
 
     meeting = Meeting(settings["meeting"], settings["rank"], settings["engine"].get("tensor_parallel_size", 1))
     engine: DraftEngine = VllmDraftEngine(EngineConfig(**settings["engine"], rank=meeting.rank, rendezvous=meeting.file))

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.draft import _tree_steps as at
-from vllm_double.draft.base import SAMPLING_DTYPE, Batch, DraftEngine
+from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, DraftEngine
 from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
-from vllm_double.draft.pages import PagePool
-from vllm_double.draft.tree import MAX_AHEAD, DraftRequest
+from vllm_double.draft.page_pool import PagePool
+from vllm_double.draft.request_tree import MAX_AHEAD, DraftRequest
 from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Forget, Release
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.calibration import NUM_TEMPERATURES, temperature_bucket
+from vllm_double.target.calibration import NUM_TEMPERATURES, temperature_bucket
 
 __all__ = ["Listing", "NoiseCoupling"]
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from vllm_double.draft.base import DraftEngine
+from vllm_double.draft.engine.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.retrieval.base import Retriever
 from vllm_double.transport.base import WorkerEnd

@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_double.draft.affinity import bind_all_threads
+from vllm_double.hosting.cores import bind_all_threads
 
 __all__ = [
     "DRAFTS_ATTRIBUTE",

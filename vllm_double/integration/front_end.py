@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_double.config import ConfigError
-from vllm_double.request_args import RequestArgs
+from vllm_double.integration.request_args import RequestArgs
 
 __all__ = ["check_requests"]
 

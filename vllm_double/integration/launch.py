@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
-from vllm_double.breaker import CircuitBreaker
 from vllm_double.config import DoubleConfig
-from vllm_double.draft.budget import MAX_NODES
-from vllm_double.draft.host import HostSettings
-from vllm_double.draft.processes import children
-from vllm_double.draft.supervisor import DraftSupervisor
-from vllm_double.endpoint import Address, Endpoint
-from vllm_double.guard import GuardedProposer
-from vllm_double.lifeline import hold
-from vllm_double.metrics import snapshot
-from vllm_double.proposer import Proposer
+from vllm_double.draft.forward_budget import MAX_NODES
+from vllm_double.hosting.host import HostSettings
+from vllm_double.hosting.lifeline import hold
+from vllm_double.hosting.processes import children
+from vllm_double.hosting.supervisor import DraftSupervisor
+from vllm_double.operations.circuit_breaker import CircuitBreaker
+from vllm_double.operations.control_socket import Address, Endpoint
+from vllm_double.operations.metrics import snapshot
 from vllm_double.retrieval.sources import Sources
+from vllm_double.target.guarded_proposer import GuardedProposer
+from vllm_double.target.proposer import Proposer
 from vllm_double.transport.shared import SharedTargetEnd
 
 __all__ = ["Launch"]

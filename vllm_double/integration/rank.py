@@ -15,11 +15,11 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.config import ConfigError
-from vllm_double.guard import GuardedProposer
 from vllm_double.integration.engine_core import RESETS_ATTRIBUTE, SALT_ATTRIBUTE
 from vllm_double.integration.launch import Launch
-from vllm_double.proposer import RequestParams, Row
-from vllm_double.request_args import RequestArgs, digest
+from vllm_double.integration.request_args import RequestArgs, digest
+from vllm_double.target.guarded_proposer import GuardedProposer
+from vllm_double.target.proposer import RequestParams, Row
 
 __all__ = ["MARK", "TargetRank", "as_int64", "then", "wrap_worker"]
 

@@ -16,7 +16,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
-from vllm_double.draft.affinity import CoreSplit, read_topology, split_cores
+from vllm_double.hosting.cores import CoreSplit, read_topology, split_cores
 from vllm_double.integration.engine_core import inform_workers, receive_drafts, schedule_without_placeholders, wait_asleep
 from vllm_double.integration.front_end import check_requests
 from vllm_double.integration.runners import allow_v2

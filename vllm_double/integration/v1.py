@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
 from vllm_double.integration.rank import MARK, TargetRank, as_int64
 from vllm_double.integration.v1_sampling import Draws, share_noise
-from vllm_double.proposer import Row
+from vllm_double.target.proposer import Row
 
 __all__ = ["DoubleProposer"]
 

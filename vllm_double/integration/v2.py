@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
 from vllm_double.integration.rank import MARK, TargetRank
-from vllm_double.proposer import Row
+from vllm_double.target.proposer import Row
 
 __all__ = ["DoubleSpeculator"]
 

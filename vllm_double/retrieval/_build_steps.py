@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_double.compiling import compiled, part
+from vllm_double.jit import compiled, part
 from vllm_double.retrieval._datastore_steps import (
     COUNT,
     DEPTH,

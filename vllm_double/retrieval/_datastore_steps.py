@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.compiling import of_numbers, part, pointer
+from vllm_double.jit import of_numbers, part, pointer
 from vllm_double.retrieval._steps import _believe, _outputs
 
 Ints = npt.NDArray[np.int32]

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.compiling import compiled, of_numbers, part, pointer
+from vllm_double.jit import compiled, of_numbers, part, pointer
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]

@@ -1,0 +1,333 @@
+"""Keeps the draft's host process alive from inside the target's vLLM worker, at next to no cost there.
+
+The target's process imports neither Ray nor torch for this, and nothing that happens to the host can reach
+it: it only ever starts a process, reads its output, and ends it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import multiprocessing.util
+import os
+import re
+import secrets
+import select
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from vllm_double.hosting.back_off import BackOff
+from vllm_double.hosting.cores import format_cores
+from vllm_double.hosting.host import EXIT_CONFIG, EXIT_LOST, EXIT_UNREACHABLE, MARK, HostSettings
+from vllm_double.hosting.processes import RuntimeFolder, kill_session
+
+__all__ = ["DraftSupervisor", "HostProcess", "HostUnavailableError", "State", "child_environment"]
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "up", "down", "stopped"]
+OnLine = Callable[[str], None]
+
+_STOP_S = 3.0
+_EXPLAINED = (EXIT_CONFIG, EXIT_UNREACHABLE, EXIT_LOST)  # the host has said why it ends
+_LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL)\b")
+
+_RAY_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    # Bind to loopback: Ray replaces a given 127.0.0.1 by the machine's address unless it believes itself on
+    # a desktop.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray would hide the GPUs from an actor that asks for none.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's workers are nice by 15. vLLM's engine core spins (sched_yield) on the draft's core while the target computes,
+    # and a nice draft would hardly run beside it.
+    "RAY_worker_niceness": "0",
+    # vLLM fills the memory on purpose; Ray would kill the actor for it.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Polling and statistics: without these, idle daemons take twice the CPU time.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_debug_dump_period_milliseconds": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_report_worker_backlog_interval_ms": "10000",
+    "RAY_io_context_monitor_probe_interval_ms": "60000",
+    "RAY_io_context_event_loop_lag_collection_interval_ms": "60000",
+    "RAY_ray_syncer_message_refresh_interval_ms": "60000",
+    "RAY_local_fs_monitor_interval_ms": "60000",
+}
+
+
+class HostUnavailableError(RuntimeError):
+    """The draft's host cannot be had, and the settings require it; the message is one sentence."""
+
+
+class Host(Protocol):
+    """A started host process."""
+
+    def wait(self, on_line: OnLine) -> int:
+        """Hands over its output line by line until it has ended; returns the exit code."""
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends it and everything that it has started. May be called from another thread while ``wait``
+        runs.
+        """
+
+
+class DraftSupervisor:
+    """Starts the host, restarts it with back-off, counts, and ends it with this process.
+
+    One daemon thread does everything. That thread also spawns: PR_SET_PDEATHSIG fires when the spawning
+    *thread* ends.
+
+    Args:
+        settings: for the host; with ``require`` the constructor waits until Ray is there.
+        address: of the target's end of the transport.
+        spawn: starts a host; by default a HostProcess.
+        clock: seconds, monotone.
+        pause: waits so many seconds or until told to stop, and says whether it was told.
+
+    Raises:
+        HostUnavailableError: with ``settings.require`` only.
+    """
+
+    def __init__(
+        self,
+        settings: HostSettings,
+        address: str,
+        *,
+        spawn: Callable[[HostSettings, str], Host] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], bool] | None = None,
+    ) -> None:
+        self.starts = 0
+        self.workers_up = 0  # draft workers that came up so far, of all hosts
+        self.last_exit: int | None = None
+        self.state: State = "starting"
+        self.actor_pid: int | None = None
+        self._last_up: int | None = None
+        self._settings = settings
+        self._address = address
+        self._spawn = spawn or HostProcess
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._settled = threading.Event()  # Ray is there, or it is known that it will not be
+        self._pause = pause or self._stopping.wait
+        self._host: Host | None = None
+        self._refusal = ""
+        self._recent: deque[str] = deque(maxlen=30)
+        self._owner = os.getpid()
+        self._thread = threading.Thread(target=self._watch, name="vllm-double-supervisor", daemon=True)
+        self._thread.start()
+        # vLLM's workers leave by SystemExit. Forked multiprocessing children never run atexit, but do run
+        # finalizers.
+        atexit.register(self.stop)
+        self._finalizer = multiprocessing.util.Finalize(None, self.stop, exitpriority=10)
+        if settings.require:
+            self._require()
+
+    @property
+    def restarts(self) -> int:
+        """How often a draft worker came up again."""
+        return max(0, self.workers_up - 1)
+
+    def stop(self) -> None:
+        """Ends the host and all its processes; returns when they are gone. Safe to call twice, and in a
+        forked child.
+        """
+        if os.getpid() != self._owner or self.state == "stopped":
+            return
+        self._stopping.set()
+        if (host := self._host) is not None:
+            host.stop(_STOP_S)
+        self._thread.join(2 * _STOP_S)
+        self.state = "stopped"
+        atexit.unregister(self.stop)
+        self._finalizer.cancel()
+
+    def _require(self) -> None:
+        if not self._settled.wait(self._settings.start_timeout_s):
+            self._refusal = f"The draft's host was not ready within {self._settings.start_timeout_s:.0f} s."
+        if self._refusal:
+            self.stop()
+            raise HostUnavailableError(self._refusal)
+
+    def _watch(self) -> None:
+        back_off = BackOff()
+        where = f"draft on {self._settings.device}"
+        if self._settings.draft_cores is not None:
+            where += f", cores {format_cores(self._settings.draft_cores)}"
+        if self._settings.target_cores:
+            where += f"; target on cores {self._settings.target_cores}"
+        logger.info("Starting the draft worker's host: %s.", where)
+        while not self._stopping.is_set():
+            started, earlier = self._clock(), self.workers_up
+            self.last_exit = self._run_once()
+            if self._stopping.is_set():
+                return
+            self.state = "down"
+            if self.last_exit in (EXIT_CONFIG, EXIT_UNREACHABLE) and not self._refusal:
+                self._refusal = f"The draft's host gave up with exit code {self.last_exit}."
+            self._settled.set()
+            wait_s = back_off.after(self._clock() - started, self.workers_up > earlier)
+            logger.warning(
+                "The draft's host ended with code %s; no drafts until it is started again in %.0f s.",
+                self.last_exit,
+                wait_s,
+            )
+            if self.last_exit not in _EXPLAINED and self._recent:
+                logger.warning("Its last lines were:\n%s", "\n".join(self._recent))
+            if self._pause(wait_s):
+                return
+            self.state = "starting"
+
+    def _run_once(self) -> int:
+        self.starts += 1
+        self._recent.clear()
+        try:
+            host = self._host = self._spawn(self._settings, self._address)
+        except OSError as error:
+            logger.warning("The draft's host cannot be started: %s.", error)
+            return 1
+        if self._stopping.is_set():  # stop() may have looked for a host just before there was one
+            host.stop(_STOP_S)
+        try:
+            return host.wait(self._on_line)
+        except Exception:
+            logger.exception("The draft's host is given up")
+            host.stop(_STOP_S)
+            return 1
+
+    def _on_line(self, line: str) -> None:
+        if not line.startswith(MARK):
+            self._recent.append(line)
+            found = _LEVEL.search(line[:80])
+            logger.log(getattr(logging, found[1]) if found else logging.DEBUG, "(draft) %s", line)
+            return
+        values: dict[str, Any] = json.loads(line[len(MARK) :])
+        if values["text"]:
+            logger.log(getattr(logging, values["level"]), "(draft) %s", values["text"])
+        if (pid := values.get("actor_pid")) is not None:
+            self.actor_pid = pid
+            if values.get("state") == "up" and pid != self._last_up:
+                self._last_up = pid
+                self.workers_up += 1
+        if (state := values.get("state")) is not None and not self._stopping.is_set():
+            self.state = {"up": "up", "down": "down"}.get(state, "starting")  # type: ignore[assignment]
+        if reason := values.get("reason"):
+            self._refusal = str(reason)
+        if values.get("connected"):
+            self._refusal = ""
+            self._settled.set()
+
+
+class HostProcess:
+    """The real host: a session of its own, settings through stdin, one pipe for everything that it prints."""
+
+    def __init__(self, settings: HostSettings, address: str) -> None:
+        self._folder = RuntimeFolder()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_double.hosting.host"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self._folder.lock,),
+                env=child_environment(os.environ, settings),
+            )
+        except OSError:
+            self._folder.remove()
+            raise
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {
+            "settings": settings.to_json(),
+            "address": address,
+            "target_pid": os.getpid(),
+            "runtime_dir": self._folder.path,
+        }
+        try:
+            self._process.stdin.write(json.dumps(request).encode())
+            self._process.stdin.close()
+        except OSError:
+            pass  # It died at once; wait() says so.
+        self._stdout = self._process.stdout
+        self._output = self._stdout.fileno()
+        os.set_blocking(self._output, False)
+
+    def wait(self, on_line: OnLine) -> int:
+        poll = select.poll()
+        poll.register(self._output, select.POLLIN)
+        try:
+            # The end of the output would not do: whoever the host has started may hold the pipe for longer.
+            ended = os.pidfd_open(self.pid)
+            poll.register(ended, select.POLLIN)
+        except OSError:
+            ended = None
+        rest = b""
+        try:
+            while True:
+                code = self._process.poll()
+                *lines, rest = (rest + self._read()).split(b"\n")
+                for line in lines:
+                    on_line(line.decode(errors="replace"))
+                if code is not None:
+                    return code
+                if any(events & ~select.POLLIN for number, events in poll.poll(1000) if number == self._output):
+                    poll.unregister(self._output)
+        finally:
+            if ended is not None:
+                os.close(ended)
+            self._stdout.close()
+            self._clean_up()
+
+    def stop(self, timeout_s: float) -> None:
+        self._process.terminate()
+        deadline = time.monotonic() + timeout_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._clean_up()
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self._output, 1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def _clean_up(self) -> None:
+        """What the guard does; here for the case that the guard was killed."""
+        kill_session(self.pid)
+        self._folder.remove()
+
+
+def child_environment(inherited: Mapping[str, str], settings: HostSettings) -> dict[str, str]:
+    """The host's environment: the target's, without what binds the target's threads and what a parent Ray
+    has left.
+    """
+    bindings = ("KMP_", "GOMP_", "OMP_", "VLLM_CPU_OMP_")
+    drop = bindings if settings.ray_address is not None else (*bindings, "RAY_")
+    environment = {name: value for name, value in inherited.items() if not name.startswith(drop)}
+    if settings.draft_cores is not None:
+        environment["OMP_NUM_THREADS"] = str(len(settings.draft_cores))
+    if settings.visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
+    if settings.ray_address is None:
+        environment |= _RAY_QUIET | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # The server's working directory may hold a folder called ray or vllm.
+    environment["PYTHONSAFEPATH"] = "1"
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in sysconfig.get_paths().values():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, inherited.get("PYTHONPATH")]))
+    return environment

@@ -1,0 +1,177 @@
+"""What stands between a target's step and the proposer: a switch, and a circuit breaker.
+
+The breaker opens after an exception of ours, and where drafting has cost more than it gave. All ways of being off are the
+same: the state of all requests is dropped, on both sides, nothing is indexed, grafted or told, and requests go on in plain
+decoding. When it ends, each request is admitted again with its text as it then is, so that nothing has to be right about the
+state that an exception leaves behind.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_double.operations.circuit_breaker import CircuitBreaker
+from vllm_double.target.calibration import Calibration
+from vllm_double.target.proposer import Proposer, RequestParams, Row
+from vllm_double.target.stats import Counters
+from vllm_double.target.step_cost import StepCost
+from vllm_double.target.verify_length import speed_up
+
+__all__ = ["GuardedProposer"]
+
+_logger = logging.getLogger(__name__)
+
+_WAKE_TOKENS_PER_ROUND = 65536
+_JUDGED_ROUNDS = 256  # what they gave and cost decides whether drafting goes on
+_LEAST_SPEED_UP = 0.99
+
+
+class GuardedProposer:
+    """A proposer that can be switched off, and whose exceptions end nobody's request: no method raises.
+
+    All methods but `switch` belong to the thread of the target's steps.
+    """
+
+    def __init__(self, proposer: Proposer, breaker: CircuitBreaker, nap: Callable[[], None] = lambda: None) -> None:
+        """nap: see Proposer.propose."""
+        self.enabled = True
+        self._nap = nap
+        self.breaker = breaker
+        self._proposer = proposer
+        self._is_drafting = True
+        self._dormant: dict[str, RequestParams] = {}  # live requests that the proposer does not know
+        self._suspects: set[str] = set()  # requests whose latest admission failed
+        self._judged = self._totals()
+
+    @property
+    def counters(self) -> Counters:
+        return self._proposer.counters
+
+    @property
+    def step_cost(self) -> StepCost:
+        return self._proposer.step_cost
+
+    @property
+    def calibration(self) -> Calibration:
+        return self._proposer.calibration
+
+    def switch(self, enabled: bool, who: str, why: str) -> None:
+        """Turn drafting off or on, from the next round on; from any thread."""
+        if enabled != self.enabled:
+            self.enabled = enabled
+            _logger.warning("Drafting was switched %s by %s%s.", "on" if enabled else "off", who, f": {why}" if why else "")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """An exception inside ends here, and drafting pauses. For what is done for the proposer's sake."""
+        try:
+            yield
+        except Exception:
+            self.counters.failures += 1
+            pause_s = self.breaker.failed("after an exception")
+            _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
+            self._stop()
+
+    # ---- the proposer's methods -------------------------------------------------------------------------------
+
+    def admit(self, request_id: str, tokens: npt.NDArray[np.int32], params: RequestParams) -> None:
+        """See Proposer.admit."""
+        self._dormant[request_id] = params
+        if self._is_drafting:
+            with self.guard():
+                self._wake(request_id, tokens)
+
+    def finish(self, request_id: str) -> None:
+        """See Proposer.finish."""
+        if self._is_drafting:
+            with self.guard():
+                self._proposer.finish(request_id)
+        self._dormant.pop(request_id, None)
+        self._suspects.discard(request_id)
+
+    def forget_history(self) -> None:
+        """See Proposer.forget_history."""
+        with self.guard():
+            self._proposer.forget_history()
+
+    def forget_step_cost(self) -> None:
+        """See Proposer.forget_step_cost."""
+        self._proposer.forget_step_cost()
+
+    def reset_prefix_cache(self) -> None:
+        """See Proposer.reset_prefix_cache."""
+        self._proposer.reset_prefix_cache()
+
+    def propose(self, rows: Sequence[Row]) -> list[list[int]]:
+        """See Proposer.propose; all chains are empty while there is no drafting."""
+        chains: list[list[int]] = [[] for _ in rows]
+        with self.guard():
+            if self._goes_on():
+                self._wake_all(rows)
+                chains = self._proposer.propose(rows, self._nap)
+                if self.breaker.succeeded():
+                    _logger.info("Drafting is tried again, having paused %s.", self.breaker.why)
+                self._judge()
+        return chains
+
+    def check_integrity(self) -> None:
+        """Assert that the proposer is sound, and that nothing is alive in it while there is no drafting."""
+        self._proposer.check_integrity()
+        assert self._is_drafting or self._proposer.num_requests == 0
+
+    # ---- off and on -------------------------------------------------------------------------------------------
+
+    def _goes_on(self) -> bool:
+        """Whether this round drafts."""
+        is_closed = self.breaker.state != "open"
+        if self.enabled and is_closed:
+            self._is_drafting = True
+        elif self._is_drafting:
+            self._stop()
+        elif is_closed:
+            self._proposer.rest()
+        return self._is_drafting
+
+    def _stop(self) -> None:
+        self._is_drafting = False
+        self._dormant = self._proposer.reset() | self._dormant
+
+    def _judge(self) -> None:
+        """Open the breaker where the last rounds would have been faster without drafts."""
+        totals = self._totals()
+        rounds, rows, committed, proposed, seconds = (now - before for now, before in zip(totals, self._judged, strict=True))
+        if rounds < _JUDGED_ROUNDS:
+            return
+        self._judged = totals
+        if rows and speed_up(rounds, rows, committed, proposed, seconds, *self.step_cost.estimate()) < _LEAST_SPEED_UP:
+            self.counters.losses += 1
+            pause_s = self.breaker.failed("because drafts cost more than they gave")
+            _logger.info("Drafts cost more than they give here; they are tried again in %.0f s", pause_s)
+
+    def _totals(self) -> tuple[int, int, int, int, float]:
+        counters = self.counters
+        return counters.rounds, counters.rows, counters.committed_tokens, counters.proposed_tokens, counters.propose_seconds
+
+    def _wake_all(self, rows: Sequence[Row]) -> None:
+        """Admit requests that the proposer does not know, with what their texts were before this step."""
+        if not self._dormant:
+            return
+        budget = _WAKE_TOKENS_PER_ROUND
+        for row in rows:
+            if row.request_id in self._dormant and budget > 0:
+                budget -= len(row.tokens)
+                self._wake(row.request_id, row.tokens[: len(row.tokens) - row.num_sampled])
+
+    def _wake(self, request_id: str, tokens: npt.NDArray[np.int32]) -> None:
+        params = self._dormant[request_id]
+        if request_id in self._suspects:
+            # Where it fails again it goes without drafts from now on: at every trial it would take all others' with it.
+            self._dormant[request_id] = replace(params, use_drafts=False)
+        self._suspects.add(request_id)
+        self._proposer.admit(request_id, tokens, params)
+        self._suspects.discard(request_id)
+        del self._dormant[request_id]
