@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 __all__ = ["GuidanceBatch", "insert_guidance", "insert_guidance_reference"]
 
 PADDING_SLOT = -1  # vLLM's attention kernels write nothing there
-_INTEGERS = (torch.int32, torch.int64)
+_TOKEN_DTYPES = (torch.int32, torch.int64)
 
 
 class GuidanceBatch(NamedTuple):
@@ -92,8 +93,6 @@ def insert_guidance_reference(
 
     In numpy, on views of the tensors: for a draft iteration's few rows an operator of torch on a CPU is mostly dispatch.
     """
-    import numpy as np  # here: a GPU needs none
-
     if guidance.is_cuda:
         results = insert_guidance_reference(
             guidance.cpu(), guidance_start_loc.cpu(), num_computed_tokens.cpu(), block_table.cpu(), page_size=page_size,
@@ -159,29 +158,25 @@ def _check(
         raise ValueError(f"page_size is {page_size}, it must be positive")
     if (path is None) != (path_start_loc is None):
         raise ValueError("path and path_start_loc come together")
-    device = guidance.device
-    _check_tokens("guidance", guidance, device)
-    num_requests = block_table.shape[0]
-    _check_counts("num_computed_tokens", num_computed_tokens, num_requests, device)
-    _check_counts("guidance_start_loc", guidance_start_loc, num_requests + 1, device)
+    num_requests, device = block_table.shape[0], guidance.device
+    for name, values, length in (
+        ("guidance", guidance, None),
+        ("num_computed_tokens", num_computed_tokens, num_requests),
+        ("guidance_start_loc", guidance_start_loc, num_requests + 1),
+        ("path", path, None),
+        ("path_start_loc", path_start_loc, num_requests + 1),
+    ):
+        if values is None:
+            continue
+        dtypes = _TOKEN_DTYPES if length is None else (torch.int32,)
+        is_right = values.dtype in dtypes and values.ndim == 1 and (length is None or len(values) == length)
+        if not is_right or not values.is_contiguous() or values.device != device:
+            kind = "int32 or int64 [tokens]" if length is None else f"int32 [{length}]"
+            raise ValueError(f"{name} must be contiguous {kind} on {device}, not {_text(values)}")
     if block_table.dtype != torch.int32 or block_table.ndim != 2 or block_table.device != device:
         raise ValueError(f"block_table must be int32 [requests, pages] on {device}, not {_text(block_table)}")
     if block_table.stride(1) != 1 and block_table.shape[1] > 1:
         raise ValueError(f"the last dimension of block_table must be contiguous, its stride is {block_table.stride(1)}")
-    if path is not None and path_start_loc is not None:
-        _check_tokens("path", path, device)
-        _check_counts("path_start_loc", path_start_loc, num_requests + 1, device)
-
-
-def _check_tokens(name: str, tokens: torch.Tensor, device: torch.device) -> None:
-    if tokens.ndim != 1 or tokens.dtype not in _INTEGERS or not tokens.is_contiguous() or tokens.device != device:
-        raise ValueError(f"{name} must be contiguous int32 or int64 [tokens] on {device}, not {_text(tokens)}")
-
-
-def _check_counts(name: str, counts: torch.Tensor, length: int, device: torch.device) -> None:
-    is_right = counts.dtype == torch.int32 and counts.ndim == 1 and counts.shape[0] == length
-    if not is_right or not counts.is_contiguous() or counts.device != device:
-        raise ValueError(f"{name} must be contiguous int32 [{length}] on {device}, not {_text(counts)}")
 
 
 def _text(tensor: torch.Tensor) -> str:

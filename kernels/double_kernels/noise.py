@@ -58,7 +58,7 @@ def quick_gumbel_noise(
     seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.float32]:
     """float32 [rows, n], `gumbel_noise` but for float32's last digits, compiled: seeds, positions [rows], tokens [rows, n]."""
-    from double_kernels.noise_search import compiled_noise
+    from double_kernels.ranking import compiled_noise
 
     noise = np.empty(tokens.shape, dtype=np.float32)
     compiled_noise()(hash_prefix(seeds, positions), np.ascontiguousarray(tokens), noise)

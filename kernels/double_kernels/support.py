@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
-__all__ = ["NUM_INSPECTED", "Support", "logit_floors"]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["NUM_INSPECTED", "Support", "fill_up", "logit_floors"]
 
 NUM_INSPECTED = 64
 
@@ -50,3 +54,11 @@ def logit_floors(logits: torch.Tensor, probs: torch.Tensor, vocab_size: int, sup
     last = torch.where(is_kept, rank, 0).amax(1, keepdim=True)
     floors = torch.where(is_cut & is_number, logits.gather(1, last), -torch.inf)
     return floors.squeeze(1)
+
+
+def fill_up(tokens: npt.NDArray[np.int64], num_found: npt.NDArray[np.int64]) -> None:
+    """Behind the `num_found` first tokens of each row write the lowest ids that are not among them."""
+    count = tokens.shape[1]
+    for row in np.flatnonzero(num_found < count):
+        found = num_found[row]
+        tokens[row, found:] = np.setdiff1d(np.arange(count), tokens[row, :found])[: count - found]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from double_kernels.noise import Noise
-from double_kernels.support import NUM_INSPECTED, Support, logit_floors
+from double_kernels.support import NUM_INSPECTED, Support, fill_up, logit_floors
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 __all__ = ["top_branches", "top_branches_reference"]
@@ -95,14 +97,9 @@ def top_branches_reference(
     they are. torch.topk branches on every score, and takes twice as long for scores that the processor has not seen before.
     """
     if logits.is_cuda and (noise is not None or support is not None):
-        on_host = top_branches_reference(
-            logits.cpu(),
-            num_children,
-            temperatures.cpu() if temperatures is not None else None,
-            Noise(*(values.cpu() for values in noise)) if noise is not None else None,
-            Support(*(values.cpu() for values in support)) if support is not None else None,
-        )
-        return on_host[0].to(logits.device), on_host[1].to(logits.device)
+        of_host = _of_rows(torch.Tensor.cpu, temperatures, noise, support)
+        tokens, probs = top_branches_reference(logits.cpu(), num_children, *of_host)
+        return tokens.to(logits.device), probs.to(logits.device)
     if logits.is_cuda:
         scores = logits.float() + 0.0  # no -0.0, which some sorts take for less than 0.0
         tokens = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_children].contiguous()
@@ -114,70 +111,65 @@ def top_branches_reference(
         parts = []
         for begin in range(0, num_rows, most_rows):
             rows = slice(begin, begin + most_rows)
-            parts.append(
-                top_branches_reference(
-                    logits[rows],
-                    num_children,
-                    temperatures[rows] if temperatures is not None else None,
-                    Noise(*(values[rows] for values in noise)) if noise is not None else None,
-                    Support(*(values[rows] for values in support)) if support is not None else None,
-                )
-            )
+            of_part = _of_rows(operator.itemgetter(rows), temperatures, noise, support)
+            parts.append(top_branches_reference(logits[rows], num_children, *of_part))
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([probs for _, probs in parts])
 
     scores = logits.detach().float().contiguous()
     probs = _softmax(scores, temperatures)
-    if num_rows and (noise is not None or support is not None):
-        return _perturbed(scores, probs, num_children, temperatures, noise, support)
-    tokens = torch.from_numpy(_best_tokens(scores, num_children))
-    return tokens, probs.gather(-1, tokens)
+    floors = None
+    if support is not None and num_rows:
+        best = torch.from_numpy(_best_tokens(scores, min(NUM_INSPECTED, vocab_size)))
+        floors = logit_floors(scores.gather(1, best), probs.gather(1, best), vocab_size, support)
+    tokens = torch.from_numpy(_ranked(scores, num_children, temperatures, noise, floors))
+    probs = probs.gather(-1, tokens)
+    if floors is not None:
+        probs.masked_fill_(scores.gather(1, tokens) < floors[:, None], 0.0)
+    return tokens, probs
 
 
-def _perturbed(
-    scores: torch.Tensor,
-    all_probs: torch.Tensor,
-    num_children: int,
+def _of_rows(
+    change: Callable[[torch.Tensor], torch.Tensor],
     temperatures: torch.Tensor | None,
     noise: Noise | None,
     support: Support | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_branches` of at least one row on a CPU, where each row may have noise, support or neither."""
-    import numpy as np
+) -> tuple[torch.Tensor | None, Noise | None, Support | None]:
+    """The numbers of the rows, each tensor changed."""
+    return (
+        change(temperatures) if temperatures is not None else None,
+        Noise(*map(change, noise)) if noise is not None else None,
+        Support(*map(change, support)) if support is not None else None,
+    )
 
-    from double_kernels.noisy_tokens import fill_up, ranked_tokens
 
-    num_rows, vocab_size = scores.shape
-    floors = torch.full((num_rows,), -torch.inf)
-    if support is not None:
-        best = torch.from_numpy(_best_tokens(scores, min(NUM_INSPECTED, vocab_size)))
-        floors = logit_floors(scores.gather(1, best), all_probs.gather(1, best), vocab_size, support)
-    tokens = np.empty((num_rows, num_children), dtype=np.int64)
-    has_noise = noise.scales.numpy() > 0 if noise is not None else np.zeros(num_rows, dtype=np.bool_)
-    plain, noisy = np.flatnonzero(~has_noise), np.flatnonzero(has_noise)
-    if plain.size:
-        some = scores if plain.size == num_rows else scores[torch.from_numpy(plain)]
-        found = _best_tokens(some, num_children)
-        if support is not None:
-            values = np.take_along_axis(some.numpy(), found, 1)
-            outside = (values < floors.numpy()[plain, None]) | (values == -np.inf)
-            fill_up(found, num_children - outside.sum(1))
-        tokens[plain] = found
-    if noisy.size:
-        assert noise is not None
-        tokens[noisy] = ranked_tokens(
-            scores.numpy() if noisy.size == num_rows else scores.numpy()[noisy],
-            num_children,
-            noise.seeds.numpy()[noisy],
-            noise.positions.numpy()[noisy],
-            noise.scales.numpy()[noisy],
-            temperatures.numpy()[noisy] if temperatures is not None else None,
-            floors.numpy()[noisy] if support is not None else None,
-        )
-    result = torch.from_numpy(tokens)
-    probs = all_probs.gather(1, result)
-    if support is not None:
-        probs.masked_fill_(scores.gather(1, result) < floors[:, None], 0.0)
-    return result, probs
+def _ranked(
+    scores: torch.Tensor, count: int, temperatures: torch.Tensor | None, noise: Noise | None, floors: torch.Tensor | None
+) -> npt.NDArray[np.int64]:
+    """int64 [rows, count]: the best tokens of rows on a CPU, each of which may have noise."""
+    is_noisy = noise.scales.numpy() > 0 if noise is not None else np.zeros(len(scores), np.bool_)
+    if noise is None or not is_noisy.any():
+        return _plainly_ranked(scores, count, floors)
+    from double_kernels.ranking import ranked_tokens  # here: what is not sampled needs no numba
+
+    tokens = np.empty((len(scores), count), np.int64)
+    some = slice(None) if is_noisy.all() else is_noisy
+    tokens[some] = ranked_tokens(
+        scores.numpy()[some], count, *(values.numpy()[some] for values in noise),
+        *(None if values is None else values.numpy()[some] for values in (temperatures, floors)),
+    )[0]  # fmt: skip
+    if not is_noisy.all():
+        plain = torch.from_numpy(~is_noisy)
+        tokens[~is_noisy] = _plainly_ranked(scores[plain], count, None if floors is None else floors[plain])
+    return tokens
+
+
+def _plainly_ranked(scores: torch.Tensor, count: int, floors: torch.Tensor | None) -> npt.NDArray[np.int64]:
+    """int64 [rows, count]: the best tokens of rows; those below the row's floor last, by rising id."""
+    found = _best_tokens(scores, count)
+    if floors is not None and found.size:
+        values = np.take_along_axis(scores.numpy(), found, 1)
+        fill_up(found, ((values >= floors.numpy()[:, None]) & (values > -np.inf)).sum(1))
+    return found
 
 
 def _softmax(scores: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:
@@ -187,8 +179,6 @@ def _softmax(scores: torch.Tensor, temperatures: torch.Tensor | None) -> torch.T
 
 def _best_tokens(scores: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
     """int64 [rows, count]: the ids of every row's best scores, which are contiguous and on a CPU."""
-    import numpy as np  # here: a GPU needs none
-
     num_rows, vocab_size = scores.shape
     if scores.numel() < _FEW_SCORES:
         # One more than is wanted tells whether the cut falls between equal scores: topk takes any of them.
@@ -217,8 +207,6 @@ def _contenders(scores: torch.Tensor, count: int) -> tuple[npt.NDArray[np.int64]
     The bound is the `count`-th best score, or of many scores that of some blocks' maxima: `count` scores of a row reach it,
     the best ones among them, and few others do. NaN is not below any.
     """
-    import numpy as np
-
     num_rows, vocab_size = scores.shape
     num_blocks = vocab_size // _BLOCK
     if scores.numel() < _FEW_SCORES:
@@ -248,8 +236,6 @@ def _contenders(scores: torch.Tensor, count: int) -> tuple[npt.NDArray[np.int64]
 
 def _not_below(scores: npt.NDArray[np.float32], bounds: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Where scores that are not below their row's bound lie in the flattened scores, rising."""
-    import numpy as np
-
     size = scores.size
     if size < _FEW_SCORES:
         return np.flatnonzero(~(scores < bounds))

@@ -5,11 +5,13 @@ them). Dimensions that lie behind one another in memory are one: what remains is
 rows (used slots times up to three others). Rows are counted by the used slots, so nothing is launched for the others.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# The parameters of kernels have no Python types: they are Triton's.
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 import torch
 import triton
@@ -72,10 +74,8 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...], slot_dim: int | No
 
 
 def fork_pages_triton(caches: Sequence[torch.Tensor], triples: Sequence[tuple[int, int, int]], *, slot_dim: int | None) -> None:
-    """Copy slots 0 .. used - 1 of each (source page, destination page, used slots) triple, in every cache, in one launch.
-
-    caches, triples, slot_dim: as in fork_pages, which checks them; elements of 1, 2, 4 or 8 bytes, all on one device. Caches
-        that differ in shape, strides or size of the elements need a launch each.
+    """See fork_pages, which checks the arguments; elements of 1, 2, 4 or 8 bytes. One launch for all caches of one shape,
+    strides and element size.
 
     Nothing waits for the device: pages and addresses go to it behind what is under way. Raises ValueError for other elements.
     """
@@ -134,25 +134,10 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def _copy_slots(
-    table_ptr: "Any",
-    num_chunks: "Any",
-    page_stride: "Any",
-    slot_stride: "Any",
-    stride_0: "Any",
-    stride_1: "Any",
-    stride_2: "Any",
-    column_stride: "Any",
-    WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    SIZE_0: tl.constexpr,
-    SIZE_1: tl.constexpr,
-    SIZE_2: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    SLOTS_ARE_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-) -> None:
+    table_ptr, num_chunks, page_stride, slot_stride, stride_0, stride_1, stride_2, column_stride, WORD: tl.constexpr,
+    WORD_BYTES: tl.constexpr, ALIGNMENT: tl.constexpr, SIZE_0: tl.constexpr, SIZE_1: tl.constexpr, SIZE_2: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr, SLOTS_ARE_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One tile of one triple in one cache. Offsets are int64: pages lie further apart than 2 ** 31.
 
     table: the addresses of the caches, then the triples.

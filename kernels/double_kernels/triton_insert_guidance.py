@@ -4,7 +4,8 @@ Without paths one launch lays everything out. With paths a launch before it coun
 tokens begin depends on what all requests before it keep: programs that recomputed it would read 1,024 x 128 tokens each.
 """
 
-from typing import Any
+# mypy: allow-untyped-defs, allow-untyped-calls
+# The parameters of kernels have no Python types: they are Triton's.
 
 import torch
 import triton
@@ -62,13 +63,8 @@ def _round_up(count: int) -> int:
 
 @triton.jit
 def _count_kept(
-    guidance_ptr: "Any",
-    guidance_start_loc_ptr: "Any",
-    path_ptr: "Any",
-    path_start_loc_ptr: "Any",
-    num_kept_ptr: "Any",
-    BLOCK: tl.constexpr,
-) -> None:
+    guidance_ptr, guidance_start_loc_ptr, path_ptr, path_start_loc_ptr, num_kept_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The length of one request's common prefix of guidance and path, without the guidance's last token."""
     request = tl.program_id(0)
     begin = tl.load(guidance_start_loc_ptr + request)
@@ -87,25 +83,10 @@ def _count_kept(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_requests"])
 def _lay_out(
-    guidance_ptr: "Any",
-    guidance_start_loc_ptr: "Any",
-    num_computed_ptr: "Any",
-    block_table_ptr: "Any",
-    input_ids_ptr: "Any",
-    positions_ptr: "Any",
-    slot_mapping_ptr: "Any",
-    query_start_loc_ptr: "Any",
-    seq_lens_ptr: "Any",
-    num_kept_ptr: "Any",
-    num_tokens: "Any",
-    num_requests: "Any",
-    table_stride: "Any",
-    PADDING_SLOT: tl.constexpr,
-    HAS_PATHS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REQUESTS: tl.constexpr,
-) -> None:
+    guidance_ptr, guidance_start_loc_ptr, num_computed_ptr, block_table_ptr, input_ids_ptr, positions_ptr, slot_mapping_ptr,
+    query_start_loc_ptr, seq_lens_ptr, num_kept_ptr, num_tokens, num_requests, table_stride, PADDING_SLOT: tl.constexpr,
+    HAS_PATHS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
+):  # fmt: skip
     """One request's tokens, and its share of the padding behind all."""
     request = tl.program_id(0)
     begin = tl.load(guidance_start_loc_ptr + request)

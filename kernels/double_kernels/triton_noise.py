@@ -3,7 +3,8 @@
 The noise takes triton's operations in the order of vLLM's kernels, thus the same compiler gives it the same bits.
 """
 
-from typing import Any
+# mypy: allow-untyped-defs, allow-untyped-calls
+# The parameters of kernels have no Python types: they are Triton's.
 
 import torch
 import triton
@@ -15,11 +16,7 @@ _BLOCK = 1024
 
 
 def sample_with_noise_triton(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The token with the highest logit + noise of every row, int64 [rows]; no host synchronisation.
-
-    logits: float32 [rows, vocab], any strides.
-    seeds, positions: int64 [rows] on the same device.
-    """
+    """See sample_with_noise, which checks the arguments; no host synchronisation."""
     num_rows, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     tokens = torch.empty((num_rows, num_blocks), dtype=torch.int64, device=logits.device)
@@ -34,7 +31,7 @@ def sample_with_noise_triton(logits: torch.Tensor, seeds: torch.Tensor, position
 
 
 @triton.jit
-def gumbel_noise_of(seed: "Any", position: "Any", token: "Any") -> "Any":
+def gumbel_noise_of(seed, position, token):
     """float32 of the token's shape, of an int64 seed and an int64 position."""
     state = _mixed(tl.full([], 0, tl.uint32), seed.to(tl.uint32))
     state = _mixed(state, (seed >> 32).to(tl.uint32))
@@ -54,7 +51,7 @@ def gumbel_noise_of(seed: "Any", position: "Any", token: "Any") -> "Any":
 
 
 @triton.jit
-def _mixed(state: "Any", word: "Any") -> "Any":
+def _mixed(state, word):
     """MurmurHash3_x86_32's step for four bytes, uint32."""
     word = word * 0xCC9E2D51
     word = ((word << 15) | (word >> 17)) * 0x1B873593
@@ -64,16 +61,8 @@ def _mixed(state: "Any", word: "Any") -> "Any":
 
 @triton.jit
 def _sample_blocks(
-    logits_ptr: "Any",
-    seeds_ptr: "Any",
-    positions_ptr: "Any",
-    tokens_ptr: "Any",
-    scores_ptr: "Any",
-    vocab_size: "Any",
-    row_stride: "Any",
-    token_stride: "Any",
-    BLOCK: tl.constexpr,
-) -> None:
+    logits_ptr, seeds_ptr, positions_ptr, tokens_ptr, scores_ptr, vocab_size, row_stride, token_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One block of one row: the highest sum of logit and noise, and the first token that has it."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

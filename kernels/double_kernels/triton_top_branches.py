@@ -11,7 +11,8 @@ Both times the f best are found without a sort: logits become integers of the sa
 found bit by bit, by counting. The time does not depend on f.
 """
 
-from typing import Any
+# mypy: allow-untyped-defs, allow-untyped-calls
+# The parameters of kernels have no Python types: they are Triton's.
 
 import torch
 import triton
@@ -43,14 +44,8 @@ def top_branches_triton(
     noise: Noise | None = None,
     support: Support | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `num_children` best tokens of every row, and their softmax probabilities; no host synchronisation.
+    """See top_branches; no host synchronisation. Logits may have any strides.
 
-    logits: float16, bfloat16 or float32 [rows, vocab], any strides, vocab up to MAX_VOCAB_SIZE.
-    num_children: 1 .. min(vocab, MAX_CHILDREN).
-    temperatures: None (all 1) or float32 [rows] on the same device, each positive.
-    noise, support: see top_branches.
-
-    Returns tokens int64 and probabilities float32 [rows, num_children], as top_branches does.
     Raises ValueError for logits or a count that the kernels don't take.
     """
     if not is_supported(logits, num_children):
@@ -79,29 +74,23 @@ def top_branches_triton(
     tile_sums = torch.empty((2, triton.cdiv(num_rows * num_tiles, 16) * 16), dtype=torch.float32, device=device)
     scratch = torch.empty((2, num_rows, padded_children), dtype=torch.int32, device=device)
     is_plain = noise is None and support is None
-    shared = {
-        "HAS_TEMPERATURES": temperatures is not None,
-        "HAS_NOISE": noise is not None,
-        "HAS_SUPPORT": support is not None,
-        "KEY_BITS": _KEY_BITS[logits.dtype] if is_plain else 32,  # scores with noise, or masked, are float32
-        "BLOCK": _BLOCK,
-    }
+    key_bits = _KEY_BITS[logits.dtype] if is_plain else 32  # scores with noise, or masked, are float32
     of_rows = (temperatures, seeds, positions, scales, floors)
     _reduce_tiles[(num_rows * num_tiles,)](
         logits, *of_rows, block_keys, tile_sums[0], tile_sums[1], vocab_size, num_tiles, logits.stride(0), logits.stride(1),
-        TILE_BLOCKS=tile_blocks, **shared, num_warps=4,
+        KEY_BITS=key_bits, BLOCK=_BLOCK, TILE_BLOCKS=tile_blocks, num_warps=4,
     )  # fmt: skip
     _select_tokens[(num_rows,)](
         logits, *of_rows, block_keys, tile_sums[0], tile_sums[1], scratch[0], scratch[1], tokens, probs,
         vocab_size, num_blocks, num_tiles, block_keys.shape[1], num_children, logits.stride(0), logits.stride(1),
-        BLOCKS=triton.next_power_of_2(num_blocks), TILES=triton.next_power_of_2(num_tiles), CHILDREN=padded_children, **shared,
-        num_warps=8,
+        KEY_BITS=key_bits, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), TILES=triton.next_power_of_2(num_tiles),
+        CHILDREN=padded_children, num_warps=8,
     )  # fmt: skip
     return tokens, probs
 
 
 @triton.jit
-def _keys(logits: "Any", KEY_BITS: tl.constexpr) -> "Any":
+def _keys(logits, KEY_BITS: tl.constexpr):
     """int32 of the same order as the logits, -(2 ** (KEY_BITS - 1)) < key; -0 is 0, NaN is the greatest."""
     if KEY_BITS == 16:
         bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
@@ -116,35 +105,34 @@ def _keys(logits: "Any", KEY_BITS: tl.constexpr) -> "Any":
 
 @triton.jit
 def _rank_keys(
-    logits: "Any",
-    token: "Any",
-    row: "Any",
-    temperatures_ptr: "Any",
-    seeds_ptr: "Any",
-    positions_ptr: "Any",
-    scales_ptr: "Any",
-    floors_ptr: "Any",
-    HAS_TEMPERATURES: tl.constexpr,
-    HAS_NOISE: tl.constexpr,
-    HAS_SUPPORT: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-) -> "Any":
-    """int32 of the order in which the row's tokens are ranked; of logits unless there is noise or support."""
+    logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, KEY_BITS: tl.constexpr,
+):  # fmt: skip
+    """int32 of the order in which the row's tokens are ranked; of logits unless there is noise or support.
+
+    Pointers to what the rows don't have are None, here and in the kernels, which are compiled apart for that.
+    """
     ranks = logits
-    if HAS_NOISE:
+    if scales_ptr is not None:
         scale = tl.load(scales_ptr + row)
-        scores = logits.to(tl.float32)
-        if HAS_TEMPERATURES:
-            scores = tl.div_rn(scores, tl.load(temperatures_ptr + row))
+        scores = _tempered(logits, temperatures_ptr, row)
         noise = gumbel_noise_of(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token)
         ranks = tl.where(scale > 0.0, scores + scale * noise, logits.to(tl.float32))
-    if HAS_SUPPORT:
+    if floors_ptr is not None:
         ranks = tl.where(logits.to(tl.float32) < tl.load(floors_ptr + row), -float("inf"), ranks.to(tl.float32))
     return _keys(ranks, KEY_BITS)
 
 
 @triton.jit
-def _is_among_best(keys: "Any", count: "Any", KEY_BITS: tl.constexpr) -> "Any":
+def _tempered(logits, temperatures_ptr, row):
+    """float32 logits over the row's temperature, if there are temperatures; an error of 2 ulp would show in an exponential."""
+    scores = logits.to(tl.float32)
+    if temperatures_ptr is not None:
+        scores = tl.div_rn(scores, tl.load(temperatures_ptr + row))
+    return scores
+
+
+@triton.jit
+def _is_among_best(keys, count, KEY_BITS: tl.constexpr):
     """Mask [N] of the `count` greatest int32 keys [N]; of equal keys the first."""
     keys = keys.to(tl.int64) + (1 << (KEY_BITS - 1))  # 0 .. 2 ** KEY_BITS - 1
     threshold = tl.full([1], 0, tl.int64)
@@ -162,26 +150,9 @@ def _is_among_best(keys: "Any", count: "Any", KEY_BITS: tl.constexpr) -> "Any":
 
 @triton.jit
 def _reduce_tiles(
-    logits_ptr: "Any",
-    temperatures_ptr: "Any",
-    seeds_ptr: "Any",
-    positions_ptr: "Any",
-    scales_ptr: "Any",
-    floors_ptr: "Any",
-    block_keys_ptr: "Any",
-    maxima_ptr: "Any",
-    sums_ptr: "Any",
-    vocab_size: "Any",
-    num_tiles: "Any",
-    row_stride: "Any",
-    token_stride: "Any",
-    HAS_TEMPERATURES: tl.constexpr,
-    HAS_NOISE: tl.constexpr,
-    HAS_SUPPORT: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-) -> None:
+    logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, block_keys_ptr, maxima_ptr, sums_ptr,
+    vocab_size, num_tiles, row_stride, token_stride, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+):  # fmt: skip
     """One tile of one row: its maximum, its sum of exp(score - maximum), and the greatest key of each block."""
     row = tl.program_id(0) // num_tiles
     tile = tl.program_id(0) % num_tiles
@@ -190,17 +161,12 @@ def _reduce_tiles(
     is_token = token < vocab_size
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     logits = tl.load(row_ptr + token.to(tl.int64) * token_stride, mask=is_token, other=-float("inf"))
-    keys = _rank_keys(
-        logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, HAS_TEMPERATURES, HAS_NOISE,
-        HAS_SUPPORT, KEY_BITS,
-    )  # fmt: skip
+    keys = _rank_keys(logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, KEY_BITS)
     keys = tl.where(is_token, keys, -(1 << (KEY_BITS - 1)))
     row_keys_ptr = block_keys_ptr + row.to(tl.int64) * num_tiles * TILE_BLOCKS
     tl.store(row_keys_ptr + block, tl.max(keys, axis=1))
 
-    scores = logits.to(tl.float32)
-    if HAS_TEMPERATURES:
-        scores = tl.div_rn(scores, tl.load(temperatures_ptr + row))  # an error of 2 ulp would show in the exponential
+    scores = _tempered(logits, temperatures_ptr, row)
     numbers = tl.where(scores != scores, -float("inf"), scores)
     highest = tl.max(tl.max(numbers, axis=1), axis=0)
     # A tile without a finite score adds nothing to a row that has one.
@@ -211,35 +177,11 @@ def _reduce_tiles(
 
 @triton.jit
 def _select_tokens(
-    logits_ptr: "Any",
-    temperatures_ptr: "Any",
-    seeds_ptr: "Any",
-    positions_ptr: "Any",
-    scales_ptr: "Any",
-    floors_ptr: "Any",
-    block_keys_ptr: "Any",
-    maxima_ptr: "Any",
-    sums_ptr: "Any",
-    chosen_blocks_ptr: "Any",
-    chosen_tokens_ptr: "Any",
-    tokens_ptr: "Any",
-    probs_ptr: "Any",
-    vocab_size: "Any",
-    num_blocks: "Any",
-    num_tiles: "Any",
-    keys_stride: "Any",
-    num_children: "Any",
-    row_stride: "Any",
-    token_stride: "Any",
-    HAS_TEMPERATURES: tl.constexpr,
-    HAS_NOISE: tl.constexpr,
-    HAS_SUPPORT: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
+    logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, block_keys_ptr, maxima_ptr, sums_ptr,
+    chosen_blocks_ptr, chosen_tokens_ptr, tokens_ptr, probs_ptr, vocab_size, num_blocks, num_tiles, keys_stride, num_children,
+    row_stride, token_stride, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
     CHILDREN: tl.constexpr,
-) -> None:
+):  # fmt: skip
     """One row: its log-sum-exp, its best blocks, the best tokens of these, in order."""
     row = tl.program_id(0).to(tl.int64)
     lowest: tl.constexpr = -(1 << (KEY_BITS - 1))
@@ -266,10 +208,7 @@ def _select_tokens(
     is_token = (place < num_chosen) & (token < vocab_size)
     logits_ptr += row * row_stride
     logits = tl.load(logits_ptr + token.to(tl.int64) * token_stride, mask=is_token, other=-float("inf"))
-    keys = _rank_keys(
-        logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, HAS_TEMPERATURES, HAS_NOISE,
-        HAS_SUPPORT, KEY_BITS,
-    )  # fmt: skip
+    keys = _rank_keys(logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, KEY_BITS)
     keys = tl.where(is_token, keys, lowest)
     is_best = _is_among_best(keys, num_children, KEY_BITS)
     chosen_tokens_ptr += row * CHILDREN
@@ -280,18 +219,13 @@ def _select_tokens(
     is_child = child < num_children
     token = tl.load(chosen_tokens_ptr + child, mask=is_child, other=0)
     logits = tl.load(logits_ptr + token.to(tl.int64) * token_stride, mask=is_child, other=-float("inf"))
-    keys = _rank_keys(
-        logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, HAS_TEMPERATURES, HAS_NOISE,
-        HAS_SUPPORT, KEY_BITS,
-    )  # fmt: skip
+    keys = _rank_keys(logits, token, row, temperatures_ptr, seeds_ptr, positions_ptr, scales_ptr, floors_ptr, KEY_BITS)
     keys = tl.where(is_child, keys, lowest)
     comes_before = (keys[None, :] > keys[:, None]) | ((keys[None, :] == keys[:, None]) & (child[None, :] < child[:, None]))
     rank = tl.sum(comes_before.to(tl.int32), axis=1)
-    scores = logits.to(tl.float32)
-    if HAS_TEMPERATURES:
-        scores = tl.div_rn(scores, tl.load(temperatures_ptr + row))  # an error of 2 ulp would show in the exponential
+    scores = _tempered(logits, temperatures_ptr, row)
     tl.store(tokens_ptr + row * num_children + rank, token.to(tl.int64), mask=is_child)
     probs = tl.exp(scores - highest) / total
-    if HAS_SUPPORT:
+    if floors_ptr is not None:
         probs = tl.where(logits.to(tl.float32) < tl.load(floors_ptr + row), 0.0, probs)
     tl.store(probs_ptr + row * num_children + rank, probs, mask=is_child)

@@ -12,7 +12,7 @@ import pytest
 
 _LOGITS = {"fp16": 16, "bf16": 16, "fp32": 32}
 _TARGET = ("cuda", 90, 32)
-_CALLED_BY_OTHERS = {"_keys", "_rank_keys", "_is_among_best", "gumbel_noise_of", "_mixed"}
+_CALLED_BY_OTHERS = {"_keys", "_rank_keys", "_is_among_best", "_tempered", "gumbel_noise_of", "_mixed"}
 
 
 def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
@@ -31,19 +31,16 @@ def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
         ("fp32", True, True, True),
         ("bf16", False, True, True),
     ]
-    logits = [
-        (
-            {"logits_ptr": f"*{dtype}", **sums, **tokens, **noise},
-            {
-                "KEY_BITS": 32 if has_noise or has_support else _LOGITS[dtype],
-                "HAS_TEMPERATURES": has_temperatures,
-                "HAS_NOISE": has_noise,
-                "HAS_SUPPORT": has_support,
-                "BLOCK": 64,
-            },
-        )
-        for dtype, has_temperatures, has_noise, has_support in plain + perturbed
-    ]
+    logits = []
+    for dtype, has_temperatures, has_noise, has_support in plain + perturbed:
+        constants: dict[str, Any] = {"KEY_BITS": 32 if has_noise or has_support else _LOGITS[dtype], "BLOCK": 64}
+        if not has_temperatures:
+            constants["temperatures_ptr"] = None
+        if not has_noise:
+            constants |= {"seeds_ptr": None, "positions_ptr": None, "scales_ptr": None}
+        if not has_support:
+            constants["floors_ptr"] = None
+        logits.append(({"logits_ptr": f"*{dtype}", **sums, **tokens, **noise}, constants))
     return {
         "_copy_slots": [
             ({"table_ptr": "*i64"}, sizes | {"WORD": word, "WORD_BYTES": size, "ALIGNMENT": size, "SLOTS_ARE_COLUMNS": columns})

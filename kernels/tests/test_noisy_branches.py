@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from double_kernels import Noise, Support, gumbel_noise, noisy_tokens, top_branches
-from double_kernels.noisy_tokens import noisy_tokens_reference
+from double_kernels import Noise, Support, gumbel_noise, ranking, sample_with_noise, top_branches
+from double_kernels.sample_with_noise import sample_with_noise_reference
 from double_kernels.support import NUM_INSPECTED
 from double_kernels.top_branches import top_branches_reference
 from double_kernels.triton_top_branches import top_branches_triton
@@ -275,39 +275,82 @@ def random_rows(random: np.random.Generator, num_rows: int, vocab_size: int) -> 
     return logits
 
 
+def all_scores(
+    logits: np.ndarray, seeds: np.ndarray, positions: np.ndarray, scales: np.ndarray, temperatures: Any, floors: Any
+) -> np.ndarray:
+    """float32 [rows, vocab] of all tokens, by the noise of all; -inf for those that come last."""
+    with np.errstate(over="ignore"):  # a mask of the lowest number may become -inf
+        scores = logits if temperatures is None else logits / temperatures[:, None]
+        scores = scores + scales[:, None] * gumbel_noise(seeds[:, None], positions[:, None], np.arange(logits.shape[1]))
+    scores[(logits == -np.inf) | (False if floors is None else logits < floors[:, None])] = -np.inf
+    return scores
+
+
+def check_ranking(logits: np.ndarray, count: int, seeds: np.ndarray, positions: np.ndarray, scales: np.ndarray, *of_rows: Any):
+    """The tokens of a sort, or others whose scores are the same but for the last digits of float32."""
+    found, _ = ranking.ranked_tokens(logits, count, seeds, positions, scales, *of_rows)
+    scores = all_scores(logits, seeds, positions, scales, *of_rows)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    assert all(len({*tokens}) == count for tokens in found.tolist())
+    best, ours = np.take_along_axis(scores, expected, 1), np.take_along_axis(scores, found, 1)
+    error = 2 * ranking.score_errors(best.astype(np.float64), scales[:, None])
+    assert ((best == ours) | (np.abs(best - ours) < error)).all()
+    is_last = best == -np.inf
+    assert (found[is_last] == expected[is_last]).all()
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_the_search_finds_what_the_reference_finds(seed: int) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the difference of infinities
+def test_the_search_finds_what_a_sort_of_all_scores_finds(seed: int) -> None:
     random = np.random.default_rng(seed)
     for _ in range(12):
         num_rows, vocab_size = int(random.integers(1, 6)), int(random.choice([1, 2, 255, 256, 257, 3000, 9001]))
         count = min(vocab_size, int(random.choice([1, 2, 8, 33, 256, 300])))
         logits = random_rows(random, num_rows, vocab_size)
         seeds, positions = random.integers(-(1 << 63), (1 << 63) - 1, (2, num_rows))
-        options: dict[str, Any] = {"scales": None, "temperatures": None, "floors": None}
+        scales, temperatures, floors = np.ones(num_rows, np.float32), None, None
         if random.random() < 0.7:
-            options["scales"] = (10 ** random.uniform(-4, 2, num_rows)).astype(np.float32)
+            scales = (10 ** random.uniform(-4, 2, num_rows)).astype(np.float32)
         if random.random() < 0.7:
-            options["temperatures"] = (10 ** random.uniform(-2, 1, num_rows)).astype(np.float32)
+            temperatures = (10 ** random.uniform(-2, 1, num_rows)).astype(np.float32)
         if random.random() < 0.5:
-            options["floors"] = random.choice([-np.inf, 0.0, 2.0], num_rows).astype(np.float32)
-        expected = noisy_tokens_reference(logits, count, seeds, positions, **options)
-        found = noisy_tokens.noisy_tokens(logits, count, seeds, positions, **options)
-        assert found.tolist() == expected.tolist()
+            floors = random.choice([-np.inf, 0.0, 2.0], num_rows).astype(np.float32)
+        check_ranking(logits, count, seeds, positions, scales, temperatures, floors)
+        of_rows = torch.from_numpy(logits), torch.from_numpy(seeds), torch.from_numpy(positions)
+        assert torch.equal(sample_with_noise(*of_rows), sample_with_noise_reference(*of_rows))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 16])
-def test_threads_do_not_change_what_is_found(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noisy_tokens, "_SCORES_OF_A_THREAD", 1)
+@pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
+def test_threads_do_not_change_what_is_found(num_threads: int, is_strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
-    logits, seeds = random_rows(random, 7, 3000), np.arange(7)
-    found = noisy_tokens.noisy_tokens(logits, 5, seeds, seeds, num_threads=num_threads)
-    assert found.tolist() == noisy_tokens_reference(logits, 5, seeds, seeds).tolist()
+    logits, seeds, scales = random_rows(random, 7, 3000), np.arange(7), np.ones(7, np.float32)
+    expected = ranking.ranked_tokens(logits, 5, seeds, seeds, scales)
+    monkeypatch.setattr(ranking, "_SCORES_OF_A_THREAD", 1)
+    if is_strided:
+        logits = np.concatenate([logits, logits], axis=1)[:, :3000]
+    found = ranking.ranked_tokens(logits, 5, seeds, seeds, scales, num_threads=num_threads)
+    assert found[0].tolist() == expected[0].tolist() and found[1].tolist() == expected[1].tolist()
 
 
 @pytest.mark.parametrize(("sd", "count"), [(1, 1), (4, 64)])
 def test_a_large_vocabulary_is_searched_exactly(sd: int, count: int) -> None:
     random = np.random.default_rng(sd)
     logits = (sd * random.normal(size=(3, 151_936))).astype(np.float32)
-    seeds = random.integers(-(1 << 63), (1 << 63) - 1, 3)
-    expected = noisy_tokens_reference(logits, count, seeds, np.arange(3))
-    assert noisy_tokens.noisy_tokens(logits, count, seeds, np.arange(3)).tolist() == expected.tolist()
+    seeds, positions = random.integers(-(1 << 63), (1 << 63) - 1, 3), np.arange(3)
+    check_ranking(logits, count, seeds, positions, np.ones(3, np.float32), None, None)
+    of_rows = torch.from_numpy(logits), torch.from_numpy(seeds), torch.from_numpy(positions)
+    assert torch.equal(sample_with_noise(*of_rows), sample_with_noise_reference(*of_rows))
+
+
+def test_tokens_too_close_for_the_search_are_compared_exactly() -> None:
+    """Eight tokens of each row differ in the last digits of their sums alone."""
+    tokens, seeds = np.arange(100, 1800, 230), np.arange(40)
+    digits = np.random.default_rng(0).integers(-3, 4, (40, 8)) * np.spacing(np.float32(30))
+    noise = gumbel_noise(seeds[:, None], seeds[:, None], np.arange(2000))
+    logits = np.full((40, 2000), -5.0, np.float32)
+    logits[:, tokens] = np.float32(30) - noise[:, tokens] + digits
+    of_rows = torch.from_numpy(logits), torch.from_numpy(seeds), torch.from_numpy(seeds)
+    expected = (logits + noise).argmax(1)
+    assert len(set(expected.tolist())) > 3
+    assert sample_with_noise(*of_rows).tolist() == expected.tolist()

@@ -115,7 +115,7 @@ def test_a_tie_of_the_cut_reaches_over_blocks(num_rows: int, vocab_size: int, dt
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_fewer_tokens_than_are_wanted_have_a_probability(masked: bool) -> None:
+def test_rows_with_fewer_possible_tokens_than_are_wanted_are_those_of_a_sort(masked: bool) -> None:
     """Every other token is level with the cut."""
     logits = torch.full((9, 3072), -math.inf if masked else 0.0)
     logits[:, 5:3072:700] = torch.arange(5.0)
@@ -123,7 +123,7 @@ def test_fewer_tokens_than_are_wanted_have_a_probability(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_a_gpu_does_beyond_its_kernels_is_a_sort(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_sorts_beyond_the_bounds_of_its_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     torch.manual_seed(6)
     check(top_branches_reference, torch.randn(5, 3072).to(dtype), 33, torch.rand(5) + 0.5)
@@ -162,13 +162,13 @@ def test_largest_vocabulary_and_most_children_are_those_of_a_sort() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, MAX_VOCAB_SIZE + 1, 1), (1, 100, MAX_CHILDREN + 1)], ids=["vocabulary", "children"])
-def test_the_kernel_refuses_what_it_cannot_take(shape: tuple[int, int, int]) -> None:
+def test_the_kernel_refuses_larger_vocabularies_and_more_children(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="children"):
         top_branches_triton(torch.zeros(*shape[:2], device=DEVICE), shape[2])
 
 
 @pytest.mark.parametrize("shape", [(1, MAX_VOCAB_SIZE + 1, 2), (2, 100, MAX_CHILDREN + 1)], ids=["vocabulary", "children"])
-def test_the_reference_takes_what_the_kernel_cannot(shape: tuple[int, int, int]) -> None:
+def test_larger_vocabularies_and_more_children_go_to_the_reference(shape: tuple[int, int, int]) -> None:
     check(top_branches, torch.arange(shape[0] * shape[1]).remainder(1013).view(shape[:2]).float(), shape[2])
 
 
@@ -279,9 +279,7 @@ def test_wrong_arguments_are_refused(logits: torch.Tensor, num_children: int, te
 @pytest.mark.parametrize("spread", [1, 3, 40, 4000])
 @pytest.mark.parametrize("vocab_size", [4096, 4099])
 @pytest.mark.parametrize("num_children", [1, 8, 32, 300])
-def test_of_equal_logits_in_large_vocabularies_another_than_the_lower_id_is_taken(
-    spread: int, vocab_size: int, num_children: int
-) -> None:
+def test_of_equal_logits_in_large_vocabularies_the_lower_id_is_taken(spread: int, vocab_size: int, num_children: int) -> None:
     """On a CPU most of a large vocabulary is passed over by groups, which tie, too."""
     generator = torch.Generator().manual_seed(spread)
     logits = torch.randint(spread, (8, vocab_size), generator=generator).float()

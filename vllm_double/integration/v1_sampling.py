@@ -48,9 +48,9 @@ def share_noise(runner: Any, draws_of: Callable[[], Draws]) -> None:
     draws_of: of the batch that is being sampled.
     """
     if runner.device.type == "cpu":
-        from double_kernels.noise_search import compiled_search  # numba, which must not be there before vLLM's kernels
+        from double_kernels.ranking import compiled_ranking  # numba, which must not be there before vLLM's kernels
 
-        compiled_search()  # now, and not in somebody's request
+        compiled_ranking()  # now, and not in somebody's request
     sampler = runner.sampler
     sampler.topk_topp_sampler = SharedNoiseSampler(sampler.logprobs_mode, draws_of)
     runner.rejection_sampler = ChainVerifier(sampler)
