@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import rows
 from benchmarks.stats import quantile, quiet_median
-from vllm_double.draft.engine.fake import FakeEngine
+from tests.fakes.engine import FakeEngine
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval.sources import Sources

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tests.fakes.engine import FakeEngine
 from vllm_double.draft.engine.base import Row
-from vllm_double.draft.engine.fake import FakeEngine
 from vllm_double.retrieval.base import Continuation, Retriever, Tokens
 from vllm_double.transport.inprocess import Channel, Faults, InProcessTargetEnd, _Link
 from vllm_double.transport.messages import NODE_DTYPE, NODES, Admit, Command, Commit, Release

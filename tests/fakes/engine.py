@@ -67,13 +67,7 @@ class FakeEngine:
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. Ties go to the lower token id."""
-        num_outputs = count_outputs(
-            batch,
-            page_size=self.page_size,
-            num_pages=self.num_pages,
-            max_length=self.max_length,
-            vocab_size=self.vocab_size,
-        )
+        num_outputs = count_outputs(batch, self)
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
         rows = list(batch)

@@ -312,7 +312,7 @@ def test_the_comparison_finds_a_fault(model: TokenModel, fault: Callable[[], Abs
     assert min(p_value_of_two(count, probs), last_two, p_value(count, probs)) < 1e-9
 
 
-def test_what_the_speculator_does_not_write_is_noticed(model: TokenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_that_the_speculator_does_not_write_are_noticed(model: TokenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_double.integration.v2 import DoubleSpeculator
 
     monkeypatch.setattr(DoubleSpeculator, "_write_drafts", lambda self, states, scheduled: None)

@@ -30,7 +30,7 @@ def state(history: list[Event], now: float) -> str:
 
 
 @given(st.lists(st.tuples(st.integers(0, 40).map(lambda quarters: quarters / 4), st.sampled_from(["failed", "succeeded"]))))
-def test_the_breaker_differs_from_its_twin(events: list[Event]) -> None:
+def test_the_breaker_is_in_the_state_of_its_twin(events: list[Event]) -> None:
     now = 0.0
     breaker = CircuitBreaker(lambda: now, FIRST_S, MOST_S)
     history: list[Event] = []

@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from tests.fakes.engine import is_kept
 from vllm_double.draft.engine.base import Row
-from vllm_double.draft.engine.fake import is_kept
 
 VOCAB = 12
 # Coarse ones, so that some are equal.

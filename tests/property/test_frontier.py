@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft import _tree_steps as at
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.engine.base import Batch
-from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.prefix_hash import mix, seed
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever

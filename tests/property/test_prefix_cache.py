@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft._tree_steps import TREE
-from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.page_pool import OutOfPagesError, PagePool, page_key, partition_key
 from vllm_double.transport.messages import Admit, Commit, Release

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
 from vllm_double.draft.request_tree import Node
 from vllm_double.prefix_hash import mix

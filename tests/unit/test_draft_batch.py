@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.engine.base import Batch, Row, count_outputs
 
 
@@ -27,7 +28,7 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(rows(), max_size=6))
 def test_outputs_are_those_of_the_rows(all_rows: list[Row]) -> None:
     batch = Batch.of(all_rows)
@@ -46,10 +47,11 @@ def test_outputs_are_those_of_the_rows(all_rows: list[Row]) -> None:
     assert batch.temperatures.tolist() == [row.temperature for row in all_rows]
     assert batch.is_sampled == any(row.noise_scale > 0 for row in all_rows)
     assert batch.is_filtered == any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in all_rows)
-    assert count_outputs(batch, page_size=4, num_pages=64, max_length=64, vocab_size=100) == len(places)
+    engine = FakeEngine(hashed_logits(100), vocab_size=100, num_pages=64, page_size=4, max_length=64)
+    assert count_outputs(batch, engine) == len(places)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(rows(), max_size=6))
 def test_a_batch_gives_back_its_rows(all_rows: list[Row]) -> None:
     again = list(Batch.of(all_rows))

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.engine.base import Batch
-from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.forward_budget import MAX_NODES, measured_nodes
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from double_kernels import gumbel_noise
 
+from tests.fakes.engine import is_kept
 from tests.witness import WitnessEngine
 from vllm_double.draft.engine.base import Row
-from vllm_double.draft.engine.fake import is_kept
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.noise_coupling import Listing
 from vllm_double.draft.page_pool import PagePool

@@ -30,7 +30,7 @@ class NotingEngine:
         self.calls.append(("copy_slots", triples))
 
 
-def test_followers_do_something_else_or_outlive_their_leader(tmp_path: Path) -> None:
+def test_followers_repeat_their_leader_and_end_with_it(tmp_path: Path) -> None:
     engines = [NotingEngine() for _ in range(3)]
     meetings = [Meeting(str(tmp_path / "ranks"), rank, 3) for rank in range(3)]
     followers = [
@@ -56,7 +56,7 @@ def test_followers_do_something_else_or_outlive_their_leader(tmp_path: Path) -> 
     ("num_ranks", "devices", "expected"),
     [(1, None, [((2, 3, 4, 5), None)]), (1, "1", [((2, 3, 4, 5), "1")]), (2, "6,7", [((2, 3), "6"), ((4, 5), "7")])],
 )
-def test_ranks_share_a_core_or_a_device(num_ranks: int, devices: str | None, expected: list[Any]) -> None:
+def test_each_rank_has_cores_and_a_device_of_its_own(num_ranks: int, devices: str | None, expected: list[Any]) -> None:
     settings = HostSettings(draft_cores=(2, 3, 4, 5), num_ranks=num_ranks, visible_devices=devices)
     assert [(settings.cores_of(rank), settings.devices_of(rank)) for rank in range(num_ranks)] == expected
     again = HostSettings.from_json(settings.to_json())
@@ -65,7 +65,7 @@ def test_ranks_share_a_core_or_a_device(num_ranks: int, devices: str | None, exp
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_does_not_lead_publishes_or_the_first_request_waits(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+def test_only_the_first_rank_attaches_and_only_after_warm_forwards(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """The logs have one writer: only the first rank attaches to them, once a forward has loaded what it takes."""
 
     class Attached(Exception):  # noqa: N818 (reads as what it says)

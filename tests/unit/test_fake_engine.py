@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.engine.base import Batch, DraftEngine, Row
-from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 
 VOCAB_SIZE = 11
 PAGE_SIZE = 4
@@ -47,19 +47,19 @@ def _check(outputs: tuple[np.ndarray, np.ndarray], texts: Sequence[Sequence[int]
         np.testing.assert_allclose(probs[index], expected, rtol=1e-6)
 
 
-def test_it_is_no_draft_engine() -> None:
+def test_it_is_a_draft_engine() -> None:
     engine: DraftEngine = FakeEngine(hashed_logits(11), vocab_size=11, num_pages=12, page_size=4, max_length=24)
     assert (engine.page_size, engine.num_pages, engine.max_length, engine.vocab_size) == (4, 12, 24, 11)
 
 
-def test_it_imports_torch_or_vllm() -> None:
-    code = "import sys, vllm_double.draft.engine.fake; print(*{'torch', 'vllm'}.intersection(sys.modules))"
+def test_it_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, tests.fakes.engine; print(*{'torch', 'vllm'}.intersection(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == ""
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 10])
-def test_chunks_of_a_prompt_change_its_distribution(chunk: int) -> None:
+def test_chunks_of_a_prompt_give_the_distributions_of_the_whole(chunk: int) -> None:
     engine = _engine()
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     for start in range(0, 10, chunk):
@@ -71,11 +71,11 @@ def test_chunks_of_a_prompt_change_its_distribution(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_temperature_is_ignored(temperature: float) -> None:
+def test_temperature_divides_the_logits(temperature: float) -> None:
     _check(_engine().forward([_row([1], 0, [3, 4], t=temperature)], 4), [[3, 4]], temperature)
 
 
-def test_fork_confuses_the_branches() -> None:
+def test_branches_of_a_fork_keep_their_own_texts() -> None:
     engine = _engine()
     engine.forward([_row([1, 2], 0, [1, 2, 3, 4, 5, 6], 0)], 2)
     engine.copy_slots([(2, 3, 2)])
@@ -84,20 +84,20 @@ def test_fork_confuses_the_branches() -> None:
     assert engine.num_copied_slots == 2
 
 
-def test_rewritten_slots_keep_their_old_tokens() -> None:
+def test_rewritten_slots_hold_the_new_tokens() -> None:
     engine = _engine()
     engine.forward([_row([1, 2], 0, [1, 2, 3, 4, 5, 6], 0)], 2)
     _check(engine.forward([_row([1, 2], 3, [9, 9])], 2), [[1, 2, 3, 9, 9]])
 
 
-def test_slot_that_was_never_written_is_read() -> None:
+def test_reading_a_slot_that_was_never_written_fails() -> None:
     engine = _engine()
     engine.forward([_row([1], 0, [1, 2], 0)], 2)
     with pytest.raises(AssertionError, match="poisoned slot"):
         engine.forward([_row([1], 3, [4])], 2)
 
 
-def test_freed_page_is_read() -> None:
+def test_reading_a_freed_page_fails() -> None:
     engine = _engine()
     engine.forward([_row([1], 0, [1, 2], 0)], 2)
     engine.poison([1])
@@ -105,7 +105,7 @@ def test_freed_page_is_read() -> None:
         engine.forward([_row([1], 2, [4])], 2)
 
 
-def test_shared_tail_page_is_written_by_two_branches() -> None:
+def test_reading_a_tail_page_that_another_branch_has_written_fails() -> None:
     engine = _engine()
     engine.forward([_row([1], 0, [1, 2], 0)], 2)
     engine.forward([_row([1], 2, [3], 0)], 2)
@@ -117,34 +117,34 @@ def test_shared_tail_page_is_written_by_two_branches() -> None:
         engine.forward([_row([1, 2], 4, [6])], 2)
 
 
-def test_page_behind_another_prefix_is_read() -> None:
+def test_reading_a_page_behind_another_prefix_fails() -> None:
     engine = _engine()
     engine.forward([_row([1, 2], 0, [1, 2, 3, 4, 5], 0), _row([3, 4], 0, [1, 2, 3, 9, 5], 0)], 2)
     with pytest.raises(AssertionError, match="another branch"):
         engine.forward([_row([1, 4], 5, [6])], 2)
 
 
-def test_rows_write_one_slot() -> None:
+def test_two_rows_that_write_one_slot_fail() -> None:
     engine = _engine()
     with pytest.raises(AssertionError, match="both write"):
         engine.forward([_row([1], 0, [1, 2]), _row([1], 0, [1])], 2)
 
 
-def test_row_reads_what_another_writes() -> None:
+def test_reading_a_slot_that_another_row_writes_fails() -> None:
     engine = _engine()
     engine.forward([_row([1], 0, [1, 2, 3], 0)], 2)
     with pytest.raises(AssertionError, match="which row 0 writes"):
         engine.forward([_row([1], 2, [3]), _row([1], 3, [4])], 2)
 
 
-def test_copy_takes_more_than_was_written() -> None:
+def test_copying_more_than_was_written_fails() -> None:
     engine = _engine()
     engine.forward([_row([1], 0, [1, 2], 0)], 2)
     with pytest.raises(AssertionError, match="poisoned slots"):
         engine.copy_slots([(1, 2, 3)])
 
 
-def test_fork_took_too_few_slots() -> None:
+def test_reading_behind_a_fork_of_too_few_slots_fails() -> None:
     engine = _engine()
     engine.forward([_row([1], 0, [1, 2, 3], 0), _row([2], 0, [1, 2, 3], 0)], 2)
     engine.copy_slots([(1, 2, 2)])
@@ -153,7 +153,7 @@ def test_fork_took_too_few_slots() -> None:
 
 
 @pytest.mark.parametrize("triples", [[(0, 1, 1), (2, 1, 1)], [(0, 1, 1), (1, 2, 1)], [(0, 12, 1)], [(0, 1, 5)]])
-def test_impossible_copy_is_made(triples: list[tuple[int, int, int]]) -> None:
+def test_impossible_copies_are_refused(triples: list[tuple[int, int, int]]) -> None:
     engine = _engine()
     engine.forward([_row([page], 0, [1, 2, 3, 4], 0) for page in (0, 1, 2)], 2)
     with pytest.raises(ValueError, match="cop"):
@@ -174,7 +174,7 @@ def test_impossible_copy_is_made(triples: list[tuple[int, int, int]]) -> None:
         pytest.param(_row([1], 0, [1], t=-1.0), id="negative-temperature"),
     ],
 )
-def test_malformed_row_is_run(row: Row) -> None:
+def test_a_malformed_row_is_refused_before_anything_is_written(row: Row) -> None:
     engine = _engine()
     with pytest.raises(ValueError, match="row 1"):
         engine.forward([_row([2], 0, [1]), row], 2)
@@ -183,6 +183,6 @@ def test_malformed_row_is_run(row: Row) -> None:
 
 
 @pytest.mark.parametrize("num_children", [0, VOCAB_SIZE + 1])
-def test_impossible_number_of_children_is_given(num_children: int) -> None:
+def test_impossible_numbers_of_children_are_refused(num_children: int) -> None:
     with pytest.raises(ValueError, match="num_children"):
         _engine().forward([_row([1], 0, [1])], num_children)

@@ -141,7 +141,7 @@ def test_a_row_with_other_columns_is_refused_and_the_file_stays(tmp_path: Path) 
     assert path.read_text() == before
 
 
-def test_earlier_rows_are_lost_when_a_file_gains_a_column(tmp_path: Path) -> None:
+def test_earlier_rows_are_kept_when_a_file_gains_a_column(tmp_path: Path) -> None:
     path = tmp_path / "bench.csv"
     rows.append(path, {"arm": "plain, alone", "batch": 1})
     rows.append(path, {"arm": "double", "workload": "edit", "batch": 4})
@@ -205,7 +205,7 @@ vllm:double_waits_missed_total{engine="0"} 3
 """
 
 
-def test_waits_are_told_by_round_and_their_length_by_wait() -> None:
+def test_waits_are_counted_by_round_and_their_length_by_wait() -> None:
     found = speculation(counters(WAITS))
     assert found.waits_per_round == pytest.approx(0.25)
     assert found.wait_ms == pytest.approx(5)

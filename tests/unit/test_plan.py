@@ -11,6 +11,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 
+from tests.fakes.target import FreeVerification
 from vllm_double.cli import main
 from vllm_double.planning.command import curves
 from vllm_double.planning.predict import METHODS, Deployment, predict
@@ -81,7 +82,7 @@ def rounds_of_saguaro(tables: Tables, prompt: int, num_tokens: int, draft_length
     return num_rounds, num_misses
 
 
-def loop(script: Script, cost_ratio: float, num_tokens: int, **settings: float) -> Outcome:
+def loop(script: Script, cost_ratio: float, num_tokens: int, **settings: object) -> Outcome:
     return simulate(script, Times(1e-3 * cost_ratio, 1e-3), num_tokens=num_tokens, may_wait=False, **settings)  # type: ignore[arg-type]
 
 
@@ -100,7 +101,7 @@ def misses(script: Script, num_tokens: int, fan_out: list[int], batch: int = 1) 
 
 @pytest.mark.parametrize("draft_length", [1, 3, 8])
 @pytest.mark.parametrize("acceptance", [0.4, 0.65, 0.9])
-def test_tokens_of_a_round_are_not_those_of_the_closed_form(acceptance: float, draft_length: int) -> None:
+def test_tokens_of_a_round_are_those_of_the_closed_form(acceptance: float, draft_length: int) -> None:
     """Leviathan et al., 2211.17192, equation 1."""
     scripted = texts(Tables(Script(acceptance, spread=NO_SPREAD)), 1, 20_256)
     play = speculative(scripted, Times(10.0, 1.0), 20_000, draft_length)
@@ -110,7 +111,7 @@ def test_tokens_of_a_round_are_not_those_of_the_closed_form(acceptance: float, d
 
 
 @pytest.mark.parametrize("cost_ratio", [2, 4, 8, 16])
-def test_pearl_is_faster_than_its_cap(cost_ratio: int) -> None:
+def test_pearl_is_at_most_as_fast_as_its_cap(cost_ratio: int) -> None:
     times = Times(float(cost_ratio), 1.0)
     for acceptance in (0.6, 0.9, 1.0):
         scripted = texts(Tables(Script(acceptance)), 1, 2256)
@@ -121,7 +122,7 @@ def test_pearl_is_faster_than_its_cap(cost_ratio: int) -> None:
 
 @pytest.mark.parametrize("cost_ratio", [2, 4, 8])
 @pytest.mark.parametrize("copied", [0.0, 0.3, 0.8])
-def test_double_keeps_to_another_cap(cost_ratio: int, copied: float) -> None:
+def test_double_keeps_to_its_cap(cost_ratio: int, copied: float) -> None:
     """C (1 + AMT), 2601.05524: the draft is always right, so that a step gives all that it makes."""
     times = Times(float(cost_ratio), 1.0)
     [text] = texts(Tables(Script(1.0, copied=copied)), 1, 6000)
@@ -139,14 +140,14 @@ def test_double_keeps_to_another_cap(cost_ratio: int, copied: float) -> None:
 
 
 @pytest.mark.parametrize("acceptance", [0.6, 0.9])
-def test_double_without_retrieval_is_not_pearl(acceptance: float) -> None:
+def test_double_without_retrieval_is_pearl(acceptance: float) -> None:
     scripted, times = texts(Tables(Script(acceptance)), 3, 1256), Times(6.0, 1.0, token=0.1, draft_token=0.05, gap=0.5)
     for length in (1, 3, 6):
         assert double(scripted, times, 1000, length) == replace(pearl(scripted, times, 1000, length), draft_forwards=ANY)
 
 
 @pytest.mark.parametrize(("draft_length", "fan_out"), [(4, 1), (4, 3), (2, 8)])
-def test_saguaro_misses_more_or_less_than_the_power_law_says(draft_length: int, fan_out: int) -> None:
+def test_saguaro_misses_as_often_as_the_power_law_says(draft_length: int, fan_out: int) -> None:
     script = Script(0.675, tail=0.6, spread=NO_SPREAD)
     a, tail = script.acceptance, script.tail
     rejected = (1 - a**draft_length) * (fan_out + 1) ** -tail
@@ -160,7 +161,7 @@ def test_saguaro_misses_more_or_less_than_the_power_law_says(draft_length: int, 
 
 
 @pytest.mark.parametrize(("acceptance", "tail"), [(0.65, 0.3), (0.8, 1.0)])
-def test_another_fan_out_misses_less_than_the_geometric_one(acceptance: float, tail: float) -> None:
+def test_no_fan_out_misses_less_than_the_geometric_one(acceptance: float, tail: float) -> None:
     chances = [(1 - acceptance), acceptance * (1 - acceptance), acceptance**2]
 
     def miss_rate(fan_out: Iterable[int]) -> float:
@@ -172,7 +173,7 @@ def test_another_fan_out_misses_less_than_the_geometric_one(acceptance: float, t
     assert miss_rate(found) <= 1.001 * min(map(miss_rate, every))
 
 
-def test_a_draft_that_is_always_right_is_prepared_for_anything_else_than_acceptance() -> None:
+def test_a_draft_that_is_always_right_prepares_for_acceptance_alone() -> None:
     assert fan_outs(1.0, 0.3, 3, 8) == [1, 1, 1, 8]
 
 
@@ -181,25 +182,25 @@ def test_a_draft_that_is_always_right_is_prepared_for_anything_else_than_accepta
 
 @pytest.mark.parametrize("draft_length", [2, 4, 9])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"a{script.acceptance:g}-seed{script.seed}")
-def test_the_loop_on_one_path_takes_other_rounds_than_pearl(script: Script, draft_length: int) -> None:
+def test_the_loop_on_one_path_takes_the_rounds_of_pearl(script: Script, draft_length: int) -> None:
     """One node an iteration, one child a node. A step gives time for PEARL's draft and for the forward that a miss finds under
     way; then the draft waits for the commit, as PEARL's does, because it may go no deeper."""
     expected = rounds_of_pearl(Tables(script), 7919, 250, draft_length)
     found = loop(
         script, draft_length + 1.5, 250, num_speculative_tokens=draft_length - 1, nodes_per_iteration=1, children_per_node=1,
-        min_path_prob=EVERYTHING, control=False,
+        min_path_prob=EVERYTHING, step_cost=FreeVerification(),
     )  # fmt: skip
     assert found.rounds == expected
     assert pearl(texts(Tables(script), 1, 506), Times(1.0, 1.0), 250, draft_length).rounds == expected
 
 
-def test_one_of_a_batch_takes_other_rounds_than_pearl() -> None:
+def test_each_request_of_a_batch_takes_the_rounds_of_pearl() -> None:
     """Of a batch, each request is PEARL where the step gives time for the drafts of all."""
     script = Script(0.7, seed=5)
     expected = [rounds_of_pearl(Tables(script), 7919 * (index + 1), 200, 4) for index in range(3)]
     found = loop(
         script, 3 * 4 + 1.5, 200, batch=3, num_speculative_tokens=3, nodes_per_iteration=1, children_per_node=1,
-        min_path_prob=EVERYTHING, control=False,
+        min_path_prob=EVERYTHING, step_cost=FreeVerification(),
     )  # fmt: skip
     assert (found.forwards, found.rounds) == (sum(expected), max(expected))
     play = pearl(texts(Tables(script), 3, 456), Times(1.0, 1.0), 200, 4)
@@ -208,7 +209,7 @@ def test_one_of_a_batch_takes_other_rounds_than_pearl() -> None:
 
 @pytest.mark.parametrize(("draft_length", "fan_out"), [(2, 2), (3, 2), (2, 3), (1, 6)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_loop_with_a_uniform_fan_out_takes_other_rounds_than_saguaro(draft_length: int, fan_out: int, seed: int) -> None:
+def test_the_loop_with_a_uniform_fan_out_takes_the_rounds_of_saguaro(draft_length: int, fan_out: int, seed: int) -> None:
     """All that the lists hold is drafted in time, so that a round hits exactly where the target's token behind the accepted
     ones is among the draft's ``fan_out`` best; what is kept of earlier rounds changes nothing then. What cannot be equal is the
     round after a miss: Saguaro makes a chain just in time, and this target never waits. Hence the twin's empty backup."""
@@ -216,7 +217,7 @@ def test_the_loop_with_a_uniform_fan_out_takes_other_rounds_than_saguaro(draft_l
     expected = rounds_of_saguaro(Tables(script), 7919, 200, draft_length, fan_out)
     found = loop(
         script, 20.0, 200, num_speculative_tokens=draft_length, nodes_per_iteration=4096, children_per_node=fan_out,
-        min_path_prob=EVERYTHING, control=False,
+        min_path_prob=EVERYTHING, step_cost=FreeVerification(),
     )  # fmt: skip
     assert (found.rounds, round(found.rounds * (1 - found.hit_rate))) == expected
 
@@ -224,7 +225,7 @@ def test_the_loop_with_a_uniform_fan_out_takes_other_rounds_than_saguaro(draft_l
 # ---- the command --------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_shows_something_else_than_the_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_the_predictions(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--acceptance", "0.65", "--retrieval-hit-rate", "0.2", "--tokens", "60"]
     assert main(["plan", "--cost-ratio", "4,8", "--batch", "1,2", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -239,7 +240,7 @@ def test_the_table_shows_something_else_than_the_predictions(capsys: pytest.Capt
     assert curves([found]) == {2: {method: [(8.0, found.speedups[method])] for method in METHODS}}
 
 
-def test_what_is_measured_changes_nothing() -> None:
+def test_higher_costs_lower_every_speed_up() -> None:
     script = Script(0.65)
     base = predict(script, Deployment(8.0, 1, 0.0, 0.0, 0.0), 200)
     for other in (Deployment(8.0, 1, 0.1, 0.0, 0.0), Deployment(8.0, 1, 0.0, 0.5, 0.0), Deployment(8.0, 1, 0.0, 0.0, 3.0)):
@@ -260,7 +261,7 @@ def test_what_is_measured_changes_nothing() -> None:
         (["--acceptance", "0.5"], "required: --cost-ratio"),
     ],
 )
-def test_a_wrong_argument_is_answered_with_a_page(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_answered_in_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", *arguments])
     captured = capsys.readouterr()
@@ -271,11 +272,11 @@ def test_a_wrong_argument_is_answered_with_a_page(arguments: list[str], said: st
     ("arguments", "said"),
     [
         (["--acceptance", "0"], "acceptance is 0, not in (0, 1]"),
-        (["--acceptance", "0.5", "--retrieval-hit-rate", "0.99"], "the copied share is 0.99"),
+        (["--acceptance", "0.5", "--retrieval-hit-rate", "0.99"], "the copied share is 0.99, not from 0 to 0.923"),
         (["--acceptance", "0.5", "--plot", "plot.png"], "--plot needs matplotlib, which is not installed"),
     ],
 )
-def test_what_cannot_be_predicted_or_drawn_is_no_sentence(
+def test_an_impossible_prediction_or_plot_is_answered_with_one_line(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -285,13 +286,13 @@ def test_what_cannot_be_predicted_or_drawn_is_no_sentence(
     assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_the_command_loads_a_model_runtime() -> None:
+def test_the_command_loads_no_model_runtime() -> None:
     code = "import sys, vllm_double.planning.command; print({'torch', 'vllm', 'ray', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
 
 
-def test_a_plot_is_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plot_is_drawn_in_a_known_format_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     options = ["plan", "--cost-ratio", "2,4", "--acceptance", "0.6", "--tokens", "40", "--plot"]
     assert main([*options, str(tmp_path / "plan.svg")]) == 0

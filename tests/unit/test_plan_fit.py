@@ -49,7 +49,7 @@ def measured(layers: int, cost_ratio: float, arms: tuple[str, ...]) -> list[dict
 
 
 @pytest.mark.parametrize("source", ["double-without-retrieval", "draft_model"])
-def test_the_fit_is_far_from_what_made_the_rows(source: str) -> None:
+def test_the_fit_finds_the_script_that_made_the_rows(source: str) -> None:
     [group] = groups(measured(32, 8.0, ("plain", source, "double")))
     found = fit(group, token_cost=0.03, num_tokens=400, passes=4)
     assert found.script.acceptance == pytest.approx(0.62, abs=0.01)
@@ -62,12 +62,12 @@ def test_the_fit_is_far_from_what_made_the_rows(source: str) -> None:
         assert found.speedup(row) == pytest.approx(float(row["speedup"]), rel=0.02)
 
 
-def test_a_group_without_acceptance_is_fitted() -> None:
+def test_a_group_without_acceptance_is_refused() -> None:
     with pytest.raises(ValueError, match="the acceptance follows from"):
         fit(groups(measured(32, 8.0, ("plain", "double")))[0])
 
 
-def test_rows_of_another_kind_are_fitted() -> None:
+def test_rows_of_another_kind_are_left_out() -> None:
     table = measured(32, 8.0, ("plain", "double"))
     others = [
         row | change
@@ -78,19 +78,19 @@ def test_rows_of_another_kind_are_fitted() -> None:
     assert groups([*others, *alone, *table]) == [{"plain": table[0], "double": table[1]}]
 
 
-def test_the_acceptance_does_not_give_the_tokens() -> None:
+def test_the_acceptance_gives_the_tokens() -> None:
     for acceptance in (0.1, 0.583, 0.9):
         tokens = (1 - acceptance**4) / (1 - acceptance)
         assert acceptance_of(tokens, 3) == pytest.approx(acceptance, abs=0.02)
 
 
-def test_the_end_of_a_range_is_passed() -> None:
+def test_a_solution_stays_within_its_range() -> None:
     assert solve(lambda x: x, 3.0, 0.0, 1.0) == 1.0
     assert solve(lambda x: x, -3.0, 0.0, 1.0) == 0.0
     assert solve(lambda x: x**9, 0.5, 0.0, 1.0) == pytest.approx(0.5 ** (1 / 9), rel=0.01)
 
 
-def test_what_is_predicted_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_are_printed_beside_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for cost_ratio in (16.0, 8.0):
         for row in measured(int(4 * cost_ratio), cost_ratio, ("plain", "double-without-retrieval", "double")):
             rows.append(tmp_path / "rows.csv", row)

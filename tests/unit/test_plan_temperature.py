@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import chisquare
 
+from tests.fakes.target import FreeVerification
 from vllm_double.cli import main
 from vllm_double.draft.engine.base import Batch, Row
 from vllm_double.planning.predict import METHODS, Deployment, predict
@@ -219,12 +220,12 @@ def test_the_loop_on_one_path_takes_the_rounds_of_pearl_with_shared_noise(script
     expected = [rounds_on_one_path(Tables(script), prompt, 200, draft_length) for prompt in (7919, 15838)]
     found = simulate(
         script, Times(1e-3 * (2 * draft_length + 1.5), 1e-3), num_tokens=200, batch=2, num_speculative_tokens=draft_length - 1,
-        nodes_per_iteration=1, children_per_node=1, min_path_prob=1e-120, control=False, may_wait=False,
+        nodes_per_iteration=1, children_per_node=1, min_path_prob=1e-120, step_cost=FreeVerification(), may_wait=False,
     )  # fmt: skip
     assert (found.forwards, found.rounds) == (sum(expected), max(expected))
 
 
-def test_retrieval_knows_what_will_be_drawn_in_a_copied_run() -> None:
+def test_retrieval_knows_the_draws_of_a_copied_run() -> None:
     tables = Tables(Script(0.5, copied=0.5, copy_length=6.0, temperature=1.0))
     [text] = texts(tables, 1, 300)
     assert np.mean(np.array(text.copied) > 0) == pytest.approx(0.5, abs=0.1)
@@ -245,7 +246,7 @@ def test_retrieval_knows_what_will_be_drawn_in_a_copied_run() -> None:
 # ---- the command ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_its_temperature(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_its_temperature(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--cost-ratio", "8", "--acceptance", "0.65", "--tokens", "60"]
     assert main(["plan", *options, "--temperature", "0.7"]) == 0
     heading, _, _, row = capsys.readouterr().out.splitlines()

@@ -95,7 +95,7 @@ def test_the_seams_need_neither_vllm_nor_ray_nor_torch() -> None:
     code = (
         "import sys\n"
         "import vllm_double.target.proposer, vllm_double.target.verify_length, vllm_double.target.guarded_proposer\n"
-        "import vllm_double.draft.worker, vllm_double.draft.engine.fake, vllm_double.transport.inprocess\n"
+        "import vllm_double.draft.worker, vllm_double.draft.engine.base, vllm_double.transport.inprocess\n"
         "import vllm_double.retrieval\n"
         "import vllm_double.operations.metrics, vllm_double.operations.switch, vllm_double.hosting.supervisor\n"
         "heavy = {'torch', 'vllm', 'ray'} & set(sys.modules)\n"

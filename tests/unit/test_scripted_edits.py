@@ -34,7 +34,7 @@ def said(script: Script, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def test_a_reply_is_not_most_of_its_prompt_with_changes(written: tuple[Path, list[Edit]]) -> None:
+def test_a_reply_is_most_of_its_prompt_with_changes(written: tuple[Path, list[Edit]]) -> None:
     shares = []
     for edit in written[1]:
         blocks = SequenceMatcher(None, edit.prompt_tokens, edit.reply_tokens, autojunk=False).get_matching_blocks()
@@ -50,13 +50,13 @@ def test_a_reply_is_not_most_of_its_prompt_with_changes(written: tuple[Path, lis
     assert sum(shares) / COUNT > 0.9
 
 
-def test_edits_do_not_follow_from_the_seed(written: tuple[Path, list[Edit]], tmp_path: Path) -> None:
+def test_edits_follow_from_the_seed(written: tuple[Path, list[Edit]], tmp_path: Path) -> None:
     assert write(workload.TARGET, tmp_path / "again", COUNT) == written[1]
     others = write(workload.TARGET, tmp_path / "other", COUNT, seed=1)
     assert len({edit.prompt for edit in [*written[1], *others]}) == 2 * COUNT
 
 
-def test_the_script_does_not_say_the_replies_and_end(written: tuple[Path, list[Edit]]) -> None:
+def test_the_script_gives_the_replies_and_ends(written: tuple[Path, list[Edit]]) -> None:
     script = Script.read(written[0] / "script.jsonl")
     tokenizer = Tokenizer.from_file(str(written[0] / "tokenizer.json"))
     for edit, prompt in zip(written[1], (written[0] / "prompts.jsonl").read_text().splitlines(), strict=True):
@@ -68,7 +68,7 @@ def test_the_script_does_not_say_the_replies_and_end(written: tuple[Path, list[E
         assert tokenizer.decode(found[:-1]) == entry["reply"]
 
 
-def test_another_context_is_scripted(written: tuple[Path, list[Edit]]) -> None:
+def test_other_contexts_are_not_scripted(written: tuple[Path, list[Edit]]) -> None:
     script = Script.read(written[0] / "script.jsonl")
     edit = written[1][0]
     assert script.following[script.walk(ROOT, edit.prompt_tokens[:-1])[-1]] == NOTHING
@@ -77,7 +77,7 @@ def test_another_context_is_scripted(written: tuple[Path, list[Edit]]) -> None:
     assert script.following[OFF] == NOTHING
 
 
-def test_a_text_that_repeats_itself_is_ambiguous() -> None:
+def test_a_text_that_repeats_itself_is_not_ambiguous() -> None:
     script = Script()
     script.add([1, 2], [3, 4, 3, 4, 3, 5])
     script.add([1, 2, 3], [4, 3, 4])
@@ -87,7 +87,7 @@ def test_a_text_that_repeats_itself_is_ambiguous() -> None:
         script.add([1, 2, 3], [5])
 
 
-def test_the_folder_is_not_the_target_with_another_architecture(written: tuple[Path, list[Edit]]) -> None:
+def test_the_folder_is_the_target_with_another_architecture(written: tuple[Path, list[Edit]]) -> None:
     config, bundled = (json.loads((folder / "config.json").read_text()) for folder in (written[0], workload.TARGET))
     assert config == bundled | {"architectures": [ARCHITECTURE]}
     for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):

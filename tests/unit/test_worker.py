@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever

@@ -130,25 +130,10 @@ class DraftEngine(Protocol):
     One caller, one forward at a time; the pages are the caller's to manage.
     """
 
-    @property
-    def page_size(self) -> int:
-        """Tokens in a page."""
-        ...
-
-    @property
-    def num_pages(self) -> int:
-        """Pages that the caller may use: 0 .. num_pages - 1."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the draft model can take: start + len(tokens) of a row is at most this."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens in the true vocabulary (without padding of the embedding)."""
-        ...
+    page_size: int  # tokens in a page
+    num_pages: int  # the caller may use pages 0 .. num_pages - 1
+    max_length: int  # positions that the draft model can take: start + len(tokens) of a row is at most this
+    vocab_size: int  # tokens in the true vocabulary, without padding of the embedding
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Write the rows' keys and values, and return the best next tokens after each wanted query token.
@@ -169,32 +154,32 @@ class DraftEngine(Protocol):
         ...
 
 
-def count_outputs(batch: Batch, *, page_size: int, num_pages: int, max_length: int, vocab_size: int) -> int:
+def count_outputs(batch: Batch, engine: DraftEngine) -> int:
     """Check the rows of one forward and return N, the sum of their num_outputs.
 
     Raises ValueError that names the first malformed row.
     """
     if not len(batch):
         return 0
-    for is_wrong, what in _faults(batch, page_size, num_pages, max_length, vocab_size):
+    for is_wrong, what in _faults(batch, engine):
         if is_wrong.any():
             raise ValueError(f"row {is_wrong.nonzero()[0][0]} {what}")
     return int(batch.num_outputs.sum())
 
 
-def _faults(batch: Batch, page_size: int, num_pages: int, max_length: int, vocab_size: int) -> Iterator[tuple[Any, str]]:
+def _faults(batch: Batch, engine: DraftEngine) -> Iterator[tuple[Any, str]]:
     """For each thing that can be wrong with rows, bool [rows] and what to say."""
     lengths = np.diff(batch.query_start)
     yield lengths < 1, "has no query tokens"
     ends = batch.starts + lengths
-    yield (batch.starts < 0) | (ends > max_length), f"has positions outside 0..{max_length - 1}"
-    is_foreign = (batch.token_ids < 0) | (batch.token_ids >= vocab_size)
-    yield np.logical_or.reduceat(is_foreign, batch.query_start[:-1]), f"has a token outside 0..{vocab_size - 1}"
+    yield (batch.starts < 0) | (ends > engine.max_length), f"has positions outside 0..{engine.max_length - 1}"
+    is_foreign = (batch.token_ids < 0) | (batch.token_ids >= engine.vocab_size)
+    yield np.logical_or.reduceat(is_foreign, batch.query_start[:-1]), f"has a token outside 0..{engine.vocab_size - 1}"
     yield (batch.num_outputs < 0) | (batch.num_outputs > lengths), "wants fewer outputs than none, or more than it has tokens"
-    num_row_pages, width = -(-ends // page_size), batch.pages.shape[1]
+    num_row_pages, width = -(-ends // engine.page_size), batch.pages.shape[1]
     yield num_row_pages > width, f"has more positions than {width} pages hold"
     pages = batch.pages[:, : num_row_pages.max()]
     is_used = np.arange(pages.shape[1]) < num_row_pages[:, None]
-    yield (((pages < 0) | (pages >= num_pages)) & is_used).any(axis=1), f"uses a page outside 0..{num_pages - 1}"
+    yield (((pages < 0) | (pages >= engine.num_pages)) & is_used).any(axis=1), f"uses a page outside 0..{engine.num_pages - 1}"
     yield batch.temperatures < 0, "has a negative temperature"
     yield batch.sampling["noise_scale"] < 0, "has a negative noise scale"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,14 @@ logger = logging.getLogger("vllm.double")  # in a draft worker vLLM's handlers w
 _MAX_TOKENS = 256  # beyond, a forward's kernels take longer than their launches
 _ALIGNMENT = 64  # bytes; kernels are compiled for aligned addresses
 _REPLAY_TOLERANCE = 0.02  # of a probability: the same kernels, which may split a sum otherwise in 16 bits
+
+_BUFFERS: dict[str, tuple[torch.dtype, float]] = {
+    "input_ids": (torch.int64, 0), "positions": (torch.int64, 0), "slot_mapping": (torch.int64, 0),
+    "seq_lens": (torch.int32, 1), "temperatures": (torch.float32, 1.0), "seeds": (torch.int64, 0),
+    "noise_scales": (torch.float32, 0.0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1.0),
+    "min_p": (torch.float32, 0.0), "block_table": (torch.int32, 0),
+}  # fmt: skip
+"""The inputs that change from step to step, and what they are in rows that fill up a bucket."""
 
 # Runs a step so that it can be run again, and returns what does that: the result lies in the same tensor each time.
 Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
@@ -181,26 +190,21 @@ class _Bucket:
     """Buffers for ``size`` tokens, a recording that reads them, and memory for its answer on the host."""
 
     def __init__(self, size: int, num_children: int, num_row_pages: int, device: torch.device) -> None:
-        dtypes = {
-            "input_ids": torch.int64, "positions": torch.int64, "slot_mapping": torch.int64, "seq_lens": torch.int32,
-            "temperatures": torch.float32, "seeds": torch.int64, "noise_scales": torch.float32, "top_k": torch.int32,
-            "top_p": torch.float32, "min_p": torch.float32, "block_table": torch.int32,
-        }  # fmt: skip
-        shapes: dict[str, tuple[int, ...]] = {**dict.fromkeys(dtypes, (size,)), "block_table": (size, num_row_pages)}
-        begins, num_bytes = {}, 0
-        for name, dtype in dtypes.items():
-            begins[name] = num_bytes
-            num_bytes += -(-dtype.itemsize * int(np.prod(shapes[name])) // _ALIGNMENT) * _ALIGNMENT
+        # All in one piece of memory, so that one copy brings it to the device.
+        spans: dict[str, tuple[slice, torch.dtype, tuple[int, ...]]] = {}
+        begin = 0
+        for name, (dtype, _) in _BUFFERS.items():
+            shape = (size, num_row_pages) if name == "block_table" else (size,)
+            end = begin + dtype.itemsize * math.prod(shape)
+            spans[name] = slice(begin, end), dtype, shape
+            begin = -(-end // _ALIGNMENT) * _ALIGNMENT
         # From pinned memory the device copies by itself; before `fill` writes there again, an answer has been waited for.
         pinned = device.type == "cuda"
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._host = torch.zeros(begin, dtype=torch.uint8, pin_memory=pinned)
+        self._device = torch.zeros(begin, dtype=torch.uint8, device=device)
 
         def views(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {
-                name: buffer[begins[name] :][: dtype.itemsize * int(np.prod(shapes[name]))].view(dtype).view(shapes[name])
-                for name, dtype in dtypes.items()
-            }
+            return {name: buffer[span].view(dtype).view(shape) for name, (span, dtype, shape) in spans.items()}
 
         host = views(self._host)
         query_start_loc = torch.arange(size + 1, dtype=torch.int32)
@@ -218,25 +222,23 @@ class _Bucket:
         row = np.repeat(np.arange(len(batch)), np.diff(batch.query_start))
         place = np.arange(num_tokens)
         positions = place + (batch.starts - batch.query_start[:-1])[row]
-        arrays = self._arrays
-        table = arrays["block_table"]
-        table[:] = 0
+        table = self._arrays["block_table"]
+        for name, (_, padding) in _BUFFERS.items():
+            self._arrays[name][:] = padding
         pages = batch.pages[row, : table.shape[1]]
         table[:num_tokens, : pages.shape[1]] = pages
         sampling = batch.sampling[row]
-        temperatures = sampling["temperature"]
-        for name, padding, values in (
-            ("input_ids", 0, batch.token_ids),
-            ("positions", 0, positions),
-            ("slot_mapping", 0, table[place, positions // page_size].astype(np.int64) * page_size + positions % page_size),
-            ("seq_lens", 1, positions + 1),
-            ("temperatures", 1.0, np.where(temperatures > 0, temperatures, 1.0)),
-            ("seeds", 0, sampling["seed"]),
-            ("noise_scales", 0.0, sampling["noise_scale"]),
-            ("top_k", 0, sampling["top_k"]),
-            ("top_p", 1.0, sampling["top_p"]),
-            ("min_p", 0.0, sampling["min_p"]),
+        for name, values in (
+            ("input_ids", batch.token_ids),
+            ("positions", positions),
+            ("slot_mapping", table[place, positions // page_size].astype(np.int64) * page_size + positions % page_size),
+            ("seq_lens", positions + 1),
+            ("temperatures", np.where(sampling["temperature"] > 0, sampling["temperature"], 1.0)),
+            ("seeds", sampling["seed"]),
+            ("noise_scales", sampling["noise_scale"]),
+            ("top_k", sampling["top_k"]),
+            ("top_p", sampling["top_p"]),
+            ("min_p", sampling["min_p"]),
         ):
-            arrays[name][:num_tokens] = values
-            arrays[name][num_tokens:] = padding
+            self._arrays[name][:num_tokens] = values
         self._device.copy_(self._host, non_blocking=True)

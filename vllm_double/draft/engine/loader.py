@@ -1,7 +1,6 @@
 """Loads a vLLM decoder model without vLLM's engine: model, paged key/value cache, metadata builders.
 
-The process is the draft worker's own: vLLM's process-wide state (distributed groups, forward context) is ours
-here.
+The process is the draft worker's own, and so is vLLM's process-wide state (distributed groups, forward context).
 """
 
 from __future__ import annotations
@@ -33,6 +32,11 @@ from vllm_double.draft.engine.shortcuts import register_cpu_norms, shorten_dispa
 __all__ = ["EngineConfig", "LoadedModel", "load"]
 
 _PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
+_VLLM_ARGS = (
+    "model", "revision", "code_revision", "quantization", "dtype", "max_model_len", "trust_remote_code", "seed", "load_format",
+    "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
+)  # fmt: skip
+"""Fields of EngineConfig that are called as in vLLM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +144,11 @@ def load(config: EngineConfig) -> LoadedModel:
         # A process has to ask for the tile registers, or vLLM's attention in bfloat16 ends it with an illegal instruction.
         torch.cpu._init_amx()
         # get_model() calls them, and torch raises where there is no accelerator; as vLLM's CPU worker does.
-        torch.accelerator.empty_cache = _nothing
-        torch.accelerator.synchronize = _nothing
+        torch.accelerator.empty_cache = torch.accelerator.synchronize = _nothing
+        register_cpu_norms(vllm_config)
     else:
         torch.accelerator.set_device_index(device)
     # What vLLM's worker sets when it starts.
-    if device.type == "cpu":
-        register_cpu_norms(vllm_config)
     vllm_config.kernel_config.ir_op_priority.set_default()
     set_default_torch_wrap(vllm_config.compilation_config.ir_enable_torch_wrap)
     with set_current_vllm_config(vllm_config):
@@ -166,20 +168,9 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _vllm_config(config: EngineConfig) -> VllmConfig:
-    args: dict[str, Any] = {
-        "model": config.model,
-        "revision": config.revision,
-        "code_revision": config.code_revision,
-        "quantization": config.quantization,
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "trust_remote_code": config.trust_remote_code,
-        "seed": config.seed,
-        "load_format": config.load_format,
+    args: dict[str, Any] = {name: getattr(config, name) for name in _VLLM_ARGS} | {
         "enforce_eager": bool(config.eager_because),
         "skip_tokenizer_init": True,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
         "enable_prefix_caching": False,
         "async_scheduling": False,
         # One block table for all layers; layers with a sliding window still attend within it only.
@@ -188,7 +179,6 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
         "num_gpu_blocks_override": config.num_pages,
         # Nothing may be spawned, and a Ray worker that we run in is not to be taken for vLLM's.
         "distributed_executor_backend": "uni",
-        "tensor_parallel_size": config.tensor_parallel_size,
         "disable_custom_all_reduce": config.tensor_parallel_size > 1,  # each rank sees one device, by the same number
     }
     if not config.eager_because:
@@ -222,10 +212,7 @@ def _check_drafts(vllm_config: VllmConfig) -> None:
     for refused, why in (
         (model_config.runner_type != "generate", "does not generate text"),
         (model_config.is_encoder_decoder, "is an encoder-decoder"),
-        (
-            model_config.has_inner_state or model_config.is_attention_free,
-            "keeps a state that cannot be rewound",
-        ),
+        (model_config.has_inner_state or model_config.is_attention_free, "keeps a state that cannot be rewound"),
         (model_config.uses_mrope, "needs multimodal positions"),
     ):
         if refused:
@@ -236,10 +223,8 @@ def _init_distributed(vllm_config: VllmConfig, device: torch.device, config: Eng
     backend, size = current_platform.dist_backend, config.tensor_parallel_size
     if not torch.distributed.is_initialized():
         # vLLM joins the group that is there; this one needs no port.
-        store: Any
-        if size == 1:
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        else:
+        store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        if size > 1:
             store = torch.distributed.FileStore(config.rendezvous, size)  # type: ignore[attr-defined]
             # By which vLLM's CPU ranks find their shared memory: each server's runtime folder has a name of its own.
             os.environ["VLLM_DIST_IDENT"] = "-".join(Path(config.rendezvous).parts[-2:])
@@ -301,18 +286,13 @@ def _not_recordable(vllm_config: VllmConfig, groups: list[Any]) -> str:
 
 def _all_take(backends: set[Any], page_size: int) -> bool:
     """Whether pages of this size need no splitting for any backend."""
-    for backend in backends:
-        sizes = backend.get_supported_kernel_block_sizes()
-        if not any(page_size == s if isinstance(s, int) else page_size % s.base == 0 for s in sizes):
-            return False
-    return True
+    return all(
+        any(page_size == size if isinstance(size, int) else page_size % size.base == 0 for size in sizes)
+        for sizes in (backend.get_supported_kernel_block_sizes() for backend in backends)
+    )
 
 
 def _slot_dim(device: torch.device, caches: dict[str, torch.Tensor], page_size: int) -> int | None:
-    # vLLM's caches are [pages, heads, slots, content]. Its CPU kernels use a page as they like: keys are
-    # transposed or tiled.
-    if device.type == "cpu":
-        return None
-    if all(cache.ndim == 4 and cache.shape[2] == page_size for cache in caches.values()):
-        return 2
-    return None
+    """2 of vLLM's caches [pages, heads, slots, content]. Its CPU kernels lay a page out as they like."""
+    is_usual = device.type != "cpu" and all(cache.ndim == 4 and cache.shape[2] == page_size for cache in caches.values())
+    return 2 if is_usual else None

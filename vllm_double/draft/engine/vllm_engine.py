@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ logger = logging.getLogger("vllm.double")  # in this process vLLM's handlers wri
 class VllmDraftEngine:
     """DraftEngine on a vLLM model; see vllm_double.draft.engine.base for what its methods promise.
 
-    One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own in the
-    process. Where forwards of few tokens are replayed (see cuda_graphs), page 0 is written by what fills them up.
+    One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own there. If forwards of few tokens
+    are replayed (see cuda_graphs), their padding writes to page 0.
     """
 
     def __init__(self, config: EngineConfig, recorder: Recorder | None = None) -> None:
@@ -67,13 +68,7 @@ class VllmDraftEngine:
         """See DraftEngine.forward. Ties go to the lower token id."""
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
-        num_outputs = count_outputs(
-            batch,
-            page_size=self.page_size,
-            num_pages=self.num_pages,
-            max_length=self.max_length,
-            vocab_size=self.vocab_size,
-        )
+        num_outputs = count_outputs(batch, self)
         if not len(batch):
             return _no_outputs(num_children)
         if self._graphs is not None and self._graphs.takes(len(batch.token_ids), num_children):
@@ -143,17 +138,11 @@ class VllmDraftEngine:
         lengths = np.diff(batch.query_start)
         seq_lens = batch.starts + lengths
         block_table = self._tensor(batch.pages)
-        query_start_cpu = torch.from_numpy(batch.query_start)
-        laid_out = insert_guidance(
-            self._tensor(batch.token_ids),
-            self._tensor(batch.query_start),
-            self._tensor(batch.starts),
-            block_table,
-            page_size=self.page_size,
-        )
+        tokens, query_start, starts = map(self._tensor, (batch.token_ids, batch.query_start, batch.starts))
+        laid_out = insert_guidance(tokens, query_start, starts, block_table, page_size=self.page_size)
         common = CommonAttentionMetadata(
             query_start_loc=laid_out.query_start_loc,
-            query_start_loc_cpu=query_start_cpu,
+            query_start_loc_cpu=torch.from_numpy(batch.query_start),
             seq_lens=laid_out.seq_lens,
             num_reqs=len(batch),
             num_actual_tokens=len(batch.token_ids),
@@ -195,18 +184,9 @@ def _no_outputs(num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[n
 
 def _merge(caches: list[torch.Tensor]) -> list[torch.Tensor]:
     """One view [pages, heads, slots, content, layers] of all layers, if they lie evenly spaced in memory."""
-    first = caches[0]
-    if len(caches) < 2 or any(
-        cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        or cache.shape != first.shape
-        or cache.stride() != first.stride()
-        or cache.dtype != first.dtype
-        for cache in caches
-    ):
+    kinds = {(cache.untyped_storage().data_ptr(), cache.shape, cache.stride(), cache.dtype) for cache in caches}
+    steps = {after.storage_offset() - before.storage_offset() for before, after in pairwise(caches)}
+    if len(kinds) != 1 or len(steps) != 1:
         return caches
-    step = caches[1].storage_offset() - first.storage_offset()
-    for index, cache in enumerate(caches):
-        if cache.storage_offset() != first.storage_offset() + index * step:
-            return caches
-    shape = (*first.shape, len(caches))
-    return [first.as_strided(shape, (*first.stride(), step), first.storage_offset())]
+    first = caches[0]
+    return [first.as_strided((*first.shape, len(caches)), (*first.stride(), steps.pop()), first.storage_offset())]
