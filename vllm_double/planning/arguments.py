@@ -1,4 +1,4 @@
-"""The options of ``vllm-double plan``. Imports nothing, because every other command reads them, too."""
+"""The options of ``vllm-double plan``. Imports nothing of ours, because every command reads them."""
 
 import argparse
 import math
@@ -9,24 +9,34 @@ __all__ = ["add_arguments"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a deployment is, in numbers that it measures."""
+    """A deployment, as numbers that can be measured."""
     parser.epilog = (
-        "The defaults are what the bundled pair shows on a CPU. Of a server that runs, --token-cost is "
-        "vllm:double_step_token_seconds / vllm:double_step_seconds on its page of metrics."
+        "The defaults were measured with the bundled pair on a CPU. A running server shows --token-cost on /metrics: "
+        "vllm:double_step_token_seconds / vllm:double_step_seconds."
     )
     ratio, share, time = _number(0.01, 1000), _number(0, 1), _number(0)
     for name, kind, default, meaning in (
-        ("--cost-ratio", _each(ratio), None, "C: target step at batch 1 / draft forward beside it; several with commas"),
-        ("--acceptance", share, None, "how often the draft's first token is the target's at temperature 0"),
-        ("--temperature", _number(0, 10), "0", "of the sampling; --acceptance and --tail say what is true at 0"),
-        ("--batch", _each(_whole(1, 256)), "1", "requests that decode together; several with commas"),
-        ("--retrieval-hit-rate", share, "0", "share of the output that repeats what retrieval has seen"),
-        ("--tail", _number(0.01), "0.5", "where the draft's first token is wrong, (r + 1)^-TAIL of the next r are, too"),
-        ("--token-cost", time, "0.03", "what each further token adds to a target step, as a share of it"),
-        ("--draft-token-cost", time, "0.05", "what each further token adds to a draft forward, as a share of it"),
-        ("--gap", time, "1", "what a step with a proposer takes on top, between two target forwards, in draft forwards"),
-        ("--num-speculative-tokens", _whole(1, 127), "16", "most tokens that double verifies"),
-        ("--tokens", _whole(32, 1_000_000), "400", "tokens that are simulated for each request"),
+        (
+            "--cost-ratio",
+            _each(ratio),
+            None,
+            "C: target step at batch 1 / draft forward, while both run; or several: 4,8",
+        ),
+        ("--acceptance", share, None, "share of draft tokens that the target accepts at temperature 0"),
+        ("--temperature", _number(0, 10), "0", "of the sampling; --acceptance and --tail are measured at temperature 0"),
+        ("--batch", _each(_whole(1, 256)), "1", "requests that decode together; or several: 1,4"),
+        ("--retrieval-hit-rate", share, "0", "share of the output that retrieval finds in earlier text"),
+        (
+            "--tail",
+            _number(0.01),
+            "0.5",
+            "chance (r + 1)^-X that after a wrong first token the draft's next r are wrong, too",
+        ),
+        ("--token-cost", time, "0.03", "each further token adds this share of a target step"),
+        ("--draft-token-cost", time, "0.05", "each further token adds this share of a draft forward"),
+        ("--gap", time, "1", "time between two target forwards that a proposer adds, in draft forwards"),
+        ("--num-speculative-tokens", _whole(1, 127), "16", "draft tokens that double verifies at most"),
+        ("--tokens", _whole(32, 1_000_000), "400", "simulated tokens of each request"),
     ):
         is_required = default is None
         text = meaning if is_required else f"{meaning} (default: {default})"

@@ -1,4 +1,4 @@
-"""``vllm-double plan``: predicted speed-ups of every method as a table, and as a plot where one is asked for."""
+"""``vllm-double plan``: predicted speed-ups of every method as a table and, if wanted, as a plot."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def plan(options: argparse.Namespace) -> int:
         print(f"vllm-double: {error}.", file=sys.stderr)
         return 2
     print(
-        f"acceptance {script.acceptance:g}, retrieval hit rate {script.copied:g}, temperature {script.temperature:g}; on top "
-        f"come, for a verified token, {options.token_cost:g} of a target step, for a drafted one {options.draft_token_cost:g} "
-        f"of a draft forward, and {options.gap:g} draft forwards for a step\n"
-        "Speed-up over plain decoding; (k): how much plain speculative decoding drafts at its best; of ours also:"
+        f"Acceptance {script.acceptance:g}, retrieval hit rate {script.copied:g}, temperature {script.temperature:g}. "
+        f"A verified token adds {options.token_cost:g} of a target step, a drafted token {options.draft_token_cost:g} of a "
+        f"draft forward, a step {options.gap:g} draft forwards.\n"
+        "Speed-up over plain decoding. (k): the best draft length of plain speculative decoding. Last columns: ours."
     )
     print(_line("batch", "C", *METHODS, "(k)", "tokens/forward", "hit rate"))
     predictions = []
@@ -53,9 +53,9 @@ def curves(predictions: Sequence[Prediction]) -> dict[int, dict[str, list[tuple[
     """{batch: {method: [(C, speed-up), ...]}}, C rising: what is drawn."""
     found: dict[int, dict[str, list[tuple[float, float]]]] = {}
     for one in sorted(predictions, key=lambda one: one.deployment.cost_ratio):
-        of_batch = found.setdefault(one.deployment.batch, {method: [] for method in METHODS})
         for method in METHODS:
-            of_batch[method].append((one.deployment.cost_ratio, one.speedups[method]))
+            lines = found.setdefault(one.deployment.batch, {})
+            lines.setdefault(method, []).append((one.deployment.cost_ratio, one.speedups[method]))
     return found
 
 
@@ -65,7 +65,7 @@ def _line(*cells: str) -> str:
 
 
 def _check_plot(path: Path) -> None:
-    """Whether there is something to draw with, and a format of that name: before minutes of simulation. Raises ValueError."""
+    """Raises ValueError if nothing can draw, or not in this format; called before minutes of simulation."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

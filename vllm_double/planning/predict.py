@@ -1,4 +1,4 @@
-"""The speed-up of each method for one deployment: this loop as it is, the published ones as `published` plays them."""
+"""The speed-up of each method for one deployment: this loop simulated, the published methods as `published` plays them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MARGIN = 256  # tokens of a text behind the last one that is asked for
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What is measured of one.
+    """The measured numbers of a deployment.
 
-    cost_ratio: C, the target's step at batch 1 over a draft forward, both as they are beside each other.
+    cost_ratio: C, the target's step at batch 1 over a draft forward, measured while both run.
     token_cost: what each further token adds to a target step, as a share of it. draft_token_cost: the same of the draft.
-    gap: what a step with a proposer takes on top, between two target forwards, in draft forwards.
+    gap: time that a proposer adds between two target forwards, in draft forwards.
     """
 
     cost_ratio: float
@@ -56,27 +56,22 @@ def predict(script: Script, deployment: Deployment, num_tokens: int, num_specula
     """Decode ``num_tokens`` tokens for each request of the batch by every method, over the same texts."""
     times, batch = deployment.times, deployment.batch
     scripted = texts(Tables(script), batch, num_tokens + _MARGIN)
-    # As much as the draft makes beside a target step.
-    # The published methods plan with how often the target accepts.
     is_sampled = script.temperature > 0
+    # The published methods plan with the acceptance of sampled drafts.
     acceptance = float(np.mean([text.accepted[1:] for text in scripted])) if is_sampled else script.acceptance
-    lengths = range(1, 1 + max(1, min(_LONGEST_DRAFT, int(times.step(batch) / times.draft_forward(batch)))))
-    outcomes = [(length, number) for length in range(1, num_speculative_tokens + 1) for number in _NUM_OUTCOMES]
-    draft_length, plain = best(
-        range(1, num_speculative_tokens + 1), lambda length: speculative(scripted, times, num_tokens, length)
-    )
-    piped = best(lengths, lambda length: pearl(scripted, times, num_tokens, length))[1]
+    lengths = range(1, num_speculative_tokens + 1)
+    # As many forwards as the draft makes beside a target step.
+    beside = range(1, 1 + max(1, min(_LONGEST_DRAFT, int(times.step(batch) / times.draft_forward(batch)))))
+    fans = [fan_outs(acceptance, script.tail, length, number) for length in lengths for number in _NUM_OUTCOMES]
+    draft_length, plain = best(lengths, lambda length: speculative(scripted, times, num_tokens, length))
     plays = {
         "speculative": plain,
-        "PEARL": piped,
-        "Saguaro": best(
-            outcomes,
-            lambda shape: saguaro(scripted, times, num_tokens, fan_outs(acceptance, script.tail, *shape)),
-        )[1],
-        "Double": piped,  # without retrieval it is PEARL
+        "PEARL": best(beside, lambda length: pearl(scripted, times, num_tokens, length))[1],
+        "Saguaro": best(fans, lambda fan_out: saguaro(scripted, times, num_tokens, fan_out))[1],
     }
+    plays["Double"] = plays["PEARL"]  # which it is without retrieval
     if script.copied > 0:
-        plays["Double"] = best(lengths, lambda forwards: double(scripted, times, num_tokens, forwards))[1]
+        plays["Double"] = best(beside, lambda forwards: double(scripted, times, num_tokens, forwards))[1]
     ours = simulate(script, times, num_tokens=num_tokens, batch=batch, num_speculative_tokens=num_speculative_tokens)
     speedups = {name: play.speedup(times, batch, num_tokens) for name, play in plays.items()}
     return Prediction(deployment, speedups | {"ours": ours.speedup}, draft_length, ours)

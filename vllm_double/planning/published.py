@@ -1,10 +1,10 @@
 """The published methods over scripted texts, round by round, in the times of `Times`.
 
-Each is idealised in its favour: no latency between the two models, every draft length tried and the best one taken, and whoever
-drafts beside the target does so at full speed. A batch steps together, and a request that is done leaves it.
+Each is idealised in its favour: no latency between the two models, the best of all draft lengths, and drafting at full speed
+beside the target. A batch steps together, and a finished request leaves it.
 
-At a temperature above 0 their drafts are sampled and accepted by the ratio of probabilities, which is the most that can be
-accepted (`Tables.verified`). A rejected token is no outcome any more, whichever it was.
+At a temperature above 0 their drafts are sampled and accepted by the ratio of probabilities, which accepts the most that is
+possible (`Tables.verified`). A rejected token cannot be the outcome of its round.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _Setting = TypeVar("_Setting")
 
 @dataclass(slots=True)
 class Play:
-    """What became of decoding the texts: seconds, rounds (target steps), forwards (those of each request together), and the
-    draft forwards of each request with the retrieved tokens that they confirmed (the mean is AMT)."""
+    """The cost of decoding the texts: seconds and rounds (target steps); summed over requests, forwards, draft forwards, and
+    retrieved tokens that draft forwards confirmed (their mean is AMT)."""
 
     seconds: float = 0.0
     rounds: int = 0
@@ -46,7 +46,7 @@ class _Row:
 
 
 def best(settings: Iterable[_Setting], play: Callable[[_Setting], Play]) -> tuple[_Setting, Play]:
-    """The setting that is fastest, and what became of it."""
+    """The fastest setting, and its play."""
     return min(((setting, play(setting)) for setting in settings), key=lambda tried: tried[1].seconds)
 
 
@@ -61,10 +61,10 @@ def speculative(scripted: Sequence[Text], times: Times, num_tokens: int, draft_l
 
 
 def pearl(scripted: Sequence[Text], times: Times, num_tokens: int, draft_length: int) -> Play:
-    """PEARL (2408.11850): the draft makes ``draft_length`` tokens while the target verifies, as if all of it were accepted.
+    """PEARL (2408.11850): while the target verifies, the draft makes ``draft_length`` tokens as if all were accepted.
 
-    What the target says behind the chain verifies the first of the new tokens (pre-verify); if that is right, the others are
-    the next chain (post-verify). Else, and after a rejection within the chain, the target has nothing to verify for a round.
+    The target's token behind the chain verifies the first new token (pre-verify). If that is right, the others are the next
+    chain (post-verify). If not, or after a rejection within the chain, the target has nothing to verify for a round.
     So a round gives at most ``draft_length`` tokens, and the speed-up is at most C = target step / draft forward.
     """
     play, rows = Play(), [_Row(text) for text in scripted]
@@ -96,8 +96,8 @@ def saguaro(scripted: Sequence[Text], times: Times, num_tokens: int, fan_out: Se
     ``len(fan_out) - 1``: while the target verifies, the draft prepares a draft for each outcome.
 
     An outcome is the number of accepted tokens and the target's token behind them, which after a rejection is not the draft's
-    first. Nothing is kept for a later round. Where one request's outcome was not prepared, all wait for drafts that are made
-    just in time.
+    first. Nothing is kept for a later round. If the outcome of one request was not prepared, all wait for drafts made just in
+    time.
     """
     play, rows = Play(), [_Row(text) for text in scripted]
     draft_length, num_outcomes = len(fan_out) - 1, sum(fan_out)
@@ -150,7 +150,7 @@ def double(scripted: Sequence[Text], times: Times, num_tokens: int, draft_forwar
 
 
 class _Draft:
-    """What a draft makes behind the chain of a request; ``num_right`` of the ``made`` tokens are the target's."""
+    """A draft behind the chain of a request: ``num_right`` of the ``made`` tokens are the target's."""
 
     def __init__(self, text: Text, length: int, chain: int) -> None:
         self.made = self.num_right = 0
@@ -172,12 +172,12 @@ class _Draft:
 
 
 def _at(counts: Sequence[int], place: int) -> int:
-    """Beyond the end of a text nothing is known."""
+    """0 beyond the end of a text."""
     return counts[place] if place < len(counts) else 0
 
 
 def _commit(play: Play, rows: list[_Row], accepted: Sequence[int], num_tokens: int) -> list[_Row]:
-    """Commit what was accepted of each row and the token that the target says behind it; returns the rows that go on."""
+    """Commit each row's accepted tokens and the target's token behind them; returns the unfinished rows."""
     play.rounds += 1
     play.forwards += len(rows)
     for row, count in zip(rows, accepted, strict=True):

@@ -1,11 +1,10 @@
 """A scripted pair of models: tables for next-token distributions, and how long each forward takes.
 
-The draft's distributions are drawn from a family (`Script`), and the target's greedy token is drawn from the draft's
-distribution, so that the draft is as right as it says. Both depend on the last token alone, and so does what retrieval knows:
-every method that is simulated reads the same texts.
+The draft's distributions are drawn from a family (`Script`). The target's greedy token is drawn from the draft's distribution:
+the draft is as often right as it expects. Models and retrieval depend on the last token alone: all methods read the same texts.
 
 At a temperature T > 0 the target's logits are the draft's log-probabilities plus standard Gumbel numbers, so that its greedy
-token is still drawn from the draft's distribution. The softmax of the logits over T is sampled with shared noise, so a text
+token is still drawn from the draft's distribution. The softmax of the logits over T is sampled with shared noise. A text then
 depends on a seed and on the positions, too.
 """
 
@@ -13,7 +12,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +36,14 @@ _Integers = int | npt.NDArray[np.int64]  # one for all tokens, or one for each
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the models say, as a function of the last token and, at a temperature above 0, of the noise at its position.
+    """The models' next tokens: functions of the last token and, at a temperature above 0, of the noise at its position.
 
     acceptance: mean of the draft's confidence in its first token, and how often that is the target's, in (0, 1].
-    tail: where it is not, the chance that it is none of the draft's next r either is ``(r + 1) ** -tail``.
-    spread: sum of the parameters of the beta distribution of the draft's confidence; small: sure here, clueless there.
-    copied, copy_length: share of the text that repeats something seen, in runs of so many tokens (mean); retrieval knows
-        a run as soon as it has begun, and is wrong behind its end.
+    tail: if the first token is wrong, the next r tokens of the draft are wrong, too, with a chance of ``(r + 1) ** -tail``.
+    spread: sum of the parameters of the beta distribution of the draft's confidence. If it is small, the draft is sure of some
+        tokens and clueless about others.
+    copied, copy_length: share of the text that repeats earlier text, and the mean length of such runs. Retrieval knows a run as
+        soon as it has begun, and is wrong behind its end.
     temperature: 0 is greedy. Above 0 a token has only the NUM_LISTED successors of the draft's list; acceptance and tail are
         those at 0.
     """
@@ -56,16 +57,18 @@ class Script:
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.acceptance <= 1.0:
-            raise ValueError(f"acceptance is {self.acceptance:g}, not in (0, 1]")
-        if not 0.0 <= self.copied < 1.0:
-            raise ValueError(f"the copied share is {self.copied:g}, not in [0, 1)")
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"the temperature is {self.temperature:g}, not a number from 0 on")
-        if not (self.tail > 0 and self.spread > 0 and self.copy_length >= 1):
-            raise ValueError("tail and spread must be positive, copy_length at least 1")
-        if self.copied > self.copy_length / (self.copy_length + 1):
-            raise ValueError(f"the copied share is {self.copied:g}: runs of {self.copy_length:g} tokens do not give that much")
+        most = 1 - 1 / (max(self.copy_length, 1.0) + 1)
+        for is_right, message in (
+            (0.0 < self.acceptance <= 1.0, f"acceptance is {self.acceptance:g}, not in (0, 1]"),
+            (0.0 <= self.temperature < math.inf, f"the temperature is {self.temperature:g}, not a number from 0 on"),
+            (self.tail > 0 and self.spread > 0 and self.copy_length >= 1, "tail and spread must be positive, copy_length >= 1"),
+            (
+                0.0 <= self.copied <= most,
+                f"the copied share is {self.copied:g}, not from 0 to {most:.3g}",
+            ),
+        ):
+            if not is_right:
+                raise ValueError(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,8 @@ class Times:
 
 
 class Tables:
-    """Hashes of a token give the draft's confidence behind it, the rank of the target's token in the draft's list, and whether
-    retrieval knows how it goes on.
+    """Hashes of a token give the draft's confidence behind it, the rank of the target's token in the draft's list, and how many
+    of the next tokens retrieval knows.
 
     Seeds and positions matter at a temperature above 0 only. A position is that of the last token, whose logits are sampled.
     """
@@ -138,13 +141,13 @@ class Tables:
 
     def target(self, token: int, seed: int = 0, position: int = 0) -> int:
         """The target's token behind ``token``."""
-        key = (token, seed, position) if self._script.temperature > 0 else (token, 0, 0)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._draw(*key) if self._script.temperature > 0 else self._greedy(token)
-        return known
+        is_sampled = self._script.temperature > 0
+        key = (token, seed, position) if is_sampled else (token, 0, 0)
+        if key not in self._known:
+            self._known[key] = int(self.targets(np.array([token]), seed, position)[0]) if is_sampled else self._greedy(token)
+        return self._known[key]
 
-    def targets(self, tokens: npt.NDArray[np.int32], seeds: _Integers, positions: _Integers) -> npt.NDArray[np.int32]:
+    def targets(self, tokens: npt.NDArray[Any], seeds: _Integers, positions: _Integers) -> npt.NDArray[np.int32]:
         """The target's token behind each of ``tokens``, int32 [n]."""
         if self._script.temperature == 0.0:
             return np.array([self.target(token) for token in tokens.tolist()], np.int32)
@@ -202,9 +205,6 @@ class Tables:
             rank = int(min(self._uniform(token, _RANK) ** (-1.0 / self._script.tail), 1e9))
         return (self._hash(token, _NAME) % VOCAB_SIZE + rank) % VOCAB_SIZE
 
-    def _draw(self, token: int, seed: int, position: int) -> int:
-        return int(self.targets(np.array([token], np.int32), seed, position)[0])
-
     def _drawn(
         self, tokens: npt.NDArray[np.uint64], seeds: _Integers, positions: _Integers
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -254,7 +254,7 @@ def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the target says in one request, and what draft and retrieval know of it.
+    """The target's text of one request, and what draft and retrieval know of it.
 
     tokens: int32 [n]; the first one is the prompt. seed: of the noise. ranks, accepted [n]: see `Tables.verified`; the prompt
     is neither listed nor accepted. copied [n]: how many tokens, from each place on, retrieval knows.
@@ -286,8 +286,6 @@ def texts(tables: Tables, num_texts: int, num_tokens: int) -> list[Text]:
 
 
 def _text(tables: Tables, tokens: npt.NDArray[np.int32], seed: int) -> Text:
-    copied = [0]
-    for token in tokens[:-1].tolist():
-        copied.append(tables.copied_behind(token, copied[-1]))
+    copied = list(accumulate(tokens[:-1].tolist(), lambda left, token: tables.copied_behind(token, left), initial=0))
     ranks, accepted = tables.verified(tokens, seed)
     return Text(tokens, seed, [NUM_LISTED, *ranks.tolist()], [False, *accepted.tolist()], copied)

@@ -1,7 +1,7 @@
-"""A scripted world: the real round, drafting loop and logs, with tables for models and a simulated clock.
+"""A scripted world: the real round, drafting loop and transport, with tables for models and a simulated clock.
 
-A draft forward moves the clock; the target's steps end while it moves, as they would beside it. Nothing here imports vLLM, Ray
-or a real clock.
+A draft forward moves the clock, and the target's steps end while it moves, as they would beside it. No vLLM, no Ray, no real
+clock.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class SimulatedClock:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a simulation gave: ``speedup`` over decoding without drafts, in the same times and batch.
+    """The result of a simulation. ``speedup``: over decoding without drafts, in the same times and batch.
 
-    rounds: steps of the target. forwards: those of each request together. chain_length: tokens verified per forward. waits: of
-    the target for the draft, per round; wait_seconds: of each.
+    rounds: steps of the target. forwards: sum of the requests' forwards. chain_length: draft tokens verified per forward.
+    waits: of the target for the draft, per round; wait_seconds: of each.
     """
 
     speedup: float
@@ -159,22 +159,15 @@ class ScriptedRetriever:
         return _End(end.seed, end.position + len(tokens), last, left)
 
 
-class _FreeVerification(StepCost):
-    """Of a target that verifies for nothing: chains are as long as there is something to verify."""
-
-    def estimate(self) -> tuple[float, float]:
-        return 1.0, 0.0
-
-
 def simulate(
     script: Script, times: Times, *, num_tokens: int, batch: int = 1, num_speculative_tokens: int = 16,
-    nodes_per_iteration: int | None = None, children_per_node: int = 64, min_path_prob: float = 1e-3, control: bool = True,
-    may_wait: bool = True,
+    nodes_per_iteration: int | None = None, children_per_node: int = 64, min_path_prob: float = 1e-3,
+    step_cost: StepCost | None = None, may_wait: bool = True,
 ) -> Outcome:  # fmt: skip
     """Decode ``num_tokens`` tokens for each of ``batch`` requests with the real proposer and the real draft worker.
 
-    nodes_per_iteration: None is what the draft would choose by these times. control: whether chains are cut where another
-    token does not pay; False verifies all that is ready. may_wait: whether the target may wait for the draft.
+    nodes_per_iteration: None is what the draft would choose by these times. step_cost: None is what the proposer learns.
+    may_wait: whether the target may wait for the draft.
     """
     clock = SimulatedClock()
     tables = Tables(script)
@@ -190,8 +183,8 @@ def simulate(
     at_target, at_draft = ([ScriptedRetriever(tables)] if script.copied > 0 else [] for _ in range(2))
     worker = DraftWorker(engine, worker_end, limits, clock, at_draft)
     proposer = Proposer(num_speculative_tokens, target_end, at_target, clock, may_wait=may_wait)
-    if not control:
-        proposer.step_cost = _FreeVerification()
+    if step_cost is not None:
+        proposer.step_cost = step_cost
     target = _Target(texts(tables, batch, max_length), times, clock, proposer, num_tokens, script.temperature)
     while target.ended_at is None:
         if not worker.turn():
