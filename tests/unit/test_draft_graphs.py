@@ -369,8 +369,8 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     ("recorder", "reason"),
     [
         pytest.param(_refuses, "RuntimeError: operation not permitted when stream is capturing).", id="capture-fails"),
-        pytest.param(_forgets, "a replay of 8 rows does not say what the model says", id="replay-does-nothing"),
-        pytest.param(_keeps_inputs, "a replay of 8 rows does not say what the model says", id="values-in-the-graph"),
+        pytest.param(_forgets, "a replay of 8 rows differs from the model", id="replay-does-nothing"),
+        pytest.param(_keeps_inputs, "a replay of 8 rows differs from the model", id="values-in-the-graph"),
     ],
 )
 def test_forwards_stay_eager_if_recording_fails(recorder: Recorder, reason: str, said: Callable[[], list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""What the frontier asks of a draft engine: paged, batched, ragged forwards and copies of tail pages."""
+"""The interface of a draft engine: paged, batched, ragged forwards and copies of tail pages."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ class Row:
         before it.
     tokens: the query tokens (at least one); their keys and values are written from position start on.
     num_outputs: how many of the last query tokens want their next-token distribution, 0 .. len(tokens).
-    temperature: divides the logits of this row's outputs; 0 (greedy) means 1, because the probabilities are
-        wanted all the same.
+    temperature: divides the logits of this row's outputs; 0 (greedy) means 1, because probabilities are wanted in any case.
     seed, noise_scale: next tokens are ranked by ``log(probability) + noise_scale * noise(seed, position of the query token,
         next token)``; 0 ranks them by probability. See `double_kernels.gumbel_noise`.
-    top_k (0: off), top_p (1: off), min_p (0: off): what the target draws from; other tokens come last, with probability 0.
+    top_k (0: off), top_p (1: off), min_p (0: off): the target's filters; tokens outside come last, with probability 0.
     """
 
     pages: Sequence[int]
@@ -101,7 +100,7 @@ class Batch:
 
     @property
     def output_indices(self) -> npt.NDArray[np.int64]:
-        """Where among the tokens those are whose next-token distribution is wanted, int64 [outputs]: each row's last ones."""
+        """int64 [outputs]: places of the tokens whose next-token distribution is wanted, each row's last ones."""
         ends, counts = self.query_start[1:], self.num_outputs
         before = np.cumsum(counts) - counts
         return np.repeat(ends - counts - before, counts) + np.arange(counts.sum())
@@ -168,7 +167,7 @@ def count_outputs(batch: Batch, engine: DraftEngine) -> int:
 
 
 def _faults(batch: Batch, engine: DraftEngine) -> Iterator[tuple[Any, str]]:
-    """For each thing that can be wrong with rows, bool [rows] and what to say."""
+    """For each possible fault, bool [rows] and a message."""
     lengths = np.diff(batch.query_start)
     yield lengths < 1, "has no query tokens"
     ends = batch.starts + lengths

@@ -1,10 +1,10 @@
 """Draft steps as CUDA graphs: shapes in buckets, inputs in buffers that stay where they are, one copy there and one back.
 
-A recorded step reads one query token per row. A row of several tokens is given to it as so many rows of one token on the same
-pages: an attention layer writes all keys and values of a forward before it reads any, so a token sees those in front of it.
-That way any forward of few tokens is of one kind, which every attention backend that can be recorded at all can replay.
+A recorded step reads one query token per row. A row of several tokens becomes as many rows of one token on the same pages: an
+attention layer writes all keys and values of a forward before it reads any, so a token sees those in front of it. All forwards
+of few tokens are thus of one kind, which every attention backend with CUDA graphs can replay.
 
-What records is handed in. The tests that need no GPU run the same operators again; CudaRecorder has not been run on a GPU yet.
+The recorder is an argument: tests without a GPU run the same operators again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BUFFERS: dict[str, tuple[torch.dtype, float]] = {
     "noise_scales": (torch.float32, 0.0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1.0),
     "min_p": (torch.float32, 0.0), "block_table": (torch.int32, 0),
 }  # fmt: skip
-"""The inputs that change from step to step, and what they are in rows that fill up a bucket."""
+"""Inputs that change from step to step: dtype, and value in the padding of a bucket."""
 
 # Runs a step so that it can be run again, and returns what does that: the result lies in the same tensor each time.
 Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
@@ -106,7 +106,7 @@ class CudaRecorder:
 class StepGraphs:
     """Recorded forwards of few tokens.
 
-    What fills up a bucket is token 0 at position 0 of page 0, which belongs to nobody: it is written there and reads itself.
+    The padding of a bucket is token 0 at position 0 of page 0, which belongs to nobody: it is written there and reads itself.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class StepGraphs:
         step: Callable[[StepInputs, bool], tuple[torch.Tensor, torch.Tensor]], recorder: Recorder, *,
         sizes: Sequence[int], num_children: int, page_size: int, max_length: int, device: torch.device,
     ) -> None:  # fmt: skip
-        """Records at once. Raises what recording raises, and RuntimeError where a replay does not do what the step does.
+        """Records at once. Raises what recording raises, and RuntimeError if a replay differs from the step.
 
-        prepare: is called before each run, recording (then with True) and replay of a step, when the inputs are in place, for
-            what the host has to work out from them.
+        prepare: is called when the inputs are in place, before each run, recording (then with True) and replay of a step; it
+            does the host's part.
         step: the forward on these buffers, tokens int64 and probabilities float32 [size, num_children]. It may not wait for
-            the device. It is recorded twice: without noise, and with (then with True).
+            the device. It is recorded twice, without noise and with noise (then with True).
         max_length: positions that the model takes.
         """
         self.num_children = num_children
@@ -140,7 +140,7 @@ class StepGraphs:
             self._stage(bucket, Batch.of([]), True)
             bucket.replays[sampled] = recorder(functools.partial(self._packed_step, inputs, sampled))
             # A recording that kept values instead of addresses would draft nonsense without a word.
-            row = Row([0], probe_position, [1], 1, 2.0, seed=7, noise_scale=float(sampled))  # not what fills up
+            row = Row([0], probe_position, [1], 1, 2.0, seed=7, noise_scale=float(sampled))  # unlike padding
             probe = Batch.of([row] * inputs.size)
             self._stage(bucket, probe, False)
             expected = self._packed_step(inputs, sampled).cpu()
@@ -149,7 +149,7 @@ class StepGraphs:
             same_tokens = (found[0] == expected[0]).float().mean()
             differences = (found[1].view(torch.float32) - expected[1].view(torch.float32)).abs()
             if same_tokens < 0.5 or differences.nan_to_num(0.0).max() > _REPLAY_TOLERANCE:
-                raise RuntimeError(f"a replay of {inputs.size} rows does not say what the model says")
+                raise RuntimeError(f"a replay of {inputs.size} rows differs from the model")
 
     def _stage(self, bucket: _Bucket, batch: Batch, recording: bool) -> None:
         """Everything before a run of the step."""
@@ -175,7 +175,7 @@ class StepGraphs:
 
 
 def record_steps(*args: Any, **settings: Any) -> StepGraphs | None:
-    """StepGraphs of the same arguments; None where recording fails: it has been logged, and forwards stay eager."""
+    """StepGraphs of the same arguments; None if recording fails, which is logged: forwards stay eager."""
     try:
         graphs = StepGraphs(*args, **settings)
     except Exception as error:  # whatever a model or a backend does that cannot be recorded

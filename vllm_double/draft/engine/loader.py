@@ -54,11 +54,11 @@ class EngineConfig:
         forks cheap.
     num_pages: pages of the key/value cache; None is what kv_cache_bytes has room for.
     max_num_seqs, max_num_batched_tokens: rows and tokens of one forward at most; backends size their buffers by them.
-    vocab_size: of the target; token ids from there on are never answered. None is the draft's own.
+    vocab_size: of the target; higher token ids are never drafted. None is the draft's own.
     tensor_parallel_size: devices that share the model; this engine drives one of them, number ``rank``.
-    num_children: children that a forward is asked for at most; where it is asked for more it is not replayed.
-    enforce_eager: no CUDA graphs. There are none on a CPU or of several ranks in any case; the model is never compiled.
-    rendezvous: file through which the ranks find each other, which does not exist before; of no use to a single one.
+    num_children: children per token that recorded forwards find; forwards for more are not replayed.
+    enforce_eager: no CUDA graphs. On a CPU or with several ranks there are none in any case; the model is never compiled.
+    rendezvous: new file through which several ranks find each other.
     """
 
     model: str
@@ -113,7 +113,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a forward needs.
+    """The parts of a forward.
 
     caches: layer name to its part of the cache, pages in dimension 0; a layer that shares is not listed.
     builders: attention metadata builder and the layers that take what it builds.
@@ -144,7 +144,7 @@ def load(config: EngineConfig) -> LoadedModel:
         # A process has to ask for the tile registers, or vLLM's attention in bfloat16 ends it with an illegal instruction.
         torch.cpu._init_amx()
         # get_model() calls them, and torch raises where there is no accelerator; as vLLM's CPU worker does.
-        torch.accelerator.empty_cache = torch.accelerator.synchronize = _nothing
+        torch.accelerator.empty_cache = torch.accelerator.synchronize = lambda *_, **__: None
         register_cpu_norms(vllm_config)
     else:
         torch.accelerator.set_device_index(device)
@@ -161,10 +161,6 @@ def load(config: EngineConfig) -> LoadedModel:
     enable_envs_cache()
     torch.set_num_threads(config.num_threads)
     return loaded
-
-
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
 
 
 def _vllm_config(config: EngineConfig) -> VllmConfig:
@@ -260,6 +256,8 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
     caches = init_kv_cache(context, kv_cache_config, device, kernel_block_sizes, vllm_config)
     if kernel_block_sizes != [page_size] or groups[0].kv_cache_spec.block_size != page_size:
         raise ValueError(f"the attention kernels split pages of {page_size} tokens into {kernel_block_sizes}")
+    # vLLM's caches are [pages, heads, slots, content], but its CPU kernels lay a page out as they like.
+    has_slots = device.type != "cpu" and all(cache.ndim == 4 and cache.shape[2] == page_size for cache in caches.values())
     return LoadedModel(
         vllm_config=vllm_config,
         model=model,
@@ -268,7 +266,7 @@ def _allocate(vllm_config: VllmConfig, model: Any, device: torch.device, config:
         num_pages=kv_cache_config.num_blocks,
         caches={name: caches[name] for name in specs},
         builders=tuple((group.get_metadata_builder(0), tuple(group.layer_names)) for group in attention_groups[0]),
-        slot_dim=_slot_dim(device, caches, page_size),
+        slot_dim=2 if has_slots else None,
         eager_because=config.eager_because or _not_recordable(vllm_config, attention_groups[0]),
     )
 
@@ -290,9 +288,3 @@ def _all_take(backends: set[Any], page_size: int) -> bool:
         any(page_size == size if isinstance(size, int) else page_size % size.base == 0 for size in sizes)
         for sizes in (backend.get_supported_kernel_block_sizes() for backend in backends)
     )
-
-
-def _slot_dim(device: torch.device, caches: dict[str, torch.Tensor], page_size: int) -> int | None:
-    """2 of vLLM's caches [pages, heads, slots, content]. Its CPU kernels lay a page out as they like."""
-    is_usual = device.type != "cpu" and all(cache.ndim == 4 and cache.shape[2] == page_size for cache in caches.values())
-    return 2 if is_usual else None

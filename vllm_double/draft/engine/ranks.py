@@ -1,7 +1,7 @@
 """A draft model on several devices: one rank leads, the others repeat its forwards on their part of the weights.
 
-The leader has the frontier, the pages and the logs; what it asks of its engine goes to the followers first, over sockets in the
-runtime folder. A follower whose leader is gone returns.
+The leader has the frontier, the pages and the transport. It sends each call of its engine to the followers first, over sockets
+in the runtime folder. A follower returns when its leader is gone.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _LOOK_EVERY_S = 1.0
 
 
 class Meeting:
-    """Where the ranks of one draft worker find each other. The leader makes it before its engine, which waits for all ranks;
-    the others connect behind theirs.
+    """Where the ranks of one draft worker find each other. The leader makes it before its engine, which waits for all
+    ranks; the others connect when their engines are loaded.
     """
 
     def __init__(self, path: str, rank: int, num_ranks: int) -> None:
         """path: of a socket, in a folder that is this user's alone."""
         self.rank = rank
         self.num_ranks = num_ranks
-        self.file = f"{path}.store"  # for whoever else brings the ranks together
+        self.file = f"{path}.store"  # by which torch brings the ranks together
         self._path = path
         self._listener = Listener(path, "AF_UNIX", backlog=num_ranks) if rank == 0 and num_ranks > 1 else None
 
@@ -55,21 +55,21 @@ class LeadingEngine:
 
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. OSError: a follower is gone."""
-        self._tell("forward", batch, num_children)
+        self._send("forward", batch, num_children)
         return self._engine.forward(batch, num_children)
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
         """See DraftEngine.copy_slots. OSError: a follower is gone."""
-        self._tell("copy_slots", triples)
+        self._send("copy_slots", triples)
         self._engine.copy_slots(triples)
 
-    def _tell(self, *call: Any) -> None:
+    def _send(self, *call: Any) -> None:
         for follower in self._followers:
             follower.send(call)
 
 
 class Follower:
-    """Repeats what the leader does; what comes of it is the leader's alone."""
+    """Repeats the leader's calls; only the leader uses the results."""
 
     def __init__(self, engine: DraftEngine, leader: Connection[Any, Any]) -> None:
         self._engine = engine

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, Row, count_outputs
 from vllm_double.draft.engine.cuda_graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
-from vllm_double.draft.engine.loader import EngineConfig, LoadedModel, load
+from vllm_double.draft.engine.loader import EngineConfig, load
 
 __all__ = ["EngineConfig", "VllmDraftEngine"]
 
@@ -33,7 +33,7 @@ class VllmDraftEngine:
     """
 
     def __init__(self, config: EngineConfig, recorder: Recorder | None = None) -> None:
-        """``recorder``: of draft steps, on any device; None is CUDA's, where draft steps can be recorded."""
+        """``recorder``: of draft steps, on any device; None is CUDA's, if draft steps can be recorded."""
         loaded = load(config)
         model_config = loaded.vllm_config.model_config
         self.page_size = loaded.page_size
@@ -54,14 +54,11 @@ class VllmDraftEngine:
             logger.log(level, "The draft runs eagerly: %s.", loaded.eager_because)
         else:
             self.forward(Batch.of([Row([0], 0, [0], 1, 0.0)]), 1)  # longer forwards stay eager, and the first one takes seconds
-            self._graphs = self._record(loaded, bucket_sizes(config.max_rows), recorder or CudaRecorder())
-
-    @torch.inference_mode()
-    def _record(self, loaded: LoadedModel, sizes: Sequence[int], recorder: Recorder) -> StepGraphs | None:
-        return record_steps(
-            self._prepare_step, self._step, recorder, sizes=sizes, num_children=self._num_children, page_size=self.page_size,
-            max_length=self.max_length, device=loaded.device,
-        )  # fmt: skip
+            with torch.inference_mode():
+                self._graphs = record_steps(
+                    self._prepare_step, self._step, recorder or CudaRecorder(), sizes=bucket_sizes(config.max_rows),
+                    num_children=self._num_children, page_size=self.page_size, max_length=self.max_length, device=loaded.device,
+                )  # fmt: skip
 
     @torch.inference_mode()
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -83,7 +80,7 @@ class VllmDraftEngine:
             logits = self._model.compute_logits(hidden)
         if logits is None:
             return _no_outputs(num_children)  # of several ranks the first has them
-        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, self._temperatures(batch), *self._noise(batch))
+        tokens, probs = top_branches(logits[:, : self.vocab_size], num_children, *self._ranking(batch))
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 
     def _build(self, common: CommonAttentionMetadata, recording: bool = False) -> dict[str, Any]:
@@ -104,7 +101,7 @@ class VllmDraftEngine:
         return context
 
     def _prepare_step(self, inputs: StepInputs, recording: bool) -> None:
-        """See StepGraphs: what attention reads beside the inputs lies in buffers of the builders, which refresh it."""
+        """See StepGraphs. Other inputs of attention lie in buffers of the builders, which refresh them."""
         common = CommonAttentionMetadata(
             query_start_loc=inputs.query_start_loc,
             query_start_loc_cpu=inputs.query_start_loc_cpu,
@@ -121,7 +118,7 @@ class VllmDraftEngine:
         self._prepared = common, self._build(common, recording)
 
     def _step(self, inputs: StepInputs, sampled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """See StepGraphs: the forward that is recorded. Its Python does not run in a replay."""
+        """See StepGraphs. A replay runs none of this Python."""
         with self._context(*self._prepared):
             hidden = self._model(input_ids=inputs.input_ids, positions=inputs.positions)
             logits = self._model.compute_logits(hidden)
@@ -155,23 +152,19 @@ class VllmDraftEngine:
         )
         return common, laid_out.input_ids
 
-    def _temperatures(self, batch: Batch) -> torch.Tensor | None:
-        """float32 [outputs], or None if all are 1."""
-        if ((batch.temperatures == 0.0) | (batch.temperatures == 1.0)).all():
-            return None
-        values = np.where(batch.temperatures == 0.0, np.float32(1.0), batch.temperatures)
-        return self._tensor(np.repeat(values, batch.num_outputs))
-
-    def _noise(self, batch: Batch) -> tuple[Noise | None, Support | None]:
-        """Of the outputs; None if no row is sampled."""
-        if not batch.is_sampled:
-            return None, None
-        sampling = batch.output_sampling
-        columns = {name: self._tensor(sampling[name].copy()) for name in SAMPLING_DTYPE.names or ()}
-        noise = Noise(columns["seed"], self._tensor(batch.output_positions), columns["noise_scale"])
-        if not batch.is_filtered:
-            return noise, None
-        return noise, Support(columns["top_k"], columns["top_p"], columns["min_p"])
+    def _ranking(self, batch: Batch) -> tuple[torch.Tensor | None, Noise | None, Support | None]:
+        """How `top_branches` ranks the outputs. Temperatures: float32 [outputs], or None if all are 1."""
+        temperatures = noise = support = None
+        if not ((batch.temperatures == 0.0) | (batch.temperatures == 1.0)).all():
+            values = np.where(batch.temperatures == 0.0, np.float32(1.0), batch.temperatures)
+            temperatures = self._tensor(np.repeat(values, batch.num_outputs))
+        if batch.is_sampled:
+            sampling = batch.output_sampling
+            columns = {name: self._tensor(sampling[name].copy()) for name in SAMPLING_DTYPE.names or ()}
+            noise = Noise(columns["seed"], self._tensor(batch.output_positions), columns["noise_scale"])
+            if batch.is_filtered:
+                support = Support(columns["top_k"], columns["top_p"], columns["min_p"])
+        return temperatures, noise, support
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         # The array may change afterwards: from memory that is not pinned CUDA takes what it copies before it returns.
