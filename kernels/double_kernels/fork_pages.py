@@ -27,17 +27,17 @@ def fork_pages(
     caches: views of the key/value cache, any dtype, device and strides, pages in dimension 0. One per layer,
         two (keys, values) per layer, or one with the layers as an inner dimension, as the layout allows.
     triples: destinations are distinct and are no source of the same call, so the order does not matter.
-    page_size: slots in a page; 0 <= used <= page_size. Nothing is copied where used is 0.
+    page_size: slots in a page; 0 <= used <= page_size. Nothing is copied if used is 0.
     slot_dim: the dimension whose length is page_size and which counts the slots of a page. None if the
         layout inside a page is the attention kernel's own business (vLLM's CPU kernels keep keys transposed,
-        or in tiles): then whole pages are copied, and what lies behind the used slots of a destination is
+        or in tiles): then whole pages are copied, and slots behind the used ones of a destination are
         undefined.
 
     Raises ValueError for a page or a count out of range, destinations that clash, or caches of different
     sizes.
 
-    On a GPU the kernel of triton_fork_pages does it: it runs behind what is under way on the current stream,
-    and nothing waits for it. On a CPU the reference does.
+    On a GPU the kernel of triton_fork_pages does it, in the order of the current stream, and nothing waits for it. On a CPU the
+    reference does.
     """
     if not triples:
         return

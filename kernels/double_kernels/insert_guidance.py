@@ -1,4 +1,4 @@
-"""Guidance tokens as one flat batch behind what the paged cache already holds of them."""
+"""Guidance tokens as one flat batch, less those that the paged cache already holds."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def insert_guidance(
     path: torch.Tensor | None = None,
     path_start_loc: torch.Tensor | None = None,
 ) -> GuidanceBatch:
-    """Lay out what the draft has to read of each request's guidance, without a tree.
+    """Lay out the guidance tokens that the draft has to read for each request, without a tree.
 
-    Guidance is what the target has verified (or a chunk of a prompt, or a path to be scored). Of a request it begins
+    Guidance is text that the target has verified (or a chunk of a prompt, or a path to be scored). Of a request it begins
     at position num_computed_tokens; from there on the request's pages may hold the keys and values of a path that was
     drafted before. As far as the guidance repeats the path it is kept, and behind that it is laid out to be computed.
     The last guidance token is computed in any case, because what follows it is wanted.
 
-    guidance: int32 or int64 [tokens], the requests' tokens one after the other; what lies behind
-        guidance_start_loc[-1] is ignored.
+    guidance: int32 or int64 [tokens], the requests' tokens one after the other; tokens behind guidance_start_loc[-1] are
+        ignored.
     guidance_start_loc: int32 [requests + 1], ascending from 0: where each request's tokens begin and end. A request
         without guidance gets no tokens.
     num_computed_tokens: int32 [requests].

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["Noise", "gumbel_noise", "hash_prefix", "hash_word", "quick_gumbel_noise"]
 
 _MASK = 0xFFFFFFFF
-_LARGEST_COMPLEMENT = 2.0**-24  # what 1 - u is raised to: u is rounded to float32, and may be 1
+_LARGEST_COMPLEMENT = 2.0**-24  # 1 - u is at least this: u is rounded to float32, and may be 1
 _SERIES_ENDS = 0.25
 
 
 class Noise(NamedTuple):
-    """What the rows of a batch are perturbed with, on one device.
+    """The noise of the rows of a batch, on one device.
 
     seeds: int64 [rows], the requests' seeds.
     positions: int64 [rows], of the input token that a row's logits come from: one before the token that is sampled.
-    scales: float32 [rows], each 0 or more: what the noise is multiplied by. 0 is a row without noise.
+    scales: float32 [rows], factors of the noise, each 0 or more. 0 is a row without noise.
     """
 
     seeds: torch.Tensor

@@ -29,12 +29,12 @@ __all__ = ["compiled_noise", "compiled_ranking", "ranked_tokens", "score_errors"
 
 _BLOCK = 256
 _LOG2_E = math.log2(math.e)
-# Relative errors of float32 in a score, and of the noise, whose logarithms are of float32: both several times what they are.
+# Relative errors of float32 in a score, and of the noise, whose logarithms are of float32: both several times too large.
 _SCORE_ERROR = 1e-6
 _NOISE_ERROR = 1e-4
 _LARGEST_NOISE = 23.0
 _LARGEST_COMPLEMENT = 2.0**-24
-_LEAST_SCALE = np.float32(1e-30)  # of a smaller one more tokens pass
+_LEAST_SCALE = np.float32(1e-30)  # smaller scales let more tokens pass
 _SCORES_OF_A_THREAD = 1 << 17  # fewer are not worth a thread
 
 
@@ -109,7 +109,7 @@ def _word(token: Any) -> Any:
 
 @numba.njit
 def _hash(prefix: Any, word: Any) -> Any:
-    """The hash of what `prefix` stands for and a token."""
+    """The hash of a seed and a position, whose `hash_prefix` this is, and a token."""
     state = np.uint32(prefix ^ word)
     state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
     state = np.uint32(np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64)) ^ np.uint32(16))
@@ -126,7 +126,7 @@ def _exponential(state: Any) -> Any:
 
 
 def _compiled(function: Any, signature: str) -> Any:
-    """From numba's cache where that works."""
+    """From numba's cache if that works."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(signature, cache=True, **options)(function)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["top_branches", "top_branches_reference"]
 
 _BLOCK = 128
-_FEW_SCORES = 1 << 13  # so few that the calls that skip what is not wanted cost more than to look at all
+_FEW_SCORES = 1 << 13  # so few that it is cheaper to look at all of them
 _MOST_SCORES = 1 << 22  # 16 MiB: from 32 MiB on an allocator takes fresh pages for every result, which costs more than softmax
 _ALL_BELOW = 0x0101010101010101  # eight booleans that are true
 
@@ -36,18 +36,18 @@ def top_branches(
         probability zero.
     num_children: 1 .. vocab.
     temperatures: None (all 1) or float32 [rows] on the same device, each positive.
-    noise: None, or what rows are perturbed with. A row is ranked by logit / temperature + scale * gumbel_noise; where
-        the scale is 0, by the logit.
+    noise: None, or the rows' noise. A row is ranked by logit / temperature + scale * gumbel_noise; if the scale is 0, by
+        the logit.
     support: None, or the target's filters. They are worked out from the NUM_INSPECTED (64) most probable tokens, as a
         floor of the row's logits: a bound that lies behind these is ignored. A token below the floor is ranked as if
         its logit were -inf, and its probability is returned as 0; those of others are not renormalised.
 
     Returns tokens int64 [rows, num_children] and probabilities float32 [rows, num_children], in the order of the
-    ranking, without noise by falling logit; of equal ranks the lower token id comes first, also where the cut falls
+    ranking, without noise by falling logit; of equal ranks the lower token id comes first, also if the cut falls
     between them. Arithmetic is in float32. Probabilities are softmax(logits / temperature), whatever the noise.
 
     Raises ValueError for a wrong shape, dtype or count. A row with NaN, with +inf or without a finite logit
-    gives NaN probabilities; the tokens of a row with NaN are distinct, and nothing else is said of them.
+    gives NaN probabilities; the tokens of a row with NaN are distinct, in any order.
 
     On a GPU the kernels of triton_top_branches do it, without a host synchronisation, up to their bounds of
     vocabulary and children. Beyond them, and on a CPU, the reference does; for noise or support beyond them it copies
@@ -149,7 +149,7 @@ def _ranked(
     is_noisy = noise.scales.numpy() > 0 if noise is not None else np.zeros(len(scores), np.bool_)
     if noise is None or not is_noisy.any():
         return _plainly_ranked(scores, count, floors)
-    from double_kernels.ranking import ranked_tokens  # here: what is not sampled needs no numba
+    from double_kernels.ranking import ranked_tokens  # here: greedy rows need no numba
 
     tokens = np.empty((len(scores), count), np.int64)
     some = slice(None) if is_noisy.all() else is_noisy
@@ -181,7 +181,7 @@ def _best_tokens(scores: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
     """int64 [rows, count]: the ids of every row's best scores, which are contiguous and on a CPU."""
     num_rows, vocab_size = scores.shape
     if scores.numel() < _FEW_SCORES:
-        # One more than is wanted tells whether the cut falls between equal scores: topk takes any of them.
+        # One more than is wanted shows whether the cut falls between equal scores: topk takes any of them.
         best = torch.topk(scores, min(count + 1, vocab_size))
         values = best.values.numpy()
         if not (values[:, 1:] == values[:, :-1]).any():

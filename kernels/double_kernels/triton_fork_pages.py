@@ -1,8 +1,8 @@
 """fork_pages on a GPU: one launch for all caches of one layout, K and V and layers alike.
 
-A page is copied as integers of the widest size that its layout allows (16 bytes at a time where everything is aligned to
-them). Dimensions that lie behind one another in memory are one: what remains is columns (the innermost dimension) and
-rows (used slots times up to three others). Rows are counted by the used slots, so nothing is launched for the others.
+A page is copied as integers of the widest size that its layout allows (16 bytes at a time if all is aligned to them).
+Adjacent dimensions are merged. Left are columns (the innermost dimension) and rows (used slots times up to three others).
+Rows are counted by the used slots, so nothing is launched for the others.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -27,7 +27,7 @@ _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Caches of one kind, in elements. Slots are rows, or columns where they are innermost; whole pages are one slot."""
+    """Caches of one kind, in elements. Slots are rows, or columns if they are innermost; whole pages are one slot."""
 
     page_stride: int
     page_size: int
@@ -36,7 +36,7 @@ class _Layout:
     num_columns: int
     column_stride: int
     outer: tuple[tuple[int, int], ...]  # (size, stride), _NUM_OUTER of them
-    parts: tuple[int, ...]  # offsets of what is copied like a cache of its own, where more dimensions are left
+    parts: tuple[int, ...]  # offsets of parts that are copied like caches of their own, if more dimensions are left
 
     def word_size(self, itemsize: int, addresses: Sequence[int]) -> tuple[int, int]:
         """Bytes of the integers to copy, and bytes to which the beginning of every row is aligned."""
@@ -77,7 +77,7 @@ def fork_pages_triton(caches: Sequence[torch.Tensor], triples: Sequence[tuple[in
     """See fork_pages, which checks the arguments; elements of 1, 2, 4 or 8 bytes. One launch for all caches of one shape,
     strides and element size.
 
-    Nothing waits for the device: pages and addresses go to it behind what is under way. Raises ValueError for other elements.
+    Nothing waits for the device: pages and addresses go to it in the order of the stream. Raises ValueError for other elements.
     """
     triples = [(source, destination, 1 if slot_dim is None else used) for source, destination, used in triples if used > 0]
     if not triples:
@@ -96,7 +96,7 @@ def _launch(layout: _Layout, itemsize: int, caches: Sequence[torch.Tensor], trip
     addresses = [cache.data_ptr() for cache in caches]
     word, alignment = layout.word_size(itemsize, addresses)
     addresses = [address + itemsize * part for address in addresses for part in layout.parts]
-    # Strides in words; where a word is wider than an element they divide.
+    # Strides in words: if a word is wider than an element, it divides them.
     page_stride, slot_stride, *outer_strides = (
         stride * itemsize // word for stride in (layout.page_stride, layout.slot_stride, *(s for _, s in layout.outer))
     )

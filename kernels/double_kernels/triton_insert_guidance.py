@@ -1,7 +1,7 @@
 """insert_guidance on a GPU: one program per request, and no host synchronisation.
 
-Without paths one launch lays everything out. With paths a launch before it counts what is kept, because where a request's
-tokens begin depends on what all requests before it keep: programs that recomputed it would read 1,024 x 128 tokens each.
+Without paths one launch lays everything out. With paths a launch before it counts the kept tokens: the place of a request's
+tokens depends on those that all requests before it keep, and each program would have to read 1,024 x 128 tokens for that.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

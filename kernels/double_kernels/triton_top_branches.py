@@ -25,7 +25,7 @@ from double_kernels.triton_noise import gumbel_noise_of
 __all__ = ["MAX_CHILDREN", "MAX_VOCAB_SIZE", "is_supported", "top_branches_triton"]
 
 MAX_CHILDREN = NUM_INSPECTED
-MAX_VOCAB_SIZE = 262_144  # 4,096 blocks: what the second launch holds in registers
+MAX_VOCAB_SIZE = 262_144  # 4,096 blocks fit into the registers of the second launch
 
 _BLOCK = 64
 _TILE_BLOCKS = 64
@@ -109,7 +109,7 @@ def _rank_keys(
 ):  # fmt: skip
     """int32 of the order in which the row's tokens are ranked; of logits unless there is noise or support.
 
-    Pointers to what the rows don't have are None, here and in the kernels, which are compiled apart for that.
+    A pointer is None if rows have no such number. The kernels are compiled apart for that.
     """
     ranks = logits
     if scales_ptr is not None:

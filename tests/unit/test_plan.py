@@ -185,13 +185,13 @@ def test_a_draft_that_is_always_right_prepares_for_acceptance_alone() -> None:
 def test_the_loop_on_one_path_takes_the_rounds_of_pearl(script: Script, draft_length: int) -> None:
     """One node an iteration, one child a node. A step gives time for PEARL's draft and for the forward that a miss finds under
     way; then the draft waits for the commit, as PEARL's does, because it may go no deeper."""
-    expected = rounds_of_pearl(Tables(script), 7919, 250, draft_length)
+    expected = rounds_of_pearl(Tables(script), 7919, 150, draft_length)
     found = loop(
-        script, draft_length + 1.5, 250, num_speculative_tokens=draft_length - 1, nodes_per_iteration=1, children_per_node=1,
+        script, draft_length + 1.5, 150, num_speculative_tokens=draft_length - 1, nodes_per_iteration=1, children_per_node=1,
         min_path_prob=EVERYTHING, step_cost=FreeVerification(),
     )  # fmt: skip
     assert found.rounds == expected
-    assert pearl(texts(Tables(script), 1, 506), Times(1.0, 1.0), 250, draft_length).rounds == expected
+    assert pearl(texts(Tables(script), 1, 406), Times(1.0, 1.0), 150, draft_length).rounds == expected
 
 
 def test_each_request_of_a_batch_takes_the_rounds_of_pearl() -> None:
@@ -214,9 +214,9 @@ def test_the_loop_with_a_uniform_fan_out_takes_the_rounds_of_saguaro(draft_lengt
     ones is among the draft's ``fan_out`` best; what is kept of earlier rounds changes nothing then. What cannot be equal is the
     round after a miss: Saguaro makes a chain just in time, and this target never waits. Hence the twin's empty backup."""
     script = Script(0.675, tail=0.6, spread=NO_SPREAD, seed=seed)
-    expected = rounds_of_saguaro(Tables(script), 7919, 200, draft_length, fan_out)
+    expected = rounds_of_saguaro(Tables(script), 7919, 100, draft_length, fan_out)
     found = loop(
-        script, 20.0, 200, num_speculative_tokens=draft_length, nodes_per_iteration=4096, children_per_node=fan_out,
+        script, 20.0, 100, num_speculative_tokens=draft_length, nodes_per_iteration=4096, children_per_node=fan_out,
         min_path_prob=EVERYTHING, step_cost=FreeVerification(),
     )  # fmt: skip
     assert (found.rounds, round(found.rounds * (1 - found.hit_rate))) == expected
@@ -242,9 +242,9 @@ def test_the_table_shows_the_predictions(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_higher_costs_lower_every_speed_up() -> None:
     script = Script(0.65)
-    base = predict(script, Deployment(8.0, 1, 0.0, 0.0, 0.0), 200)
+    base = predict(script, Deployment(8.0, 1, 0.0, 0.0, 0.0), 120)
     for other in (Deployment(8.0, 1, 0.1, 0.0, 0.0), Deployment(8.0, 1, 0.0, 0.5, 0.0), Deployment(8.0, 1, 0.0, 0.0, 3.0)):
-        found = predict(script, other, 200)
+        found = predict(script, other, 120)
         assert all(found.speedups[method] <= base.speedups[method] for method in METHODS)
         assert found.speedups["ours"] < 0.97 * base.speedups["ours"]
 

@@ -217,9 +217,9 @@ def rounds_on_one_path(tables: Tables, prompt: int, num_tokens: int, draft_lengt
 @pytest.mark.parametrize("draft_length", [2, 4])
 @pytest.mark.parametrize("script", [Script(0.65, temperature=1.0), Script(0.8, temperature=0.7, seed=3)], ids=name_of)
 def test_the_loop_on_one_path_takes_the_rounds_of_pearl_with_shared_noise(script: Script, draft_length: int) -> None:
-    expected = [rounds_on_one_path(Tables(script), prompt, 200, draft_length) for prompt in (7919, 15838)]
+    expected = [rounds_on_one_path(Tables(script), prompt, 120, draft_length) for prompt in (7919, 15838)]
     found = simulate(
-        script, Times(1e-3 * (2 * draft_length + 1.5), 1e-3), num_tokens=200, batch=2, num_speculative_tokens=draft_length - 1,
+        script, Times(1e-3 * (2 * draft_length + 1.5), 1e-3), num_tokens=120, batch=2, num_speculative_tokens=draft_length - 1,
         nodes_per_iteration=1, children_per_node=1, min_path_prob=1e-120, step_cost=FreeVerification(), may_wait=False,
     )  # fmt: skip
     assert (found.forwards, found.rounds) == (sum(expected), max(expected))

@@ -7,7 +7,7 @@ from vllm_double.planning.script import NUM_LISTED, Script, Tables, Times, texts
 from vllm_double.planning.world import Outcome, ScriptedRetriever, SimulatedClock, simulate
 
 
-def run(script: Script, cost_ratio: float, *, num_tokens: int = 600, **settings: float) -> Outcome:
+def run(script: Script, cost_ratio: float, *, num_tokens: int = 300, **settings: float) -> Outcome:
     return simulate(script, Times(target=1e-3 * cost_ratio, draft=1e-3), num_tokens=num_tokens, **settings)  # type: ignore[arg-type]
 
 
@@ -65,22 +65,22 @@ def test_one_path_with_retrieval_exceeds_pearls_cap() -> None:
 
 def test_a_gap_between_steps_costs_its_time() -> None:
     def seconds_of_a_step(gap: float) -> float:
-        found = simulate(Script(0.5), Times(8e-3, 1e-3, gap=gap), num_tokens=300, may_wait=False)
-        return 8e-3 * 299 / found.speedup / found.rounds
+        found = simulate(Script(0.5), Times(8e-3, 1e-3, gap=gap), num_tokens=150, may_wait=False)
+        return 8e-3 * 149 / found.speedup / found.rounds
 
     assert seconds_of_a_step(0.0) == pytest.approx(8e-3)
     assert seconds_of_a_step(2e-3) == pytest.approx(10e-3, rel=0.01)
 
 
 def test_chains_are_shorter_if_verified_tokens_cost() -> None:
-    free = simulate(Script(0.65), Times(8e-3, 1e-3), num_tokens=400)
-    dear = simulate(Script(0.65), Times(8e-3, 1e-3, token=1.6e-3), num_tokens=400)
+    free = simulate(Script(0.65), Times(8e-3, 1e-3), num_tokens=200)
+    dear = simulate(Script(0.65), Times(8e-3, 1e-3, token=1.6e-3), num_tokens=200)
     assert dear.chain_length < 0.8 * free.chain_length
     assert dear.speedup < 0.9 * free.speedup
 
 
 def test_a_batch_shares_the_draft() -> None:
-    alone, together = run(Script(0.65), 8.0, num_tokens=300), run(Script(0.65), 8.0, num_tokens=300, batch=8)
+    alone, together = run(Script(0.65), 8.0, num_tokens=150), run(Script(0.65), 8.0, num_tokens=150, batch=8)
     assert together.tokens_per_forward < alone.tokens_per_forward
     assert together.hit_rate > 0.3
 

@@ -50,7 +50,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def curves(predictions: Sequence[Prediction]) -> dict[int, dict[str, list[tuple[float, float]]]]:
-    """{batch: {method: [(C, speed-up), ...]}}, C rising: what is drawn."""
+    """{batch: {method: [(C, speed-up), ...]}}, C rising: the lines of the plot."""
     found: dict[int, dict[str, list[tuple[float, float]]]] = {}
     for one in sorted(predictions, key=lambda one: one.deployment.cost_ratio):
         for method in METHODS:

@@ -26,7 +26,7 @@ class Deployment:
     """The measured numbers of a deployment.
 
     cost_ratio: C, the target's step at batch 1 over a draft forward, measured while both run.
-    token_cost: what each further token adds to a target step, as a share of it. draft_token_cost: the same of the draft.
+    token_cost: share of a target step that each further token adds. draft_token_cost: the same of the draft.
     gap: time that a proposer adds between two target forwards, in draft forwards.
     """
 

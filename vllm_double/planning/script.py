@@ -28,7 +28,7 @@ VOCAB_SIZE = 1 << 30
 
 _QUANTILES = 1024
 _MASK = (1 << 64) - 1
-_SURE, _AGREES, _RANK, _NAME, _BEGINS, _LENGTH, _ELSEWHERE, _LOGIT, _SEED, _COIN = range(10)  # what a hash is drawn for
+_SURE, _AGREES, _RANK, _NAME, _BEGINS, _LENGTH, _ELSEWHERE, _LOGIT, _SEED, _COIN = range(10)  # the purposes of hashes
 
 _Number = TypeVar("_Number", int, npt.NDArray[np.uint64])
 _Integers = int | npt.NDArray[np.int64]  # one for all tokens, or one for each
@@ -110,7 +110,7 @@ class Tables:
         ranks = np.arange(1, NUM_LISTED, dtype=np.float64)
         rest = ranks**-script.tail - (ranks + 1) ** -script.tail
         probs = np.concatenate([sure[:, None], (1 - sure)[:, None] * rest[None, :]], axis=1)
-        # The first place is the surest one: where the tail's first token would be more probable, they change places.
+        # The first place is the surest one: if the tail's first token would be more probable, they change places.
         self._order = np.argsort(-probs, axis=1, kind="stable").astype(np.int32)
         probs = np.take_along_axis(probs, self._order.astype(np.int64), 1)
         if script.temperature > 0:
@@ -173,7 +173,7 @@ class Tables:
     def log_probs(
         self, tokens: npt.NDArray[np.uint64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The draft's list behind each of ``tokens``, the likeliest first, and what draft and target give each of it at a
+        """The draft's list behind each of ``tokens``, the likeliest first, and the log-probabilities of draft and target at a
         temperature above 0: int32 and float64 [n, NUM_LISTED]."""
         quantiles = self._quantiles(tokens)
         entries = self._hash(tokens, _LOGIT)[:, None] + np.arange(NUM_LISTED, dtype=np.uint64)
@@ -186,7 +186,7 @@ class Tables:
         return self._hash(prompt, _SEED) >> 1
 
     def copied_behind(self, token: int, left: int) -> int:
-        """How many tokens retrieval knows behind ``token``, where it knew ``left`` of them (0: not this one) before it."""
+        """How many tokens retrieval knows behind ``token``, if it knew ``left`` of them (0: not this one) before it."""
         if left > 0:
             return left - 1
         if self._run_begins == 0.0 or self._uniform(token, _BEGINS) >= self._run_begins:

@@ -26,7 +26,7 @@ __all__ = ["Outcome", "ScriptedEngine", "ScriptedRetriever", "SimulatedClock", "
 
 _PAGE_SIZE = 64
 _LOOKS = 20  # of a waiting target, in the time of a draft forward
-_MATCH_LENGTH = 8  # of what retrieval finds
+_MATCH_LENGTH = 8  # of each lookup hit
 
 
 class SimulatedClock:
@@ -45,7 +45,7 @@ class SimulatedClock:
         self._due, self._event = max(seconds, self.now), event
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and what is due happen."""
+        """Let time pass, and a due event happen."""
         end = self.now + seconds
         while self._event is not None and self._due <= end:
             event, self._event = self._event, None
@@ -109,7 +109,7 @@ class _End:
 
 
 class ScriptedRetriever:
-    """Retriever that knows what the script calls copied; each side has one."""
+    """Retriever that knows the copied runs of the script; each side has one."""
 
     name = "scripted"
 
@@ -232,8 +232,8 @@ class _Target:
         rows = []
         for name, chain in self._chains.items():
             start = self._lengths[name]
-            said = self._texts[name][start : start + len(chain) + 1].tolist()
-            num_accepted = next((place for place, token in enumerate(chain) if token != said[place]), len(chain))
+            drawn = self._texts[name][start : start + len(chain) + 1].tolist()
+            num_accepted = next((place for place, token in enumerate(chain) if token != drawn[place]), len(chain))
             self._lengths[name] = start + num_accepted + 1
             rows.append(Row(name, self._texts[name][: start + num_accepted + 1], num_accepted + 1, chain))
         self._proposer.step_cost.observe(self._num_query, self._seconds)

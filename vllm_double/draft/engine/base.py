@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one forward, flat; see `Row` for what they mean.
+    """The rows of one forward, flat; see `Row` for their meaning.
 
     token_ids: int64 [tokens], row after row. query_start: int32 [rows + 1], where each row's tokens begin. starts, num_outputs:
     int32 [rows]. sampling: SAMPLING_DTYPE [rows]. pages: int32 [rows, width], block tables; entries behind a row's last page

@@ -39,7 +39,7 @@ _BUFFERS: dict[str, tuple[torch.dtype, float]] = {
 }  # fmt: skip
 """Inputs that change from step to step: dtype, and value in the padding of a bucket."""
 
-# Runs a step so that it can be run again, and returns what does that: the result lies in the same tensor each time.
+# Runs a step and returns a function that repeats it, with its result in the same tensor each time.
 Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
@@ -49,7 +49,7 @@ class StepInputs:
 
     On the device: input_ids, positions, slot_mapping, seeds int64 [size]; seq_lens int32 [size], from 1 on; temperatures
     float32 [size], positive; noise_scales, top_p, min_p float32 [size]; top_k int32 [size]; block_table int32 [size, pages],
-    its entries 0 where nothing is; query_start_loc int32 [size + 1]. On the host: seq_lens_cpu, query_start_loc_cpu.
+    its entries 0 behind a row's pages; query_start_loc int32 [size + 1]. On the host: seq_lens_cpu, query_start_loc_cpu.
     """
 
     size: int
@@ -126,7 +126,7 @@ class StepGraphs:
         self._prepare, self._step = prepare, step
         self._page_size = page_size
         buckets = []
-        for size in sorted(sizes, reverse=True):  # the smaller ones find their memory in what the largest has taken
+        for size in sorted(sizes, reverse=True):  # the largest takes the memory, which the others share
             bucket = _Bucket(size, num_children, -(-max_length // page_size), device)
             self._record(bucket, recorder, probe_position=min(page_size, max_length) - 1)
             buckets.append(bucket)
@@ -136,7 +136,7 @@ class StepGraphs:
         inputs = bucket.inputs
         self._stage(bucket, Batch.of([]), True)
         for sampled in (False, True):
-            self._packed_step(inputs, sampled)  # kernels are compiled, libraries allocate; what was prepared may have changed
+            self._packed_step(inputs, sampled)  # kernels are compiled, libraries allocate; prepared buffers may change
             self._stage(bucket, Batch.of([]), True)
             bucket.replays[sampled] = recorder(functools.partial(self._packed_step, inputs, sampled))
             # A recording that kept values instead of addresses would draft nonsense without a word.

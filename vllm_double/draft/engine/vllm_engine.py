@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm.double")  # in this process vLLM's handlers wri
 
 
 class VllmDraftEngine:
-    """DraftEngine on a vLLM model; see vllm_double.draft.engine.base for what its methods promise.
+    """DraftEngine on a vLLM model; see vllm_double.draft.engine.base for its methods.
 
     One to a process, and not in a process that runs a vLLM engine: vLLM keeps state of its own there. If forwards of few tokens
     are replayed (see cuda_graphs), their padding writes to page 0.
