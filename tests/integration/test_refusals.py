@@ -14,7 +14,7 @@ import pytest
 
 from vllm_double.cli import main
 from vllm_double.config import ConfigError
-from vllm_double.integration.launch import _host_settings
+from vllm_double.integration.launch import draft_settings
 
 pytestmark = pytest.mark.integration
 
@@ -169,8 +169,9 @@ def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
 def test_the_draft_is_eager_without_being_asked_or_despite_the_target(of_target: bool, of_draft: Any, expected: bool) -> None:
     config: Any = create({"enforce_eager": of_draft}, enforce_eager=of_target)
     assert config.speculative_config.draft["enforce_eager"] is expected
-    worker = _host_settings(config, []).worker["engine"]
-    assert worker["enforce_eager"] is expected and worker["num_children"] == config.speculative_config.double.children_per_node
+    engine = draft_settings(config, []).engine
+    assert engine is not None and engine.enforce_eager is expected
+    assert engine.num_children == config.speculative_config.double.children_per_node
 
 
 def test_other_methods_get_vllms_own_configuration() -> None:
