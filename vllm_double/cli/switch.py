@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=int, help="any process of the server; needed if you run several servers")
     parser.add_argument("--port", type=int, help="port on which the server listens; likewise")
     parser.add_argument("--reason", default="", help="written to the server's log")
-    parser.add_argument(
-        "--calibration", action="store_true", help="also show how often draft tokens of each source are right"
-    )
+    parser.add_argument("--calibration", action="store_true", help="also show how often draft tokens of each source are right")
 
 
 def run(options: argparse.Namespace) -> int:

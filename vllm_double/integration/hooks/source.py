@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,24 +47,19 @@ def read_function(target: str, root: Root | None = None) -> FunctionSource | Non
 
 
 def names_in(target: str, root: Root | None = None) -> set[str]:
-    """All names that occur in "package.module" or "package.module:Class", and a package's own modules."""
-    _, scope = _find(target, root)
-    found: set[str] = set()
-    for node in ast.walk(scope) if scope is not None else ():
-        if isinstance(node, (ast.ClassDef, *_FUNCTIONS)):
-            found.add(node.name)
-        elif isinstance(node, ast.alias):
-            found.add((node.asname or node.name).rpartition(".")[2])
-        elif isinstance(node, ast.Name):
-            found.add(node.id)
-        elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)  # packages that import on demand name what they hold
-    path = _path_of(target.partition(":")[0], root)
-    if path is not None and path.name == "__init__.py":
-        found |= {child.name.removesuffix(".py") for child in path.parent.iterdir()}
-    return found
+    """All names that occur in "package.module" or "package.module:Class", comments left out, and a package's own modules."""
+    module_name, _, class_name = target.partition(":")
+    path = _path_of(module_name, root)
+    if path is None:
+        return set()
+    text = path.read_text(encoding="utf-8")
+    if class_name:
+        found = re.search(rf"^class {class_name}\b.*?(?=^[^\s)]|\Z)", text, re.MULTILINE | re.DOTALL)
+        text = found[0].partition("class")[2] if found is not None else ""
+    names = set(re.findall(r"\w+", re.sub(r"#.*", "", text)))
+    if path.name == "__init__.py":
+        names |= {child.name.removesuffix(".py") for child in path.parent.iterdir()}
+    return names
 
 
 def _find(target: str, root: Root | None) -> tuple[list[str], ast.AST | None]:
