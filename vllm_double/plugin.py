@@ -3,7 +3,6 @@
 vLLM calls it in every process before a configuration is built; an exception here would end every `vllm serve` on the machine.
 """
 
-import functools
 import logging
 import sys
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 __all__ = ["register"]
 
 _logger = logging.getLogger("vllm.double")
-_MARK = "_vllm_double_wrapped"
 
 
 def register() -> None:
@@ -30,29 +28,23 @@ def register() -> None:
 
 
 def _wrap(engine_args: Any) -> None:
-    original = engine_args.create_speculative_config
-    if getattr(original, _MARK, False):
-        return
+    from vllm_double.wrap import wrap_once
 
-    @functools.wraps(original)
-    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap_once(engine_args, "create_speculative_config")
+    def create_speculative_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         raw = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
-        method = raw.get("method", getattr(self, "spec_method", None))
-        if method != "double":
+        if raw.get("method", getattr(self, "spec_method", None)) != "double":
             return original(self, *args, **kwargs)
         return _create(self, raw, *args, **kwargs)
-
-    setattr(create_speculative_config, _MARK, True)
-    engine_args.create_speculative_config = create_speculative_config
 
 
 def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = None, target_parallel_config: Any = None) -> Any:
     from vllm_double.config import ConfigError
-    from vllm_double.integration.hooks import UnsupportedVllm, require
+    from vllm_double.integration.hooks import ENTRIES, UnsupportedVllm, require
 
     try:
-        require()
-        from vllm_double.integration.speculative_config import build
+        require(ENTRIES)
+        from vllm_double.integration.speculative_config import SCHEDULER_PATH, build
         from vllm_double.operations.metrics import expose
 
         for flag, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
@@ -68,6 +60,9 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
             raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
         if getattr(engine_args, "watermark_config", None) is not None:
             raise ConfigError('Method "double" does not support watermarking: leave out --watermark-config.')
+        if getattr(engine_args, "scheduler_cls", None) not in (None, SCHEDULER_PATH):
+            raise ConfigError('Method "double" has a scheduler of its own: leave out --scheduler-cls.')
+        engine_args.scheduler_cls = SCHEDULER_PATH
         # Not every vLLM turns it off by itself for a speculator of its V2 runner that it does not know.
         engine_args.async_scheduling = False
         if engine_args._api_process_count == 1 or engine_args._api_process_rank < 0:  # once, of however many front ends

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker, shared_memory
-from typing import Any
 
+from vllm_double.hosting.settings import DraftSettings
 from vllm_double.transport.shared import SharedWorkerEnd
 
 
@@ -21,21 +21,21 @@ class BeatingWorker:
             self._end.wait(0.001)
 
 
-def build(settings: dict[str, Any]) -> BeatingWorker:
-    return BeatingWorker(SharedWorkerEnd.attach(settings["address"]))
+def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
+    return BeatingWorker(SharedWorkerEnd.attach(address))
 
 
-def build_with_openmp(settings: dict[str, Any]) -> BeatingWorker:
+def build_with_openmp(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
     """As a real worker does, leaves an entry of Intel's OpenMP in /dev/shm where torch brings that
     library.
     """
     import torch
 
     torch.ones(512, 512) @ torch.ones(512, 512)
-    return build(settings)
+    return build(settings, address, rank, rendezvous)
 
 
-def refuse(settings: dict[str, Any]) -> BeatingWorker:
+def refuse(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
     raise ValueError("the draft model is not there")
 
 
@@ -51,5 +51,5 @@ class WaitingFollower:
             time.sleep(0.05)
 
 
-def build_rank(settings: dict[str, Any]) -> BeatingWorker | WaitingFollower:
-    return build(settings) if settings["rank"] == 0 else WaitingFollower()
+def build_rank(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker | WaitingFollower:
+    return build(settings, address, rank, rendezvous) if rank == 0 else WaitingFollower()

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from vllm_double.hosting.host import HostSettings
+from vllm_double.hosting.settings import DraftSettings
 from vllm_double.hosting.supervisor import DraftSupervisor
 from vllm_double.transport.shared import SharedTargetEnd
 
@@ -21,7 +21,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     end = SharedTargetEnd.create(1 << 16, 1 << 16)
-    supervisor = DraftSupervisor(HostSettings.from_json(sys.argv[1]), end.address)
+    supervisor = DraftSupervisor(DraftSettings.from_json(sys.argv[1]), end.address)
     seen: dict[str, object] = {}
     session, first_beat = 0, 0
     while True:
@@ -30,7 +30,6 @@ def main() -> None:
         now: dict[str, object] = {
             "state": supervisor.state,
             "starts": supervisor.starts,
-            "last_exit": supervisor.last_exit,
             "actor_pid": supervisor.actor_pid,
             "session": session,
             "beats": bool(session) and end.heartbeat > first_beat + 3,

@@ -10,7 +10,7 @@ from tests.chaos.targets import Target
 
 @pytest.fixture
 def start_target() -> Iterator[Callable[..., Target]]:
-    """Starts targets with these HostSettings; ends them, and fails if one of their processes stays."""
+    """Starts targets with these DraftSettings; ends them, and fails if one of their processes stays."""
     targets: list[Target] = []
 
     def start(**settings: Any) -> Target:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.chaos import MARKER, Run, possessions, still_there, wait_for
-from vllm_double.hosting.host import HostSettings
+from vllm_double.hosting.settings import DraftSettings
 
 HERE = Path(__file__).parent
 
@@ -28,7 +28,7 @@ class Target:
             "draft_cores": (max(os.sched_getaffinity(0)),),
             "visible_devices": "",
         }
-        wanted = HostSettings(**{**defaults, **settings})
+        wanted = DraftSettings(**{**defaults, **settings})
         self.run = Run(secrets.token_hex(8))
         self.seen: dict[str, Any] = {}
         self.owned: set[str] = set()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.chaos import Process, wait_for
+from tests.chaos.chaos import Process, all_processes, wait_for
 from tests.chaos.targets import Target, beating
 
 START_S = 180.0  # a start takes 4 s of CPU time, but CI machines can be very busy
@@ -30,6 +30,7 @@ def test_a_killed_process_of_ours_comes_back_and_its_kin_are_gone(start_target: 
         ("gcs", True),
         ("driver", True),
         ("guard", True),
+        ("host", True),
     ):
         old = {process.role: process for process in target.run.processes() if process.role != "agent"}
         target.run.kill(role)
@@ -99,10 +100,27 @@ def test_nothing_is_left_after_the_target_is_killed_while_ray_starts(start_targe
     wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")
 
 
-def test_nothing_is_left_after_target_and_guard_are_killed_together(start_target: StartTarget) -> None:
+@pytest.mark.parametrize("role", ["guard", "host"])
+def test_nothing_is_left_after_the_target_and_one_who_cleans_up_are_killed_together(
+    start_target: StartTarget, role: str
+) -> None:
     target = start_target()
     target.wait_for(beating, START_S)
-    kill_together([target.process.pid, *(process.pid for process in target.run.by_role("guard"))])
+    kill_together([target.process.pid, *(process.pid for process in target.run.by_role(role))])
+    target.process.wait(END_S)
+    target.run.wait_until_gone(END_S)
+    wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")
+
+
+def test_nothing_is_left_after_all_descendants_of_the_target_are_killed_together(start_target: StartTarget) -> None:
+    """As vLLM's API server does when it is told to stop."""
+    target = start_target()
+    target.wait_for(beating, START_S)
+    family = {target.process.pid}
+    while more := {process.pid for process in all_processes() if process.parent in family} - family:
+        family |= more
+    assert {process.pid for process in target.run.by_role("guard")} - family, "nobody is left to clean up"
+    kill_together(sorted(family))
     target.process.wait(END_S)
     target.run.wait_until_gone(END_S)
     wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")

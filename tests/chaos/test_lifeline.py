@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from vllm_double.hosting import lifeline, processes
-from vllm_double.hosting.process_watch import wait_for_end
+from vllm_double.hosting import process_care
+from vllm_double.hosting.process_care import wait_for_end
 
 LAUNCHER = """
     import os, subprocess, sys, time
     engine = '''
     import multiprocessing, os, signal, sys, time
-    from vllm_double.hosting import lifeline
+    from vllm_double.hosting import process_care
     if {stubborn}:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    lifeline._GRACE_S = 0.2
+    process_care._GRACE_S = 0.2
     if {without_descriptors}:
         def refuse(pid):
             raise PermissionError
         os.pidfd_open = refuse
     def worker():
-        lifeline.hold({launcher})
+        process_care.end_with({launcher})
         print("engine", os.getppid(), "worker", os.getpid(), flush=True)
         time.sleep(60)
     multiprocessing.get_context("fork").Process(target=worker, daemon=True).start()
@@ -44,30 +44,30 @@ def test_engine_processes_lie_between_worker_and_launcher() -> None:
     def parent_of(pid: int) -> int:
         return parents.get(pid, 0)
 
-    assert lifeline.engine_processes(20, 40, parent_of) == [40, 30, 20]
-    assert lifeline.engine_processes(30, 40, parent_of) == [40, 30]
-    assert lifeline.engine_processes(40, 40, parent_of) == [], "the engine runs in the launcher itself"
-    assert lifeline.engine_processes(77, 40, parent_of) == [], "the launcher is on another machine"
-    assert lifeline.engine_processes(10, 99, parent_of) == []
+    assert process_care.engine_processes(20, 40, parent_of) == [40, 30, 20]
+    assert process_care.engine_processes(30, 40, parent_of) == [40, 30]
+    assert process_care.engine_processes(40, 40, parent_of) == [], "the engine runs in the launcher itself"
+    assert process_care.engine_processes(77, 40, parent_of) == [], "the launcher is on another machine"
+    assert process_care.engine_processes(10, 99, parent_of) == []
 
 
 def test_parent_and_end_of_processes() -> None:
-    assert processes.parent(os.getpid()) == os.getppid()
-    assert processes.parent(2**22 + 1) == 0
-    assert processes.is_gone(2**22 + 1)
+    assert process_care.parent(os.getpid()) == os.getppid()
+    assert process_care.parent(2**22 + 1) == 0
+    assert process_care.is_gone(2**22 + 1)
     assert not wait_for_end(os.getpid(), 0.01)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert child.pid in processes.children(os.getpid()) and os.getpid() not in processes.children(child.pid)
+    assert child.pid in process_care.children(os.getpid()) and os.getpid() not in process_care.children(child.pid)
     assert child.stdin is not None
     child.stdin.close()
     assert wait_for_end(child.pid, 20), "ended, though nobody has waited for it"
-    assert processes.is_gone(child.pid) and child.pid not in processes.children(os.getpid())
+    assert process_care.is_gone(child.pid) and child.pid not in process_care.children(os.getpid())
     child.wait()
     assert wait_for_end(child.pid)
 
 
 def test_nothing_is_watched_in_the_launcher_itself() -> None:
-    assert lifeline.hold(os.getpid()) == []
+    assert process_care.end_with(os.getpid()) == []
 
 
 @pytest.mark.parametrize("stubborn", [False, True])

@@ -35,7 +35,7 @@ def test_parameters_of_drafted_rows_are_not_the_requests(
     assert torch.equal(output, expected)
     assert output.dtype == values.dtype
     assert torch.equal(values, before)
-    with without("cpu-expand-in-place"):
+    with without("vllm.utils.cpu_triton_utils:_expand_kernel_impl"):
         output = untouched.clone()
         cpu_kernels._expand_kernel_impl(output, values, ends, replace_from, replace_to, MAX_NUM_TOKENS=128)
         assert torch.equal(output, untouched), "vLLM mended this: the entry can go"
@@ -71,7 +71,7 @@ def test_padding_is_accepted(cpu_kernels: Any) -> None:
     drafts, lengths = [2, -1, 2, -1, -1], [3, 0, 2]
     expected = [[2, 101, -1, -1], [201, -1, -1, -1], [103, -1, -1, -1]]
     assert sample_rows(cpu_kernels, drafts, lengths, probs) == expected
-    with without("cpu-reject-padding"):
+    with without("vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl"):
         assert sample_rows(cpu_kernels, drafts, lengths, probs) != expected, "vLLM mended this: the entry can go"
 
 
@@ -86,7 +86,7 @@ def test_rejecting_padding_changes_other_rows_or_arguments(cpu_kernels: Any) -> 
     drafts, lengths = [0, 0, 1, 0, 0, -1], [2, 2, 2]
     rows = sample_rows(cpu_kernels, drafts, lengths, probs, greedy=[False, False, True])
     assert rows == [[0, 0, 200], [102, -1, -1], [-1, -1, -1]]
-    with without("cpu-reject-padding"):
+    with without("vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl"):
         unpadded = [*drafts[:4], 0, 0]
         rows = sample_rows(cpu_kernels, unpadded, lengths, probs)
     assert sample_rows(cpu_kernels, unpadded, lengths, probs) == rows
@@ -130,6 +130,6 @@ def test_token_in_place_of_padding_is_not_drawn_from_the_target(cpu_kernels: Any
     assert recover(cpu_kernels, drafts, probs, None) == [1, 0, 1]
     assert recover(cpu_kernels, drafts, probs, draft_probs) == [1, 0, 1]
     assert torch.equal(draft_probs, torch.tensor([[0.9, 0.1]]).repeat(3, 1))
-    with without("cpu-recover-padding"):
+    with without("vllm.utils.cpu_triton_utils:_sample_recovered_tokens_kernel_impl"):
         assert recover(cpu_kernels, drafts, probs, None) == [1, 0, 1]
         assert recover(cpu_kernels, drafts, probs, draft_probs) == [1, 1, 1], "vLLM mended this: the entry can go"

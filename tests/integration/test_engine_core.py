@@ -1,6 +1,5 @@
 """The engine core and its worker: how one waits for the other, and how often one asks the other."""
 
-import inspect
 import os
 import pickle
 import time
@@ -25,7 +24,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_double.hosting.cores import CoreSplit
-from vllm_double.integration import engine_core, front_end, launch, rank, speculative_config, v1
+from vllm_double.integration import engine_core, front_end, launch, rank, v1
+from vllm_double.integration.engine_core import DoubleScheduler
 from vllm_double.integration.speculative_config import DoubleSpeculativeConfig
 from vllm_double.target.proposer import RequestParams
 
@@ -35,7 +35,7 @@ SPLIT = CoreSplit(target=((0,), (1,)), draft=(2,), shared=False, bind="0|1")
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpinCondition, "wait", SpinCondition.wait)  # put back afterwards
-    engine_core.wait_asleep()
+    engine_core.sleep_while_waiting()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_an_idle_reader_waits_as_before(patched: None, ends: tuple[SpinCondition
 
 def test_patching_twice_is_patching_once(patched: None) -> None:
     once = SpinCondition.wait
-    engine_core.wait_asleep()
+    engine_core.sleep_while_waiting()
     assert SpinCondition.wait is once
 
 
@@ -91,19 +91,30 @@ def _output(tokens: list[int], drafts: DraftTokenIds | None) -> Any:
     return pickle.loads(pickle.dumps(output))
 
 
+def _scheduler(monkeypatch: pytest.MonkeyPatch, cores: CoreSplit | None = None, launcher: int = 0) -> Any:
+    """Our scheduler on top of one that does next to nothing."""
+
+    def init(self: Any, vllm_config: Any, log_stats: bool) -> None:
+        self.__dict__.update(num_spec_tokens=4, max_num_running_reqs=2, dynamic_sd_lookup=None, requests={})
+
+    monkeypatch.setattr(Scheduler, "__init__", init)
+    monkeypatch.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: output.sampled_token_ids)
+    config = SimpleNamespace(speculative_config=SimpleNamespace(launcher=launcher, cores=cores))
+    return DoubleScheduler(config, log_stats=True)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An engine core that receives drafts; every question to its worker is noted."""
     questions: list[str] = []
-    monkeypatch.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: output.sampled_token_ids)
     monkeypatch.setattr(MultiprocExecutor, "take_draft_token_ids", lambda self: questions.append("drafts") or "from the worker")
-    engine_core.receive_drafts(())
-    engine_core.receive_drafts(())
+    engine_core.take_received_drafts()
+    engine_core.take_received_drafts()
     return questions
 
 
-def test_drafts_come_with_the_output(asked: list[str]) -> None:
-    scheduler, executor = object.__new__(Scheduler), object.__new__(MultiprocExecutor)
+def test_drafts_come_with_the_output(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, executor = _scheduler(monkeypatch), object.__new__(MultiprocExecutor)
     assert scheduler.update_from_output(None, _output([5], DraftTokenIds(["a"], [[1, 2]]))) == [[5]]
     received = executor.take_draft_token_ids()
     assert received is not None
@@ -111,10 +122,10 @@ def test_drafts_come_with_the_output(asked: list[str]) -> None:
     assert asked == []
 
 
-def test_the_worker_is_asked_where_no_drafts_came(asked: list[str]) -> None:
-    scheduler, executor = object.__new__(Scheduler), object.__new__(MultiprocExecutor)
+def test_the_worker_is_asked_if_no_drafts_came(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, executor = _scheduler(monkeypatch), object.__new__(MultiprocExecutor)
     scheduler.update_from_output(None, _output([5], DraftTokenIds(["a"], [[1]])))
-    scheduler.update_from_output(None, _output([6], None))  # type: ignore[arg-type]
+    scheduler.update_from_output(None, _output([6], None))
     assert executor.take_draft_token_ids() == "from the worker", "drafts of an earlier step are not those of this one"
     scheduler.update_from_output(None, _output([7], DraftTokenIds(["a"], [[1]])))
     executor.take_draft_token_ids()
@@ -122,50 +133,38 @@ def test_the_worker_is_asked_where_no_drafts_came(asked: list[str]) -> None:
     assert len(asked) == 2
 
 
-def test_another_method_is_scheduled_without_placeholders_or_ours_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ours:
-        pass
-
-    def vllms(self: Any, vllm_config: Any, log_stats: bool) -> None:
-        self.__dict__.update(num_spec_tokens=4, max_num_running_reqs=2, dynamic_sd_lookup=None)
-
-    monkeypatch.setattr(Scheduler, "__init__", vllms)
-    for _ in range(2):
-        engine_core.schedule_without_placeholders(Ours)
-    for speculative, expected in ((Ours(), [4, 4, 4]), (object(), None), (None, None)):
-        scheduler: Any = Scheduler(vllm_config=SimpleNamespace(speculative_config=speculative), log_stats=True)
-        assert scheduler.dynamic_sd_lookup == expected
+def test_our_scheduler_gives_no_placeholders_and_vllms_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _scheduler(monkeypatch).dynamic_sd_lookup == [4, 4, 4]
+    assert Scheduler(vllm_config=None, log_stats=True).dynamic_sd_lookup is None
 
 
-@pytest.mark.parametrize(("target", "expected"), [({0, 1}, [{2, 3}]), ({0, 1, 2, 3}, []), (set(), [])])
+@pytest.mark.parametrize(("target", "expected"), [(((0,), (1,)), [{2, 3}]), (((0, 1), (2, 3)), []), (None, [])])
 def test_with_the_first_answer_the_engine_core_leaves_the_targets_cores(
-    monkeypatch: pytest.MonkeyPatch, target: set[int], expected: list[set[int]]
+    monkeypatch: pytest.MonkeyPatch, patched: None, target: Any, expected: list[set[int]]
 ) -> None:
     bound: list[set[int]] = []
-    monkeypatch.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: None)
     monkeypatch.setattr(MultiprocExecutor, "take_draft_token_ids", MultiprocExecutor.take_draft_token_ids)  # put back
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setattr(engine_core, "bind_all_threads", bound.append)
-    engine_core.receive_drafts(target)
+    cores = CoreSplit(target, draft=(), shared=False, bind="") if target is not None else None
+    scheduler = _scheduler(monkeypatch, cores, os.getppid())
     assert bound == [], "workers that start inherit where this process may run"
     for _ in range(2):
-        object.__new__(Scheduler).update_from_output(None, _output([5], None))  # type: ignore[arg-type]
+        scheduler.update_from_output(None, _output([5], None))
     assert bound == expected
 
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A runner whose forward leaves logits behind and whose sampling proposes drafts; its drafter is ours."""
-    for name in ("propose_draft_token_ids", "_input_fits_in_drafter", "_update_states"):
-        monkeypatch.setattr(GPUModelRunner, name, getattr(GPUModelRunner, name))  # put back afterwards
-    monkeypatch.setattr(GPUModelRunner.propose_draft_token_ids, "_vllm_double_wrapped", False, raising=False)
-    monkeypatch.setattr(GPUModelRunner, "execute_model", lambda self, scheduled, tensors=None: scheduled.output)
+    """A runner whose forward leaves logits behind and whose sampling proposes drafts; it has met our drafter."""
     sampled = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}, sampled_token_ids=[[5]])
+    monkeypatch.setattr(GPUModelRunner, "execute_model", lambda self, scheduled, tensors=None: scheduled.output)
     monkeypatch.setattr(GPUModelRunner, "sample_tokens", lambda self, grammar: sampled)
     monkeypatch.setattr(GPUModelRunner, "take_draft_token_ids", lambda self: DraftTokenIds(["a"], [[1, 2]]))
-    v1._wrap_runner()
-    runner = object.__new__(GPUModelRunner)
+    runner, worker = object.__new__(GPUModelRunner), object.__new__(Worker)
+    worker.model_runner, runner.model = runner, SimpleNamespace(load_weights=None)
     runner.drafter = object.__new__(v1.DoubleProposer)
+    runner.drafter.join(worker)
     return runner
 
 
@@ -190,68 +189,68 @@ def test_an_empty_step_is_answered_as_before(runner: Any) -> None:
     assert not hasattr(empty, engine_core.DRAFTS_ATTRIBUTE)
 
 
-def test_another_drafter_is_left_alone(runner: Any) -> None:
-    runner.drafter = object()
-    assert runner.execute_model(_scheduled()) is None
-    assert not hasattr(runner.sample_tokens(None), engine_core.DRAFTS_ATTRIBUTE)
+def test_another_runner_is_left_alone(runner: Any) -> None:
+    other = object.__new__(GPUModelRunner)
+    assert other.execute_model(_scheduled()) is None
+    assert other.sample_tokens.__func__ is GPUModelRunner.sample_tokens
+    assert not hasattr(GPUModelRunner.sample_tokens, "__wrapped__")
 
 
-def test_an_output_of_asynchronous_scheduling_is_left_alone(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = object()  # it names no requests
-    monkeypatch.setattr(GPUModelRunner, "sample_tokens", lambda self, grammar: output)
-    monkeypatch.setattr(GPUModelRunner.propose_draft_token_ids, "_vllm_double_wrapped", False)
-    v1._wrap_runner()
-    runner.drafter = object()
-    assert runner.sample_tokens(None) is output
+def test_one_row_near_its_end_takes_nobodys_drafts(runner: Any) -> None:
+    assert runner._input_fits_in_drafter(object()) is True
+    assert runner._input_fits_in_drafter(None) is False
 
 
 @pytest.mark.parametrize(
     ("cores", "launcher", "expected"),
     [
-        (SPLIT, os.getppid(), ["requests", {0, 1}, "wait"]),
-        (None, os.getppid(), ["requests", set()]),
-        (SPLIT, os.getpid(), ["requests"]),
+        (SPLIT, os.getppid(), ["take", "sleep", {0, 1}]),
+        (None, os.getppid(), ["take", set()]),
+        (SPLIT, os.getpid(), [set()]),
     ],
 )
-def test_only_the_engine_core_is_changed_and_its_wait_only_beside_a_draft_on_the_cpu(
+def test_only_the_engine_cores_own_process_is_changed_and_its_wait_only_beside_a_draft_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, cores: CoreSplit | None, launcher: int, expected: list[Any]
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(speculative_config, "_teach_process", lambda: calls.append("requests"))
-    monkeypatch.setattr(speculative_config, "wait_asleep", lambda: calls.append("wait"))
-    monkeypatch.setattr(speculative_config, "receive_drafts", lambda cores: calls.append(set(cores)))
+    monkeypatch.setattr(engine_core, "take_received_drafts", lambda: calls.append("take"))
+    monkeypatch.setattr(engine_core, "sleep_while_waiting", lambda: calls.append("sleep"))
+    scheduler = _scheduler(monkeypatch, cores, launcher)
+    assert [*calls, scheduler._cores_to_leave] == expected
+
+
+def test_the_configuration_survives_the_way_to_the_engine_core() -> None:
     config = object.__new__(DoubleSpeculativeConfig)
-    config.__dict__.update(cores=cores, launcher=launcher)
+    config.__dict__.update(cores=SPLIT, launcher=7)
     received = pickle.loads(pickle.dumps(config))
-    assert received.launcher == launcher
-    assert calls == expected
+    assert (received.cores, received.launcher) == (SPLIT, 7)
 
 
 LORA = LoRARequest("french", 1, "/adapters/french")
 
 
-def _inform(monkeypatch: pytest.MonkeyPatch) -> None:
-    vllms = inspect.unwrap(NewRequestData.from_request.__func__)  # an earlier test may have configured method double
-    monkeypatch.setattr(NewRequestData, "from_request", classmethod(vllms))
-    monkeypatch.setattr(Scheduler, "reset_prefix_cache", Scheduler.reset_prefix_cache)
-    engine_core.inform_workers()
-    engine_core.inform_workers()
+def _sent(scheduler: Any, *requests: Request) -> list[Any]:
+    """What the worker receives of new requests."""
+    scheduler.requests = {request.request_id: request for request in requests}
+    return list(pickle.loads(pickle.dumps(scheduler.schedule().scheduled_new_reqs)))
 
 
-def _sent(request: Request) -> Any:
-    return pickle.loads(pickle.dumps(NewRequestData.from_request(request, ([0],))))
+def _schedule(self: Any, throttle_prefills: bool = False) -> Any:
+    """In place of vLLM's: all requests are new."""
+    new = [NewRequestData.from_request(request, ([0],)) for request in self.requests.values()]
+    return SimpleNamespace(scheduled_new_reqs=new)
 
 
 def _params(
     monkeypatch: pytest.MonkeyPatch, salt: Any = None, double: Any = None, lora: LoRARequest | None = None
 ) -> RequestParams:
     """What the worker makes of a request after its way from the scheduler."""
-    _inform(monkeypatch)
+    monkeypatch.setattr(Scheduler, "schedule", _schedule)
     sampling = SamplingParams(max_tokens=10, extra_args={"double": double} if double is not None else None)
     request = Request("r", [1, 2], sampling, None, cache_salt=salt, lora_request=lora)
     proposer = object.__new__(v1.DoubleProposer)
     proposer._max_model_len, proposer._said_unreadable = 100, False
-    return proposer._params(_sent(request), 5)
+    return proposer._params(*_sent(_scheduler(monkeypatch), request), 5)
 
 
 def test_the_salt_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +261,7 @@ def test_the_salt_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first is not None and first == again
 
 
-def test_two_that_are_not_the_same_share_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_differ_in_any_name_have_histories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = LoRARequest("french", 2, "/adapters/better-french")
     known = _params(monkeypatch, salt="a").tenant
     tenants = [
@@ -286,7 +285,8 @@ def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(m
         return False
 
     monkeypatch.setattr(Scheduler, "reset_prefix_cache", reset)
-    _inform(monkeypatch)
+    monkeypatch.setattr(Scheduler, "schedule", _schedule)
+    scheduler = _scheduler(monkeypatch)
     drafter = object.__new__(v1.DoubleProposer)
     drafter._max_model_len, drafter._num_resets = 100, 0
     drafter._seeds, drafter._new_seeds = {}, np.random.default_rng(0)
@@ -302,10 +302,9 @@ def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(m
             generators={},
         )  # fmt: skip
         runner = SimpleNamespace(input_batch=batch)
-        new = [_sent(Request(name, [1, 2], SamplingParams(max_tokens=10), None)) for name in ids]
+        new = _sent(scheduler, *(Request(name, [1, 2], SamplingParams(max_tokens=10), None) for name in ids))
         drafter.follow_step(runner, SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=new, num_scheduled_tokens={}))
 
-    scheduler = object.__new__(Scheduler)
     step("a", "b")
     assert scheduler.reset_prefix_cache(reset_connector=True) is False
     scheduler.reset_prefix_cache()
@@ -366,6 +365,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     for name in ("compile_or_warm_up_model", "reload_weights", "update_weights", "finish_weight_update", "sleep", "add_lora"):
         monkeypatch.setattr(Worker, name, act)
+    monkeypatch.setattr(Worker, "initialize_from_config", lambda self, config: None)
     rank.wrap_worker()
     rank.wrap_worker()
     worker = object.__new__(Worker)
@@ -374,10 +374,16 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     def forget() -> None:
         worker.forgot += 1
 
-    drafter = object.__new__(v1.DoubleProposer)
+    drafter = object.__new__(Drafter)
     drafter._proposer = SimpleNamespace(forget_history=forget)
-    worker.model_runner = SimpleNamespace(drafter=drafter)
+    model = SimpleNamespace(load_weights=lambda weights: set(weights))
+    worker.model_runner = SimpleNamespace(drafter=drafter, model=model)
+    worker.initialize_from_config("how much there is")
     return worker
+
+
+class Drafter(rank.TargetRank):
+    """A rank that has no runner to change."""
 
 
 @pytest.mark.parametrize(
@@ -400,19 +406,20 @@ def test_history_goes_with_the_weights(worker: Any, method: str, arguments: dict
     with pytest.raises(RuntimeError, match="half way"):
         getattr(worker, method)(**arguments)
     assert worker.forgot == 2 * forgot, "a change that failed may have changed something"
-    worker.fails, worker.model_runner.drafter = False, object()
-    assert getattr(worker, method)(**arguments) == "done"
+    other = object.__new__(Worker)
+    other.fails, other.model_runner = False, SimpleNamespace(drafter=object())
+    other.initialize_from_config("how much there is")
+    assert getattr(other, method)(**arguments) == "done"
+    assert worker.forgot == 2 * forgot, "another worker is another's"
 
 
 def test_history_goes_when_weights_are_loaded_past_vllm(worker: Any) -> None:
-    model = SimpleNamespace(load_weights=lambda weights: set(weights))
-    worker.model_runner.drafter.load_model(model)
     assert worker.forgot == 0
-    assert model.load_weights(iter(["a"])) == {"a"}
+    assert worker.model_runner.model.load_weights(iter(["a"])) == {"a"}
     assert worker.forgot == 1
 
 
-def test_the_draft_is_loaded_while_the_target_measures_memory_or_warm_up_counts_as_steps(
+def test_the_draft_starts_when_the_target_has_warmed_up_and_step_times_are_learnt_anew(
     worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[object, str]] = []

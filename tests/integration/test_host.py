@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +12,7 @@ import pytest
 
 from tests.chaos.chaos import Process, wait_for
 from tests.chaos.targets import Target, beating
-from vllm_double.hosting.host import HostSettings
-from vllm_double.hosting.supervisor import DraftSupervisor, HostUnavailableError
+from vllm_double.config import DoubleConfig
 
 pytestmark = pytest.mark.integration
 START_S = 180.0
@@ -80,7 +79,7 @@ def test_only_this_user_can_enter_the_runtime_folder(target: Target) -> None:
 
 def test_ray_starts_no_daemon_that_one_actor_does_not_need(target: Target) -> None:
     assert sorted(process.role for process in ours(target)) == sorted(
-        ["guard", "deputy", "driver", "gcs", "raylet", "agent", "agent", "actor"]
+        ["host", "guard", "driver", "gcs", "raylet", "agent", "agent", "actor"]
     )
 
 
@@ -94,10 +93,15 @@ def test_a_worker_that_cannot_be_built_says_why_and_is_tried_again() -> None:
         target.end()
 
 
-def test_a_required_cluster_that_is_not_there_is_refused_with_one_sentence() -> None:
+def test_a_cluster_that_is_not_there_is_named_in_one_sentence_and_tried_again() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(HostUnavailableError, match=f"The Ray cluster at {address} cannot be used: .*refused"):
-            DraftSupervisor(HostSettings(ray_address=address, require=True), "1:2:3")
-    assert not [thread for thread in threading.enumerate() if thread.name == "vllm-double-supervisor"]
+        target = Target(double=DoubleConfig(ray_address=address))
+        try:
+            sentence = re.compile(f"ERROR .*The Ray cluster at {address} cannot be used: .*refused")
+            target.wait_for(lambda seen: seen["starts"] > 1, START_S)
+            wait_for(lambda: any(map(sentence.search, target.log)), START_S, lambda: "".join(target.log))
+            assert "Its last lines were" not in "".join(target.log), "the host has said why"
+        finally:
+            target.end()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import logging
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.mended import BY_NAME, cpu_kernels, without
+from tests.integration.mended import BY_NAME, cpu_kernels, is_applied, without
 from vllm_double.cli import main
 from vllm_double.integration import hooks as patches
 from vllm_double.integration.hooks import registry
@@ -30,32 +32,76 @@ INSTALLED = vllm.__version__
 INSTALLED_MINOR = ".".join(INSTALLED.split(".")[:2])
 
 
+FUNCTIONS = [entry for entry in patches.ENTRIES if isinstance(entry, patches.Entry)]
+NAMES = [entry for entry in patches.ENTRIES if isinstance(entry, patches.Names)]
+PACKAGE = Path(patches.__file__).parents[2]
+
+
 # The table
 
 
-def test_importing_the_table_imports_vllm_or_torch() -> None:
+def test_importing_the_table_imports_neither_vllm_nor_torch() -> None:
     code = "import sys, vllm_double.integration.hooks; sys.exit(any(name in sys.modules for name in ('vllm', 'torch')))"
-    root = Path(patches.__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 
 
-def test_installed_vllm_differs_from_the_table() -> None:
+def test_the_installed_vllm_is_as_the_table_says() -> None:
     assert INSTALLED_MINOR in patches.SUPPORTED
-    assert [mismatch.reason for mismatch in patches.check(patches.ENTRIES)] == []
+    assert patches.check(patches.ENTRIES) == []
 
 
-def test_names_or_targets_are_repeated() -> None:
-    assert len(BY_NAME) == len(patches.ENTRIES) == len({entry.target for entry in patches.ENTRIES})
+def test_each_function_is_in_the_table_once() -> None:
+    assert len({entry.target for entry in FUNCTIONS}) == len(FUNCTIONS)
 
 
-@pytest.mark.parametrize("entry", patches.ENTRIES, ids=BY_NAME)
-def test_upstream_reference_points_elsewhere(entry: patches.Entry) -> None:
-    assert tuple(entry.upstream) == patches.SUPPORTED
-    found = read_function(entry.target)
-    assert found is not None
-    path, line = entry.upstream[INSTALLED_MINOR].split(":")
-    assert found.path.replace("\\", "/").endswith(path)
-    assert found.line == int(line)
+@pytest.mark.parametrize("entry", FUNCTIONS, ids=lambda entry: entry.target)
+def test_each_entry_says_what_why_and_what_would_make_it_superfluous(entry: patches.Entry) -> None:
+    assert all(len(text.strip()) > 5 for text in (entry.what, entry.why, entry.superfluous_once))
+
+
+def imported_names() -> set[tuple[str, str]]:
+    """(module, name) of all that our package imports from vLLM, wherever it does."""
+    found: set[tuple[str, str]] = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "vllm":
+                found |= {(node.module, alias.name) for alias in node.names}
+            if isinstance(node, ast.Import):
+                assert not [alias for alias in node.names if alias.name.split(".")[0] == "vllm"], f"{file}: import a name of it"
+    return found
+
+
+def test_all_that_the_package_imports_of_vllm_is_in_the_table() -> None:
+    known = {(entry.target, name) for entry in NAMES for name in entry.names.split()}
+    assert len(imported_names()) > 40
+    assert imported_names() - known == set()
+
+
+def test_a_name_that_vllm_no_longer_has_is_found_missing() -> None:
+    (mismatch,) = patches.check([patches.Names("vllm.v1.outputs", "DraftTokenIds NoSuchOutput")])
+    assert mismatch == "NoSuchOutput of vllm.v1.outputs cannot be found"
+    (mismatch,) = patches.check([patches.Names("vllm.v1.core.sched.scheduler:Scheduler", "requests no_such_attribute")])
+    assert mismatch == "no_such_attribute of vllm.v1.core.sched.scheduler.Scheduler cannot be found"
+
+
+def function_with(tmp_path: Path, parameters: str) -> list[str]:
+    """What is wrong with a function of these parameters where (self, first, second=None) are relied upon."""
+    (tmp_path / "some").mkdir(exist_ok=True)
+    (tmp_path / "some/module.py").write_text(f"def function({parameters}):\n    return first\n")
+    entry = patches.Entry("some.module:function", "self, first, second=None", "called", "for a test", "it is no more")
+    return patches.check([entry], tmp_path)
+
+
+@pytest.mark.parametrize("more", ["", ", third=None", ", third: int | None = None, *, fourth=()", ", *others, **options"])
+def test_a_new_parameter_that_may_be_left_out_fits(tmp_path: Path, more: str) -> None:
+    assert function_with(tmp_path, f"self, first: int, second=None{more}") == []
+
+
+@pytest.mark.parametrize("parameters", ["self, first", "self, second, first=None", "self, zeroth, first, second=None",
+                                        "self, first, second=1", "self, first, second=None, *, third"])  # fmt: skip
+def test_a_parameter_that_went_or_came_in_between_does_not_fit(tmp_path: Path, parameters: str) -> None:
+    (mismatch,) = function_with(tmp_path, parameters)
+    assert "(self, first, second=None) was expected" in mismatch
 
 
 class Global:
@@ -76,24 +122,29 @@ def as_written(parameter: inspect.Parameter, module: ModuleType) -> inspect.Para
     return parameter.replace(annotation=inspect.Parameter.empty, default=default)
 
 
-@pytest.mark.parametrize("entry", patches.ENTRIES, ids=BY_NAME)
-def test_source_reader_disagrees_with_inspect(entry: patches.Entry) -> None:
+@pytest.mark.parametrize("entry", FUNCTIONS, ids=lambda entry: entry.target)
+def test_the_source_reader_agrees_with_inspect(entry: patches.Entry) -> None:
     path, _, name = entry.target.partition(":")
     module = importlib.import_module(path)
     function: Any = module
     for part in name.split("."):
         function = getattr(function, part)
-    function = getattr(function, "__func__", function)  # a class method's own parameters
     parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
     named = [as_written(parameter, module) for parameter in parameters]
-    assert ", ".join(map(str, named)) in [signature.parameters for signature in entry.expected]
+    found = read_function(entry.target)
+    assert found is not None
+    written = [part for part in found.parameters if part != "*"]
+    assert list(map(str, named)) == written
 
 
 def test_a_vllm_that_is_not_installed_is_read_from_its_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(vllm.__file__).parents[1]
     assert main(["check", "--source", str(folder)]) == 0
-    sources = [found.path for entry in patches.ENTRIES if (found := read_function(entry.target)) is not None]
+    modules = {entry.target.partition(":")[0] for entry in patches.ENTRIES}
+    sources = [spec.origin for module in modules if (spec := importlib.util.find_spec(module)) is not None and spec.origin]
     paths = {folder / "vllm/__init__.py", *map(Path, sources)}
+    # A package's own modules are names of it, too.
+    paths |= {folder / "vllm/v1/worker/gpu/spec_decode/__init__.py"}
     texts = {str(path.relative_to(folder)): path.read_text() for path in paths}
     renamed = {name: text.replace("def _input_fits_in_drafter", "def fits") for name, text in texts.items()}
     wheels = [tmp_path / "same.whl", tmp_path / "renamed.whl", tmp_path / "none.whl"]
@@ -108,7 +159,7 @@ def test_a_vllm_that_is_not_installed_is_read_from_its_wheel(tmp_path: Path, cap
     assert len(others) == 1 and "neither a wheel of vLLM" in others[0]
 
 
-def test_model_runner_takes_another_custom_proposer_factory() -> None:
+def test_the_model_runner_takes_vllms_factory_of_custom_proposers() -> None:
     runner = importlib.import_module("vllm.v1.worker.gpu_model_runner")
     factory = importlib.import_module("vllm.v1.spec_decode.custom_class_proposer").create_custom_proposer
     assert runner.create_custom_proposer is factory
@@ -117,79 +168,80 @@ def test_model_runner_takes_another_custom_proposer_factory() -> None:
 # The gate
 
 
-def changed(name: str) -> patches.Entry:
-    return replace(BY_NAME[name], expected=(patches.Signature("self, something_else"),), patch=None)
+PROPOSE = "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids"
+UPDATE = "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states"
+REJECT = "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl"
+EXPAND = "vllm.utils.cpu_triton_utils:_expand_kernel_impl"
 
 
-def test_supported_version_warns(caplog: pytest.LogCaptureFixture) -> None:
+def changed(target: str) -> patches.Entry:
+    return replace(BY_NAME[target], parameters="self, something_else", patch=None)
+
+
+def test_a_supported_version_starts_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        patches.require(INSTALLED, "cpu")
+        patches.require(patches.ENTRIES, INSTALLED, "cpu")
     assert caplog.records == []
 
 
-def test_newer_version_with_equal_functions_does_not_start_with_one_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_newer_version_with_equal_functions_starts_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vllm_double"):
-        patches.require("0.77.1+cpu", "cpu")
-        patches.require("0.77.1+cpu", "cpu")
+        patches.require(patches.ENTRIES, "0.77.1+cpu", "cpu")
+        patches.require(patches.ENTRIES, "0.77.1+cpu", "cpu")
     assert [record.getMessage().count("0.77.1+cpu") for record in caplog.records] == [1]
 
 
-def test_mismatch_is_not_refused_in_one_sentence_that_names_it() -> None:
+def test_a_mismatch_is_refused_in_one_sentence_that_names_it() -> None:
     with pytest.raises(patches.UnsupportedVllm) as refused:
-        patches.require("0.33.0", "cpu", [changed("update-states"), changed("propose"), BY_NAME["observe-draft"]])
+        patches.require([changed(UPDATE), changed(PROPOSE), BY_NAME[REJECT]], "0.33.0", "cpu")
     message = str(refused.value)
     assert "GPUModelRunner._update_states of vllm.v1.worker.gpu_model_runner takes (self, scheduler_output)" in message
-    assert "also changed: GPUModelRunner.propose_draft_token_ids" in message
-    assert "observe_draft" not in message
+    assert "and 1 more differ: see `vllm-double check`" in message
     assert message.endswith(".")
     assert message.count(". ") == 0
 
 
 @pytest.mark.parametrize("target", ["vllm.no_such_module:function", "vllm.v1.outputs:no_such_function"])
-def test_missing_function_is_not_refused(target: str) -> None:
+def test_a_missing_function_is_refused(target: str) -> None:
     with pytest.raises(patches.UnsupportedVllm, match="does not exist"):
-        patches.require("0.33.0", "cpu", [replace(BY_NAME["update-states"], target=target)])
+        patches.require([replace(BY_NAME[UPDATE], target=target)], "0.33.0", "cpu")
 
 
-def test_older_version_is_not_refused() -> None:
+def test_an_older_version_is_refused() -> None:
     with pytest.raises(patches.UnsupportedVllm, match=r"needs vLLM 0\.31 or newer, and 0\.30\.4 is installed"):
-        patches.require("0.30.4", "cpu", [])
+        patches.require([], "0.30.4", "cpu")
 
 
-def test_unreadable_version_is_not_refused() -> None:
+def test_an_unreadable_version_is_refused() -> None:
     with pytest.raises(patches.UnsupportedVllm, match="'dev'"):
-        patches.require("dev", "cpu", [])
+        patches.require([], "dev", "cpu")
 
 
-def test_cpu_entries_refuse_other_platforms() -> None:
-    broken = replace(BY_NAME["cpu-reject-padding"], expected=(patches.Signature("output", "0"),))
-    patches.require(INSTALLED, "cuda", [broken])
+def test_mends_of_the_cpu_sampler_matter_on_a_cpu_alone() -> None:
+    broken = replace(BY_NAME[REJECT], parameters="output")
+    patches.require([broken], INSTALLED, "cuda")
     with pytest.raises(patches.UnsupportedVllm):
-        patches.require(INSTALLED, "cpu", [broken])
+        patches.require([broken], INSTALLED, "cpu")
 
 
-def test_changed_body_is_replaced_all_the_same(cpu_kernels: Any) -> None:
-    entry = BY_NAME["cpu-reject-padding"]
-    (signature,) = entry.expected
-    broken = replace(entry, expected=(replace(signature, fingerprint="0" * 16),))
-    with without(entry.name):
+def test_a_function_with_another_body_is_not_replaced(cpu_kernels: Any) -> None:
+    entry = BY_NAME[REJECT]
+    broken = replace(entry, fingerprint="0" * 16)
+    with without(entry.target):
         with pytest.raises(patches.UnsupportedVllm, match="the body of _rejection_random_sample_kernel_impl"):
-            patches.apply([BY_NAME["cpu-expand-in-place"], broken], INSTALLED)
-        assert not patches.is_applied(entry)
+            patches.apply([BY_NAME[EXPAND], broken], INSTALLED)
+        assert not is_applied(entry)
 
 
-def test_replacement_without_a_fingerprint_is_allowed() -> None:
-    entry = BY_NAME["cpu-reject-padding"]
+def test_a_replacement_without_a_fingerprint_is_not_allowed() -> None:
     with pytest.raises(ValueError, match="fingerprint"):
-        replace(entry, expected=(patches.Signature(entry.expected[0].parameters),))
+        replace(BY_NAME[REJECT], fingerprint="")
 
 
 # Putting mends in place
 
 
-def test_mends_stack_up_or_do_not_come_off(cpu_kernels: Any) -> None:
+def test_mends_are_put_in_place_once_and_come_off(cpu_kernels: Any) -> None:
     names = [
         "_expand_kernel_impl",
         "_rejection_random_sample_kernel_impl",
@@ -207,7 +259,7 @@ def test_mends_stack_up_or_do_not_come_off(cpu_kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("registered_first", [True, False])
-def test_mend_is_lost_when_kernels_are_registered_before_or_after_it(cpu_kernels: Any, registered_first: bool) -> None:
+def test_mends_hold_whether_kernels_are_registered_before_or_after_them(cpu_kernels: Any, registered_first: bool) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
@@ -223,13 +275,13 @@ def test_mend_is_lost_when_kernels_are_registered_before_or_after_it(cpu_kernels
         assert torch.equal(expanded, values.repeat_interleave(2))
 
 
-def test_switch_leaves_mends_on(cpu_kernels: Any) -> None:
+def test_the_switch_leaves_mends_off(cpu_kernels: Any) -> None:
     patches.revert(patches.MENDS)
     assert patches.mend_cpu_sampler({"VLLM_DOUBLE_MEND_CPU_SAMPLER": "0"}) == ()
-    assert not any(map(patches.is_applied, patches.MENDS))
+    assert not any(map(is_applied, patches.MENDS))
 
 
-def test_unknown_sampler_stops_the_process(
+def test_an_unknown_sampler_is_left_as_it_is_with_a_warning(
     cpu_kernels: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     patches.revert(patches.MENDS)
@@ -237,4 +289,4 @@ def test_unknown_sampler_stops_the_process(
         patched.setattr(registry, "read_function", lambda target, root: None)
         assert patches.mend_cpu_sampler({}) == ()
     assert "vLLM's CPU sampler is left as it is" in caplog.text
-    assert not any(map(patches.is_applied, patches.MENDS))
+    assert not any(map(is_applied, patches.MENDS))

@@ -14,7 +14,7 @@ import pytest
 
 from vllm_double.cli import main
 from vllm_double.config import ConfigError
-from vllm_double.integration.launch import _host_settings
+from vllm_double.integration.launch import draft_settings
 
 pytestmark = pytest.mark.integration
 
@@ -123,6 +123,14 @@ def test_every_engine_of_this_machine_gets_cores(monkeypatch: pytest.MonkeyPatch
         create({"double": {"draft_cores": str(cores[0])}}, data_parallel_size=2)
 
 
+def test_another_scheduler_is_refused_and_ours_is_chosen() -> None:
+    with pytest.raises(ConfigError, match="a scheduler of its own"):
+        create({}, scheduler_cls="somebody.Scheduler")
+    config: Any = create({})
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "DoubleScheduler"
+    assert create(NGRAM).scheduler_config.scheduler_cls is None  # type: ignore[attr-defined]
+
+
 def test_asynchronous_scheduling_is_refused() -> None:
     with pytest.raises(ConfigError, match="synchronous scheduling"):
         create({}, async_scheduling=True)
@@ -166,11 +174,12 @@ def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
 
 
 @pytest.mark.parametrize(("of_target", "of_draft", "expected"), [(True, ..., True), (False, ..., False), (True, False, False)])
-def test_the_draft_is_eager_without_being_asked_or_despite_the_target(of_target: bool, of_draft: Any, expected: bool) -> None:
+def test_the_draft_is_eager_as_it_is_asked_to_be_or_else_as_the_target(of_target: bool, of_draft: Any, expected: bool) -> None:
     config: Any = create({"enforce_eager": of_draft}, enforce_eager=of_target)
     assert config.speculative_config.draft["enforce_eager"] is expected
-    worker = _host_settings(config, []).worker["engine"]
-    assert worker["enforce_eager"] is expected and worker["num_children"] == config.speculative_config.double.children_per_node
+    engine = draft_settings(config, []).engine
+    assert engine is not None and engine.enforce_eager is expected
+    assert engine.num_children == config.speculative_config.double.children_per_node
 
 
 def test_other_methods_get_vllms_own_configuration() -> None:
@@ -225,7 +234,7 @@ print("wrapped", wrapped())
 """
 
 
-def test_reading_the_configuration_imports_numba_or_another_method_changes_the_choice_of_runner() -> None:
+def test_reading_the_configuration_imports_no_numba_and_another_method_keeps_the_choice_of_runner() -> None:
     """In a process of its own: in this one method double was configured before."""
     done = subprocess.run([sys.executable, "-c", _FRESH], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
@@ -242,6 +251,6 @@ def test_a_draft_on_the_cpu_beside_a_target_elsewhere_is_refused(monkeypatch: py
     _check_device("auto", 1, 1)
 
 
-def test_drafting_that_is_switched_off_asks_for_synchronous_scheduling() -> None:
+def test_drafting_that_is_switched_off_keeps_asynchronous_scheduling() -> None:
     config = create({"double": {"enabled": False}}, async_scheduling=True)
     assert config.speculative_config is None  # type: ignore[attr-defined]

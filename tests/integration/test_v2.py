@@ -31,7 +31,6 @@ pytestmark = [
 ]
 
 SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
-WRAPPED = ("update_requests", "execute_model", "sample_tokens", "take_draft_token_ids")
 
 
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
@@ -133,7 +132,7 @@ class TestOnV2:
                 return decoding
         pytest.fail("the two never ran side by side")
 
-    def test_a_request_that_begins_with_one_token_is_given_placeholders_to_verify(self, llm: Any) -> None:
+    def test_a_request_that_begins_with_one_token_is_given_no_placeholders_to_verify(self, llm: Any) -> None:
         llm.collective_rpc("probe_steps")
         texts = begin_with_one_token(llm)
         (steps,) = llm.collective_rpc("probe_steps")
@@ -145,12 +144,9 @@ class TestOnV2:
 
 
 @pytest.fixture
-def v2(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The adapter's module; the runner's methods are put back afterwards."""
-    module = importlib.import_module("vllm_double.integration.v2")
-    for name in WRAPPED:
-        monkeypatch.setattr(module.GPUModelRunner, name, getattr(module.GPUModelRunner, name))
-    return module
+def v2() -> Any:
+    """The adapter's module."""
+    return importlib.import_module("vllm_double.integration.v2")
 
 
 class FakeProposer:
@@ -181,7 +177,7 @@ def speculator(module: Any, proposer: Any) -> Any:
     made = object.__new__(module.DoubleSpeculator)
     made.__dict__.update(
         _proposer=proposer, _num_resets=0, _max_model_len=64, _seeds={}, _num_tokens=3, _texts={}, _step=None,
-        _drafts=None, _is_prepared=True, _step_started=0.0, _device=torch.device("cpu"),
+        _drafts=None, _step_started=0.0, _device=torch.device("cpu"),
     )  # fmt: skip
     assert isinstance(made, TargetRank)
     return made
@@ -225,13 +221,13 @@ def test_what_vllm_writes_into_stands_there_in_the_next_step(v2: Any) -> None:
         found[:, 2:] = -1  # as vLLM's runner does where fewer are to be scheduled
 
 
-def test_what_was_scheduled_is_not_what_the_forward_reads(v2: Any) -> None:
+def test_the_forward_reads_what_was_scheduled(v2: Any) -> None:
     made, device = speculator(v2, FakeProposer()), states("a", "b", "c")
     made.follow_step(runner_with(device), scheduled({}, {"c": [5, 6], "a": [-1, -1, -1]}))
     assert device.draft_tokens.tolist() == [[0, 0, 0], [77, 77, 77], [5, 6, 0], [77, 77, 77]]
 
 
-def test_chains_are_padded_or_told_twice(v2: Any) -> None:
+def test_chains_are_ragged_and_handed_over_once(v2: Any) -> None:
     made = speculator(v2, FakeProposer())
     made.follow_step(runner_with(states("a", "b")), scheduled({"a": [1, 2], "b": [1, 2, 3]}, {}))
     drafts = made.propose_rows(output(b=[4, 9], a=[7]))
@@ -255,14 +251,14 @@ def test_a_request_that_was_preempted_is_admitted_anew_only_with_another_text(v2
     assert proposer.finished == ["a"] and made._texts == {}
 
 
-def test_a_rank_that_does_not_propose_keeps_texts_or_verifies_something_else(v2: Any) -> None:
+def test_a_rank_that_does_not_propose_keeps_no_texts_and_verifies_the_same(v2: Any) -> None:
     made, device = speculator(v2, None), states("a")
     made.follow_step(runner_with(device), scheduled({"a": [1, 2]}, {"a": [5]}))
     assert device.draft_tokens[0].tolist() == [5, 0, 0] and made._texts == {}
     assert made.propose_rows(output(a=[7])).draft_token_ids == [[]]
 
 
-def test_long_texts_are_cut(v2: Any) -> None:
+def test_long_texts_are_kept_whole(v2: Any) -> None:
     text, expected = v2._Text([1, 2]), [1, 2]
     for number in range(400):
         text.extend([number] * (number % 5))
@@ -270,26 +266,31 @@ def test_long_texts_are_cut(v2: Any) -> None:
     assert text.tokens.dtype == np.int32 and text.tokens.tolist() == expected
 
 
-def test_another_speculator_is_changed(v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_runner_alone_is_changed(v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(v2.GPUModelRunner, "update_requests", lambda self, scheduled: "updated")
     monkeypatch.setattr(v2.GPUModelRunner, "execute_model", lambda self, scheduled, dummy_run=False: None)
     monkeypatch.setattr(v2.GPUModelRunner, "sample_tokens", lambda self, grammar: "sampled")
     monkeypatch.setattr(v2.GPUModelRunner, "take_draft_token_ids", lambda self: "vLLM's")
-    v2._wrap_runner()
-    runner = object.__new__(v2.GPUModelRunner)
-    runner.speculator = object()
-    assert runner.update_requests(scheduled({}, {})) == "updated"
-    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False)) is None
-    assert runner.sample_tokens(None) == "sampled"
-    assert runner.take_draft_token_ids() == "vLLM's"
-    runner.speculator = speculator(v2, None)
-    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False), dummy_run=True) is None
-    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=True)) is None
-    assert runner.execute_model(SimpleNamespace(has_structured_output_requests=False)) == "sampled"
+    ours, other = (object.__new__(v2.GPUModelRunner) for _ in range(2))
+    ours.model, ours.rejection_sampler = SimpleNamespace(load_weights=None), None
+    ours.sampler = SimpleNamespace(use_flashinfer=True, use_xpu_sampler=True)
+    ours.speculator = speculator(v2, None)
+    worker = object.__new__(importlib.import_module("vllm.v1.worker.gpu_worker").Worker)
+    worker.model_runner = ours
+    ours.speculator.join(worker)
+    assert not ours.sampler.use_flashinfer and not ours.sampler.use_xpu_sampler
+    assert other.update_requests(scheduled({}, {})) == "updated"
+    assert other.execute_model(SimpleNamespace(has_structured_output_requests=False)) is None
+    assert other.sample_tokens(None) == "sampled"
+    assert other.take_draft_token_ids() == "vLLM's"
+    assert ours.take_draft_token_ids() is None
+    assert ours.execute_model(SimpleNamespace(has_structured_output_requests=False), dummy_run=True) is None
+    assert ours.execute_model(SimpleNamespace(has_structured_output_requests=True)) is None
+    assert ours.execute_model(SimpleNamespace(has_structured_output_requests=False)) == "sampled"
 
 
 @pytest.mark.parametrize(("choice", "on_v2"), [(None, True), ("1", True), ("0", False)])
-def test_vllms_choice_of_its_runner_is_not_followed(monkeypatch: pytest.MonkeyPatch, choice: str | None, on_v2: bool) -> None:
+def test_vllms_choice_of_its_runner_is_followed(monkeypatch: pytest.MonkeyPatch, choice: str | None, on_v2: bool) -> None:
     from tests.integration.test_refusals import NGRAM, create
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -307,11 +308,11 @@ def test_vllms_choice_of_its_runner_is_not_followed(monkeypatch: pytest.MonkeyPa
     assert unsupported(ngram) == unsupported.__wrapped__(ngram)
 
 
-def test_vllm_chooses_another_runner_or_speculator_for_other_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_chooses_runner_and_speculator_of_other_methods_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu import spec_decode
 
-    from vllm_double.integration import runners
+    from vllm_double.integration import front_end
 
     class Ours:
         pass
@@ -320,8 +321,8 @@ def test_vllm_chooses_another_runner_or_speculator_for_other_methods(monkeypatch
     monkeypatch.setattr(spec_decode, "init_speculator", built)
     features = lambda self: ["speculative method 'custom_class'", "dual batch overlap"]  # noqa: E731
     monkeypatch.setattr(VllmConfig, "_get_v2_model_runner_unsupported_features", features)
-    runners.allow_v2(Ours)
-    runners.allow_v2(Ours)
+    front_end.allow_v2(Ours)
+    front_end.allow_v2(Ours)
     made = importlib.import_module("vllm_double.integration.v2")
     monkeypatch.setattr(made, "DoubleSpeculator", lambda config, device: "ours")
     for speculative, unsupported, speculator_ in (

@@ -19,7 +19,7 @@ def cpu_sampler() -> Iterator[None]:
     if not current_platform.is_cpu() or HAS_TRITON:
         pytest.skip("the CPU build's sampler is tested here")
     current_platform.import_kernels()
-    mends = [entry.name for entry in patches.MENDS]
+    mends = [entry.function for entry in patches.MENDS]
     assert list(patches.mend_cpu_sampler({})) == mends
     current_platform.register_triton_kernel_overrides()
     num_threads = torch.get_num_threads()

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_double.config import DoubleConfig
 from vllm_double.draft import build
 from vllm_double.draft.engine.base import Batch, Row
+from vllm_double.draft.engine.config import EngineConfig
 from vllm_double.draft.engine.ranks import Follower, Meeting
-from vllm_double.hosting.host import HostSettings
+from vllm_double.hosting.settings import DraftSettings
 from vllm_double.transport.shared import SharedWorkerEnd
 
 
@@ -30,7 +32,7 @@ class NotingEngine:
         self.calls.append(("copy_slots", triples))
 
 
-def test_followers_repeat_their_leader_and_end_with_it(tmp_path: Path) -> None:
+def test_followers_repeat_the_leaders_calls_and_end_with_it(tmp_path: Path) -> None:
     engines = [NotingEngine() for _ in range(3)]
     meetings = [Meeting(str(tmp_path / "ranks"), rank, 3) for rank in range(3)]
     followers = [
@@ -57,15 +59,17 @@ def test_followers_repeat_their_leader_and_end_with_it(tmp_path: Path) -> None:
     [(1, None, [((2, 3, 4, 5), None)]), (1, "1", [((2, 3, 4, 5), "1")]), (2, "6,7", [((2, 3), "6"), ((4, 5), "7")])],
 )
 def test_each_rank_has_cores_and_a_device_of_its_own(num_ranks: int, devices: str | None, expected: list[Any]) -> None:
-    settings = HostSettings(draft_cores=(2, 3, 4, 5), num_ranks=num_ranks, visible_devices=devices)
+    settings = DraftSettings(draft_cores=(2, 3, 4, 5), num_ranks=num_ranks, visible_devices=devices)
     assert [(settings.cores_of(rank), settings.devices_of(rank)) for rank in range(num_ranks)] == expected
-    again = HostSettings.from_json(settings.to_json())
+    again = DraftSettings.from_json(settings.to_json())
     assert again == settings
-    assert HostSettings(num_ranks=2).cores_of(1) is None
+    assert DraftSettings(num_ranks=2).cores_of(1) is None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_first_rank_attaches_and_only_after_warm_forwards(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+def test_the_first_rank_alone_attaches_to_the_logs_and_only_when_all_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
     """The logs have one writer: only the first rank attaches to them, once a forward has loaded what it takes."""
 
     class Attached(Exception):  # noqa: N818 (reads as what it says)
@@ -91,16 +95,18 @@ def test_only_the_first_rank_attaches_and_only_after_warm_forwards(monkeypatch: 
     noting = NotingEngine()
 
     engine = ModuleType("vllm_double.draft.engine.vllm_engine")  # the real one imports vLLM
-    engine.__dict__.update(EngineConfig=lambda **settings: settings, VllmDraftEngine=lambda config: noting)
+    engine.__dict__.update(VllmDraftEngine=lambda config: noting)
     monkeypatch.setitem(sys.modules, engine.__name__, engine)
     monkeypatch.setattr(build, "Meeting", FakeMeeting)
     monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
-    settings = {
-        "meeting": "", "rank": rank, "engine": {"tensor_parallel_size": 2}, "retrieval": {"context": False}, "address": "",
-        "limits": {"num_speculative_tokens": 4, "nodes_per_iteration": None, "children_per_node": 4}, "prefix_caching": True,
-    }  # fmt: skip
+    settings = DraftSettings(
+        double=DoubleConfig(children_per_node=4, draft_retrieval=False),
+        engine=EngineConfig("", tensor_parallel_size=2, rendezvous="later"),
+        num_speculative_tokens=4,
+        num_ranks=2,
+    )
     if rank > 0:
-        assert isinstance(build.build(settings), Follower)
+        assert isinstance(build.build(settings, "", rank, ""), Follower)
     else:
         with pytest.raises(Attached):
-            build.build(settings)
+            build.build(settings, "", rank, "")

@@ -57,7 +57,7 @@ def test_registering_survives_anything(monkeypatch: pytest.MonkeyPatch, engine_a
 def test_a_vllm_that_does_not_fit_refuses_only_our_method(
     monkeypatch: pytest.MonkeyPatch, engine_args: type[FakeEngineArgs]
 ) -> None:
-    def refuse() -> None:
+    def refuse(entries: object) -> None:
         raise UnsupportedVllm("vLLM 9.9 changed propose_draft_token_ids.")
 
     monkeypatch.setattr("vllm_double.integration.hooks.require", refuse)
@@ -70,7 +70,7 @@ def test_a_vllm_that_does_not_fit_refuses_only_our_method(
 def test_the_command_line_gets_a_sentence_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, engine_args: type[FakeEngineArgs], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse() -> None:
+    def refuse(entries: object) -> None:
         raise ConfigError("No such thing.")
 
     monkeypatch.setattr("vllm_double.integration.hooks.require", refuse)

@@ -11,33 +11,35 @@ from pathlib import Path
 
 import pytest
 
-from vllm_double.hosting import processes
+from vllm_double.config import DoubleConfig
+from vllm_double.draft.engine.config import EngineConfig
+from vllm_double.hosting import process_care
 from vllm_double.hosting.back_off import BackOff
-from vllm_double.hosting.host import EXIT_UNREACHABLE, MARK, HostSettings
-from vllm_double.hosting.supervisor import DraftSupervisor, HostUnavailableError, child_environment
+from vllm_double.hosting.host import MARK
+from vllm_double.hosting.settings import DraftSettings
+from vllm_double.hosting.supervisor import DraftSupervisor, child_environment
 
 LIMIT_S = 10.0
+ROOT = Path(__file__).parents[2]
 
 
 class FakeHost:
-    """Says ``lines``, lives ``lasts_s`` of fake time, and ends with ``code``; None: when stopped."""
+    """Says ``lines``, and lives ``lasts_s`` of fake time; None: until it is stopped."""
 
-    def __init__(self, world: World, lines: list[str], lasts_s: float, code: int | None) -> None:
+    def __init__(self, world: World, lines: list[str], lasts_s: float | None) -> None:
         self._world = world
         self._lines = lines
         self._lasts_s = lasts_s
-        self._code = code
         self._stopped = threading.Event()
 
-    def wait(self, on_line: Callable[[str], None]) -> int:
+    def wait(self, on_line: Callable[[str], None]) -> None:
         for line in self._lines:
             on_line(line)
-        if self._code is None:
+        if self._lasts_s is None:
             self._world.running.set()
             assert self._stopped.wait(LIMIT_S), "nobody stopped the host"
-            return -15
+            return
         self._world.now += self._lasts_s
-        return self._code
 
     def stop(self, timeout_s: float) -> None:
         self._stopped.set()
@@ -46,15 +48,15 @@ class FakeHost:
 class World:
     """Time and processes for one supervisor."""
 
-    def __init__(self, *lives: tuple[list[str], float, int]) -> None:
+    def __init__(self, *lives: tuple[list[str], float]) -> None:
         self.now = 0.0
         self.pauses: list[float] = []
         self.running = threading.Event()
         self._lives = iter(lives)
 
-    def spawn(self, settings: HostSettings, address: str) -> FakeHost:
-        lines, lasts_s, code = next(self._lives, ([said(state="up", actor_pid=7)], 0.0, None))
-        return FakeHost(self, lines, lasts_s, code)
+    def spawn(self, settings: DraftSettings, address: str) -> FakeHost:
+        lines, lasts_s = next(self._lives, ([said(state="up", actor_pid=7)], None))
+        return FakeHost(self, lines, lasts_s)
 
     def pause(self, seconds: float) -> bool:
         self.pauses.append(seconds)
@@ -63,7 +65,7 @@ class World:
 
     def supervise(self, **settings: object) -> DraftSupervisor:
         return DraftSupervisor(
-            HostSettings(**settings),  # type: ignore[arg-type]
+            DraftSettings(**settings),  # type: ignore[arg-type]
             "1:2:3",
             spawn=self.spawn,
             clock=lambda: self.now,
@@ -87,15 +89,15 @@ def stop_at_end() -> Iterator[list[DraftSupervisor]]:
 
 
 def test_a_host_that_keeps_dying_is_started_ever_later(stop_at_end: list[DraftSupervisor]) -> None:
-    world = World(*[([], 0.1, 9)] * 8)
+    world = World(*[([], 0.1)] * 8)
     stop_at_end.append(supervisor := world.supervise())
     world.wait_until_running()
     assert world.pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert (supervisor.starts, supervisor.restarts, supervisor.last_exit) == (9, 0, 9)
+    assert (supervisor.starts, supervisor.restarts) == (9, 0)
 
 
 def test_a_healthy_run_makes_the_next_start_quick_again(stop_at_end: list[DraftSupervisor]) -> None:
-    world = World(([], 1, 9), ([], 1, 9), ([], 60, 9), ([], 59, 9))
+    world = World(([], 1), ([], 1), ([], 60), ([], 59))
     stop_at_end.append(world.supervise())
     world.wait_until_running()
     assert world.pauses == [1, 2, 1, 2]
@@ -112,40 +114,24 @@ def test_the_state_follows_what_the_host_says(stop_at_end: list[DraftSupervisor]
 
 
 def test_stop_during_a_pause_ends_the_waiting() -> None:
-    supervisor = DraftSupervisor(HostSettings(), "1:2:3", spawn=World(*[([], 0.0, 9)] * 99).spawn)
+    supervisor = DraftSupervisor(DraftSettings(), "1:2:3", spawn=World(*[([], 0.0)] * 99).spawn)
     supervisor.stop()
     assert not supervisor._thread.is_alive()
     assert supervisor.starts <= 1
 
 
-def test_a_required_cluster_that_does_not_answer_is_one_sentence(stop_at_end: list[DraftSupervisor]) -> None:
-    sentence = "The Ray cluster at nowhere:1 cannot be used: refused."
-    world = World(([said(sentence, reason=sentence)], 0.0, EXIT_UNREACHABLE))
-    with pytest.raises(HostUnavailableError) as caught:
-        stop_at_end.append(world.supervise(require=True))
-    assert str(caught.value) == sentence
-
-
-def test_what_is_not_required_is_tried_again(stop_at_end: list[DraftSupervisor]) -> None:
-    world = World(([], 0.0, EXIT_UNREACHABLE))
-    stop_at_end.append(supervisor := world.supervise())
-    world.wait_until_running()
-    assert supervisor.last_exit == EXIT_UNREACHABLE
-    assert supervisor.state == "up"
-
-
-def test_a_required_host_that_connects_is_taken(stop_at_end: list[DraftSupervisor]) -> None:
-    world = World(([said(connected=True)], 0.0, 9))
-    stop_at_end.append(supervisor := world.supervise(require=True))
-    world.wait_until_running()
-    assert supervisor.state == "up"
-
-
 def test_only_messages_and_warnings_reach_the_log(stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vllm_double.hosting.supervisor")
-    lines = ["INFO chatter", "no level at all", "WARNING 11-21 a worry", said("a message"), said(state="up")]
-    world = World((lines, 100.0, 4))
-    stop_at_end.append(world.supervise(device="cpu", draft_cores=(1,), target_cores="0"))
+    lines = [
+        "INFO chatter",
+        "no level at all",
+        "WARNING 11-21 a worry",
+        said("a message"),
+        said(state="up"),
+        said(is_last=True),
+    ]
+    world = World((lines, 100.0))
+    stop_at_end.append(world.supervise(double=DoubleConfig(draft_device="cpu"), draft_cores=(1,), target_cores="0"))
     world.wait_until_running()
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "Starting the draft worker's host: draft on cpu, cores 1; target on cores 0."
@@ -156,9 +142,11 @@ def test_only_messages_and_warnings_reach_the_log(stop_at_end: list[DraftSupervi
 def test_the_last_lines_of_a_host_that_ends_without_a_word_are_shown(
     stop_at_end: list[DraftSupervisor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = World((["Traceback", "KeyError: 3"], 0.0, 1))
+    explained = ["Ray's chatter", said("Ray cannot be started", is_last=True)]
+    world = World((["Traceback", "KeyError: 3"], 0.0), (explained, 0.0))
     stop_at_end.append(world.supervise())
     world.wait_until_running()
+    assert caplog.text.count("Its last lines were") == 1
     assert "Traceback\nKeyError: 3" in caplog.text
 
 
@@ -184,7 +172,7 @@ def test_the_child_loses_bindings_and_a_foreign_ray_and_keeps_the_rest() -> None
         "CUDA_VISIBLE_DEVICES": "0",
         "HOME": "/home/x",
     }
-    settings = HostSettings(draft_cores=(2, 3), visible_devices="1")
+    settings = DraftSettings(draft_cores=(2, 3), visible_devices="1")
     child = child_environment(inherited, settings)
     assert child["OMP_NUM_THREADS"] == "2"
     assert child["CUDA_VISIBLE_DEVICES"] == "1"
@@ -198,14 +186,20 @@ def test_the_child_loses_bindings_and_a_foreign_ray_and_keeps_the_rest() -> None
 
 
 def test_a_given_cluster_keeps_its_own_ray_settings() -> None:
-    child = child_environment({"RAY_AUTH_TOKEN": "theirs"}, HostSettings(ray_address="a:1"))
+    child = child_environment({"RAY_AUTH_TOKEN": "theirs"}, DraftSettings(double=DoubleConfig(ray_address="a:1")))
     assert child["RAY_AUTH_TOKEN"] == "theirs"
     assert "RAY_AUTH_MODE" not in child
 
 
 def test_settings_survive_the_way_to_the_host() -> None:
-    settings = HostSettings(worker={"engine": {"model": "m"}}, draft_cores=(1, 2), ray_address="a:1", require=True)
-    assert HostSettings.from_json(settings.to_json()) == settings
+    settings = DraftSettings(
+        double=DoubleConfig(datastore="a", ray_address="a:1"),
+        engine=EngineConfig("m", seed=7),
+        datastores=(("a", "ff"),),
+        draft_cores=(1, 2),
+        engine_pids=(3,),
+    )
+    assert DraftSettings.from_json(settings.to_json()) == settings
 
 
 def test_back_off_never_exceeds_its_limit() -> None:
@@ -223,7 +217,7 @@ def test_what_came_up_is_back_soon_however_often_it_dies() -> None:
 def test_restarts_are_workers_that_came_up_again(stop_at_end: list[DraftSupervisor]) -> None:
     lines = [said(state="up", actor_pid=pid) for pid in (1, 1, 2)]
     lines.insert(1, said(state="unresponsive", actor_pid=1))
-    world = World((lines, 30.0, 9))
+    world = World((lines, 30.0))
     stop_at_end.append(supervisor := world.supervise())
     world.wait_until_running()
     assert (supervisor.workers_up, supervisor.restarts, world.pauses) == (3, 2, [1])
@@ -233,19 +227,18 @@ def test_supervising_imports_neither_ray_nor_torch() -> None:
     code = (
         "import sys, vllm_double.hosting.supervisor; print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_stale_folder_goes_and_a_living_owners_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(processes, "_LONGEST", 4096)
-    stale = processes.RuntimeFolder()
+    monkeypatch.setattr(process_care.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(process_care.RuntimeFolder, "_LONGEST", 4096)
+    stale = process_care.RuntimeFolder()
     os.close(stale.lock)  # as after the death of all its owners
-    living = processes.RuntimeFolder()
+    living = process_care.RuntimeFolder()
     assert not Path(stale.path).exists()
-    processes.remove_stale(str(tmp_path))
+    process_care.RuntimeFolder.remove_stale(str(tmp_path))
     assert Path(living.path).exists()
     living.remove()
     living.remove()
@@ -256,18 +249,18 @@ def test_a_session_is_killed_with_its_orphans() -> None:
     script = "import os, subprocess; subprocess.Popen(['sleep', '600']); os._exit(0)"
     leader = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     assert leader.wait(LIMIT_S) == 0
-    assert len(processes.session_members(leader.pid)) == 1
-    assert processes.kill_session(leader.pid)
-    assert processes.session_members(leader.pid) == []
+    assert len(process_care.session_members(leader.pid)) == 1
+    process_care.kill_session(leader.pid)
+    assert process_care.session_members(leader.pid) == []
 
 
-def test_a_host_that_cannot_be_watched_is_the_last_one(
+def test_a_host_that_cannot_be_watched_is_followed_by_another(
     stop_at_end: list[DraftSupervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(([], 0.0, 1))
+    world = World(([], 0.0))
     wait = FakeHost.wait
 
-    def fail_once(self: FakeHost, on_line: Callable[[str], None]) -> int:
+    def fail_once(self: FakeHost, on_line: Callable[[str], None]) -> None:
         monkeypatch.setattr(FakeHost, "wait", wait)
         raise RuntimeError("somebody cleaned up at the same time")
 
@@ -277,15 +270,29 @@ def test_a_host_that_cannot_be_watched_is_the_last_one(
     assert supervisor.starts == 2
 
 
-def test_who_cleans_up_at_the_same_time_stops_the_cleaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in (1, 2):
-        (tmp_path / f"segments-{number}").write_text(str(tmp_path / f"mapped {number}"))
-        (tmp_path / f"mapped {number}").touch()
+def test_unlinked_shared_memory_stays_usable_and_leaves_no_name() -> None:
+    code = (
+        "import os\n"
+        "from multiprocessing import resource_tracker, shared_memory\n"
+        "from pathlib import Path\n"
+        "from vllm_double.hosting.process_care import unlink_shared_memory\n"
+        "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
+        "resource_tracker.unregister(segment._name, 'shared_memory')\n"
+        "paths = [Path('/dev/shm', segment.name), Path(f'/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}')]\n"
+        "paths[1].touch()\n"
+        "unlink_shared_memory()\n"
+        "segment.buf[0] = 7\n"
+        "print(segment.buf[0], [path.exists() for path in paths])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "7 [False, False]"
 
-    def is_gone(pid: int) -> bool:
-        (tmp_path / "segments-1").unlink(missing_ok=True)
-        return True
 
-    monkeypatch.setattr(processes, "is_gone", is_gone)
-    processes.remove_segments(str(tmp_path))
-    assert not (tmp_path / "segments-2").exists() and not (tmp_path / "mapped 2").exists()
+def test_openmp_marks_of_living_processes_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(process_care, "_openmp_mark", lambda pid: tmp_path / str(pid))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(LIMIT_S)
+    for pid in (os.getpid(), ended.pid):
+        (tmp_path / str(pid)).touch()
+    process_care.remove_openmp_marks([os.getpid(), ended.pid])
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]

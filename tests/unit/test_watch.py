@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_double.hosting import process_watch as watch
-from vllm_double.hosting.process_watch import ProcessWatch, wait_for_end
+from vllm_double.hosting import process_care
+from vllm_double.hosting.process_care import ProcessWatch, wait_for_end
 
 
 @pytest.fixture(params=["pidfd", "stat"])
@@ -20,7 +20,7 @@ def watch_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
             raise OSError(errno.ENOSYS, "no pidfds in this sandbox")
 
         monkeypatch.setattr(os, "pidfd_open", refused)
-        monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.01)
+        monkeypatch.setattr(process_care, "_LOOK_EVERY_S", 0.01)
     return str(request.param)
 
 
@@ -45,7 +45,7 @@ def gone(start: Callable[[], subprocess.Popen[bytes]]) -> int:
 def test_a_watched_process_is_alive_until_it_ends(watch_kind, start):
     process = start()
     watched = ProcessWatch(process.pid)
-    assert (watched._poll is None) == (watch_kind == "stat")
+    assert watched.has_pidfd == (watch_kind == "pidfd")
     assert watched.alive()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

@@ -24,9 +24,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from vllm_double.hosting.cores import bind_all_threads
-from vllm_double.hosting.host import HostSettings
-from vllm_double.hosting.process_watch import ProcessWatch
-from vllm_double.hosting.processes import children, note_process, note_segments, remove_segments
+from vllm_double.hosting.process_care import ProcessWatch, children, unlink_shared_memory
+from vllm_double.hosting.settings import DraftSettings
 
 __all__ = ["Cluster", "ClusterLostError", "DraftActor", "UnreachableError"]
 
@@ -61,15 +60,13 @@ class DraftActor:
         for folder in (host_directory, str(Path(__file__).parent)):
             if folder in sys.path[:2]:
                 sys.path.remove(folder)
-        self._settings = HostSettings.from_json(settings_json)
+        self._settings = DraftSettings.from_json(settings_json)
         self._address = address
         self._rank = rank
         self._meeting = meeting
         self._cores = self._settings.cores_of(rank)
         self._target = ProcessWatch(target_pid)
         self._state = "building"
-        self._runtime_dir = runtime_dir
-        note_process(runtime_dir)
         _join_log(log_path)
         # A cluster's workers have its raylet's environment, not our host's.
         os.environ.update(host_environment)
@@ -106,12 +103,8 @@ class DraftActor:
             if self._cores is not None and (torch := sys.modules.get("torch")) is not None:
                 # In this thread: OpenMP keeps the number of threads per thread.
                 torch.set_num_threads(len(self._cores))
-            settings = self._settings.worker
-            try:
-                worker = build({**settings, "address": self._address, "rank": self._rank, "meeting": self._meeting})
-            finally:
-                if self._settings.num_ranks > 1:
-                    note_segments(self._runtime_dir)
+            worker = build(self._settings, self._address, self._rank, self._meeting)
+            unlink_shared_memory()
             self._state = "up"
             worker.run(lambda: not self._target.alive())
         finally:
@@ -122,7 +115,7 @@ class DraftActor:
 class Cluster:
     """The driver's side: an embedded Ray, or a connection to one that is there."""
 
-    def __init__(self, settings: HostSettings, node: dict[str, Any], daemons: list[ProcessWatch]) -> None:
+    def __init__(self, settings: DraftSettings, node: dict[str, Any], daemons: list[ProcessWatch]) -> None:
         """node: of this machine, as Ray describes it ("node_id", "node_ip_address")."""
         self._settings = settings
         self._node = node
@@ -130,11 +123,11 @@ class Cluster:
         self._num_starts = 0
 
     @classmethod
-    def connect(cls, settings: HostSettings, runtime_dir: str) -> Cluster:
+    def connect(cls, settings: DraftSettings, runtime_dir: str) -> Cluster:
         """Raises UnreachableError, or ValueError for settings that Ray refuses."""
-        context = _join(settings.ray_address) if settings.ray_address else _embed(settings, runtime_dir)
+        context = _join(settings.double.ray_address) if settings.double.ray_address else _embed(settings, runtime_dir)
         # The gcs server and the raylet: Ray's driver may take minutes to notice that one is gone.
-        daemons = [ProcessWatch(pid) for pid in children(os.getpid())] if settings.ray_address is None else []
+        daemons = [ProcessWatch(pid) for pid in children(os.getpid())] if settings.double.ray_address is None else []
         return cls(settings, context.address_info, daemons)
 
     def run_actor(self, address: str, target_pid: int, runtime_dir: str, on_state: Callable[[str, int], None]) -> str:
@@ -142,7 +135,6 @@ class Cluster:
         The others are ended then, too. Raises ClusterLostError.
         """
         settings = self._settings
-        remove_segments(runtime_dir)  # of ranks that were killed
         self._num_starts += 1
         meeting = str(Path(runtime_dir, f"ranks-{self._num_starts}"))
         log_path = f"/proc/{os.getpid()}/fd/1"
@@ -152,13 +144,13 @@ class Cluster:
         try:
             strategies: list[Any] = [NodeAffinitySchedulingStrategy(self._node["node_id"], soft=False)]
             if settings.num_ranks > 1:
-                here = {"CPU": settings.ray_num_cpus, f"node:{self._node['node_ip_address']}": 0.001}
+                here = {"CPU": settings.double.ray_num_cpus, f"node:{self._node['node_ip_address']}": 0.001}
                 group = placement_group([here] * settings.num_ranks, strategy="STRICT_PACK")
                 if not group.wait(settings.start_timeout_s):
                     raise GetTimeoutError
                 strategies = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(settings.num_ranks)]
             handles = [
-                actor_class.options(num_cpus=settings.ray_num_cpus, scheduling_strategy=strategy).remote(
+                actor_class.options(num_cpus=settings.double.ray_num_cpus, scheduling_strategy=strategy).remote(
                     settings.to_json(), address, target_pid, runtime_dir, log_path, rank, meeting, str(Path.cwd()), environment
                 )
                 for rank, strategy in enumerate(strategies)
@@ -185,7 +177,7 @@ class Cluster:
         """Gives back what is held in somebody else's cluster; an embedded Ray is killed with the host's
         session.
         """
-        if self._settings.ray_address is not None:
+        if self._settings.double.ray_address is not None:
             ray.shutdown()
 
     def _stay(self, handles: list[Any], pid: int, on_state: Callable[[str, int], None]) -> str:
@@ -217,10 +209,10 @@ class Cluster:
             raise ClusterLostError("One of Ray's daemons is gone; Ray is started again.")
 
 
-def _embed(settings: HostSettings, runtime_dir: str) -> Any:
+def _embed(settings: DraftSettings, runtime_dir: str) -> Any:
     _leave_out_unused_daemons()
     return ray.init(
-        num_cpus=max(1, math.ceil(settings.ray_num_cpus * settings.num_ranks)),
+        num_cpus=max(1, math.ceil(settings.double.ray_num_cpus * settings.num_ranks)),
         num_gpus=0,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,

@@ -1,7 +1,7 @@
-"""Keeps the draft's host process alive from inside the target's vLLM worker, at next to no cost there.
+"""Keeps the draft's host alive from inside the target's vLLM worker, at next to no cost there.
 
-The target's process imports neither Ray nor torch for this, and nothing that happens to the host can reach
-it: it only ever starts a process, reads its output, and ends it.
+The target's process imports neither Ray nor torch for this, and nothing that happens to the host can reach it: it only ever
+starts a process, reads its output, and ends it. Who ends whom: see ``process_care``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import multiprocessing.util
 import os
 import re
 import secrets
-import select
 import subprocess
 import sys
 import sysconfig
@@ -21,15 +20,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vllm_double.hosting.back_off import BackOff
 from vllm_double.hosting.cores import format_cores
-from vllm_double.hosting.host import EXIT_CONFIG, EXIT_LOST, EXIT_UNREACHABLE, MARK, HostSettings
-from vllm_double.hosting.processes import RuntimeFolder, kill_session
+from vllm_double.hosting.host import MARK
+from vllm_double.hosting.process_care import ProcessWatch, RuntimeFolder, kill_session, wait_for_one
+from vllm_double.hosting.settings import DraftSettings
 
-__all__ = ["DraftSupervisor", "HostProcess", "HostUnavailableError", "State", "child_environment"]
+__all__ = ["DraftSupervisor", "HostProcess", "State", "child_environment"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ State = Literal["starting", "up", "down", "stopped"]
 OnLine = Callable[[str], None]
 
 _STOP_S = 3.0
-_EXPLAINED = (EXIT_CONFIG, EXIT_UNREACHABLE, EXIT_LOST)  # the host has said why it ends
 _LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL)\b")
 
 _RAY_QUIET = {
@@ -68,51 +68,39 @@ _RAY_QUIET = {
 }
 
 
-class HostUnavailableError(RuntimeError):
-    """The draft's host cannot be had, and the settings require it; the message is one sentence."""
-
-
 class Host(Protocol):
-    """A started host process."""
+    """A started host."""
 
-    def wait(self, on_line: OnLine) -> int:
-        """Hands over its output line by line until it has ended; returns the exit code."""
+    def wait(self, on_line: OnLine) -> None:
+        """Hands over its output line by line until it has ended."""
 
     def stop(self, timeout_s: float) -> None:
-        """Ends it and everything that it has started. May be called from another thread while ``wait``
-        runs.
-        """
+        """Ends it and everything that it has started. May be called from another thread while ``wait`` runs."""
 
 
 class DraftSupervisor:
     """Starts the host, restarts it with back-off, counts, and ends it with this process.
 
-    One daemon thread does everything. That thread also spawns: PR_SET_PDEATHSIG fires when the spawning
-    *thread* ends.
+    One daemon thread does everything.
 
     Args:
-        settings: for the host; with ``require`` the constructor waits until Ray is there.
-        address: of the target's end of the transport.
+        address: of the target's side of the transport.
         spawn: starts a host; by default a HostProcess.
         clock: seconds, monotone.
-        pause: waits so many seconds or until told to stop, and says whether it was told.
-
-    Raises:
-        HostUnavailableError: with ``settings.require`` only.
+        pause: waits so many seconds or until ``stop`` is called; whether it was.
     """
 
     def __init__(
         self,
-        settings: HostSettings,
+        settings: DraftSettings,
         address: str,
         *,
-        spawn: Callable[[HostSettings, str], Host] | None = None,
+        spawn: Callable[[DraftSettings, str], Host] | None = None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], bool] | None = None,
     ) -> None:
         self.starts = 0
         self.workers_up = 0  # draft workers that came up so far, of all hosts
-        self.last_exit: int | None = None
         self.state: State = "starting"
         self.actor_pid: int | None = None
         self._last_up: int | None = None
@@ -121,20 +109,16 @@ class DraftSupervisor:
         self._spawn = spawn or HostProcess
         self._clock = clock
         self._stopping = threading.Event()
-        self._settled = threading.Event()  # Ray is there, or it is known that it will not be
         self._pause = pause or self._stopping.wait
         self._host: Host | None = None
-        self._refusal = ""
+        self._is_explained = False  # the host has said why it ends
         self._recent: deque[str] = deque(maxlen=30)
         self._owner = os.getpid()
         self._thread = threading.Thread(target=self._watch, name="vllm-double-supervisor", daemon=True)
         self._thread.start()
-        # vLLM's workers leave by SystemExit. Forked multiprocessing children never run atexit, but do run
-        # finalizers.
+        # vLLM's workers leave by SystemExit. Forked multiprocessing children never run atexit, but do run finalizers.
         atexit.register(self.stop)
         self._finalizer = multiprocessing.util.Finalize(None, self.stop, exitpriority=10)
-        if settings.require:
-            self._require()
 
     @property
     def restarts(self) -> int:
@@ -142,9 +126,7 @@ class DraftSupervisor:
         return max(0, self.workers_up - 1)
 
     def stop(self) -> None:
-        """Ends the host and all its processes; returns when they are gone. Safe to call twice, and in a
-        forked child.
-        """
+        """Ends the host and all its processes. Safe to call twice, and in a forked child."""
         if os.getpid() != self._owner or self.state == "stopped":
             return
         self._stopping.set()
@@ -155,16 +137,9 @@ class DraftSupervisor:
         atexit.unregister(self.stop)
         self._finalizer.cancel()
 
-    def _require(self) -> None:
-        if not self._settled.wait(self._settings.start_timeout_s):
-            self._refusal = f"The draft's host was not ready within {self._settings.start_timeout_s:.0f} s."
-        if self._refusal:
-            self.stop()
-            raise HostUnavailableError(self._refusal)
-
     def _watch(self) -> None:
         back_off = BackOff()
-        where = f"draft on {self._settings.device}"
+        where = f"draft on {self._settings.double.draft_device}"
         if self._settings.draft_cores is not None:
             where += f", cores {format_cores(self._settings.draft_cores)}"
         if self._settings.target_cores:
@@ -172,41 +147,34 @@ class DraftSupervisor:
         logger.info("Starting the draft worker's host: %s.", where)
         while not self._stopping.is_set():
             started, earlier = self._clock(), self.workers_up
-            self.last_exit = self._run_once()
+            self._run_once()
             if self._stopping.is_set():
                 return
             self.state = "down"
-            if self.last_exit in (EXIT_CONFIG, EXIT_UNREACHABLE) and not self._refusal:
-                self._refusal = f"The draft's host gave up with exit code {self.last_exit}."
-            self._settled.set()
             wait_s = back_off.after(self._clock() - started, self.workers_up > earlier)
-            logger.warning(
-                "The draft's host ended with code %s; no drafts until it is started again in %.0f s.",
-                self.last_exit,
-                wait_s,
-            )
-            if self.last_exit not in _EXPLAINED and self._recent:
+            logger.warning("The draft's host ended. There are no drafts until it is started again in %.0f s.", wait_s)
+            if self._recent and not self._is_explained:
                 logger.warning("Its last lines were:\n%s", "\n".join(self._recent))
             if self._pause(wait_s):
                 return
             self.state = "starting"
 
-    def _run_once(self) -> int:
+    def _run_once(self) -> None:
         self.starts += 1
         self._recent.clear()
+        self._is_explained = False
         try:
             host = self._host = self._spawn(self._settings, self._address)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             logger.warning("The draft's host cannot be started: %s.", error)
-            return 1
-        if self._stopping.is_set():  # stop() may have looked for a host just before there was one
-            host.stop(_STOP_S)
+            return
         try:
-            return host.wait(self._on_line)
+            if self._stopping.is_set():  # stop() may have looked for a host just before there was one
+                host.stop(_STOP_S)
+            host.wait(self._on_line)
         except Exception:
             logger.exception("The draft's host is given up")
             host.stop(_STOP_S)
-            return 1
 
     def _on_line(self, line: str) -> None:
         if not line.startswith(MARK):
@@ -217,25 +185,31 @@ class DraftSupervisor:
         values: dict[str, Any] = json.loads(line[len(MARK) :])
         if values["text"]:
             logger.log(getattr(logging, values["level"]), "(draft) %s", values["text"])
-        if (pid := values.get("actor_pid")) is not None:
+        self._is_explained = values.get("is_last", False)
+        state, pid = values.get("state"), values.get("actor_pid")
+        if pid is not None:
             self.actor_pid = pid
-            if values.get("state") == "up" and pid != self._last_up:
+            if state == "up" and pid != self._last_up:
                 self._last_up = pid
                 self.workers_up += 1
-        if (state := values.get("state")) is not None and not self._stopping.is_set():
-            self.state = {"up": "up", "down": "down"}.get(state, "starting")  # type: ignore[assignment]
-        if reason := values.get("reason"):
-            self._refusal = str(reason)
-        if values.get("connected"):
-            self._refusal = ""
-            self._settled.set()
+        if state is not None and not self._stopping.is_set():
+            self.state = state if state in ("up", "down") else "starting"
 
 
 class HostProcess:
     """The real host: a session of its own, settings through stdin, one pipe for everything that it prints."""
 
-    def __init__(self, settings: HostSettings, address: str) -> None:
+    def __init__(self, settings: DraftSettings, address: str) -> None:
         self._folder = RuntimeFolder()
+        request = {
+            "settings": settings.to_json(),
+            "address": address,
+            "cores": settings.draft_cores,
+            "engine_pids": settings.engine_pids,
+            "is_gentle": settings.double.ray_address is not None,
+            "target_pid": os.getpid(),
+            "runtime_dir": self._folder.path,
+        }
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vllm_double.hosting.host"],
@@ -249,81 +223,59 @@ class HostProcess:
         except OSError:
             self._folder.remove()
             raise
-        self.pid = self._process.pid
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {
-            "settings": settings.to_json(),
-            "address": address,
-            "target_pid": os.getpid(),
-            "runtime_dir": self._folder.path,
-        }
-        try:
-            self._process.stdin.write(json.dumps(request).encode())
-            self._process.stdin.close()
-        except OSError:
-            pass  # It died at once; wait() says so.
+        with suppress(OSError), self._process.stdin as stdin:  # if it died at once, wait() says so
+            stdin.write(json.dumps(request).encode())
+        self._watch = ProcessWatch(self._process.pid)
         self._stdout = self._process.stdout
-        self._output = self._stdout.fileno()
-        os.set_blocking(self._output, False)
+        os.set_blocking(self._stdout.fileno(), False)
 
-    def wait(self, on_line: OnLine) -> int:
-        poll = select.poll()
-        poll.register(self._output, select.POLLIN)
+    def wait(self, on_line: OnLine) -> None:
+        rest, has_ended = b"", False
         try:
             # The end of the output would not do: whoever the host has started may hold the pipe for longer.
-            ended = os.pidfd_open(self.pid)
-            poll.register(ended, select.POLLIN)
-        except OSError:
-            ended = None
-        rest = b""
-        try:
-            while True:
-                code = self._process.poll()
+            while not has_ended:
+                has_ended = wait_for_one([self._watch], readable=self._stdout.fileno())
                 *lines, rest = (rest + self._read()).split(b"\n")
                 for line in lines:
                     on_line(line.decode(errors="replace"))
-                if code is not None:
-                    return code
-                if any(events & ~select.POLLIN for number, events in poll.poll(1000) if number == self._output):
-                    poll.unregister(self._output)
         finally:
-            if ended is not None:
-                os.close(ended)
             self._stdout.close()
+            self._watch.close()
             self._clean_up()
 
     def stop(self, timeout_s: float) -> None:
         self._process.terminate()
-        deadline = time.monotonic() + timeout_s
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
         self._clean_up()
 
     def _read(self) -> bytes:
         try:
-            return os.read(self._output, 1 << 16)
+            return os.read(self._stdout.fileno(), 1 << 16)
         except BlockingIOError:
             return b""
 
     def _clean_up(self) -> None:
-        """What the guard does; here for the case that the guard was killed."""
-        kill_session(self.pid)
+        """What host and guard have done, unless they were killed."""
+        if self._process.poll() != 0:
+            kill_session(self._process.pid)
         self._folder.remove()
 
 
-def child_environment(inherited: Mapping[str, str], settings: HostSettings) -> dict[str, str]:
+def child_environment(inherited: Mapping[str, str], settings: DraftSettings) -> dict[str, str]:
     """The host's environment: the target's, without what binds the target's threads and what a parent Ray
     has left.
     """
     bindings = ("KMP_", "GOMP_", "OMP_", "VLLM_CPU_OMP_")
-    drop = bindings if settings.ray_address is not None else (*bindings, "RAY_")
+    drop = bindings if settings.double.ray_address is not None else (*bindings, "RAY_")
     environment = {name: value for name, value in inherited.items() if not name.startswith(drop)}
     if settings.draft_cores is not None:
         environment["OMP_NUM_THREADS"] = str(len(settings.draft_cores))
     if settings.visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
-    if settings.ray_address is None:
+    if settings.double.ray_address is None:
         environment |= _RAY_QUIET | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # The server's working directory may hold a folder called ray or vllm.
     environment["PYTHONSAFEPATH"] = "1"

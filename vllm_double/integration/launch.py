@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from vllm.config import VllmConfig
 
 from vllm_double.config import DoubleConfig
+from vllm_double.draft.engine.config import EngineConfig
 from vllm_double.draft.forward_budget import MAX_NODES
-from vllm_double.hosting.host import HostSettings
-from vllm_double.hosting.lifeline import hold
-from vllm_double.hosting.processes import children
+from vllm_double.hosting.process_care import children, end_with
+from vllm_double.hosting.settings import DraftSettings
 from vllm_double.hosting.supervisor import DraftSupervisor
 from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.operations.control_socket import Address, Endpoint
@@ -24,7 +23,7 @@ from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import Proposer
 from vllm_double.transport.shared import SharedTargetEnd
 
-__all__ = ["Launch"]
+__all__ = ["Launch", "draft_settings"]
 
 _STALE_HEARTBEAT_S = 2.0
 _NAP_S = 50e-6  # between two looks for what the target waits for
@@ -42,17 +41,18 @@ class Launch:
         double: DoubleConfig = config.double
         self._end: SharedTargetEnd | None = None
         self._supervisor: DraftSupervisor | None = None
-        self._settings: HostSettings | None = None
+        self._settings: DraftSettings | None = None
         self._beat = (0, 0.0)
-        processes = hold(config.launcher)
+        processes = end_with(config.launcher)
         if config.draft:
             self._end = SharedTargetEnd.create()
             # The engine core's children are its ranks, and vLLM starts all of them before any loads its model.
             ranks = children(processes[1]) if len(processes) > 2 else []
-            self._settings = _host_settings(vllm_config, sorted({*processes, *ranks}))
+            self._settings = draft_settings(vllm_config, sorted({*processes, *ranks}))
             if vllm_config.device_config.device_type == "cpu":
                 self.start_draft()
-        retrievers = _sources(config).open() if double.target_retrieval else []
+        sources = Sources(double.context_retrieval, double.history_tokens, double.share_history, config.datastores)
+        retrievers = sources.open() if double.target_retrieval else []
         vocab_size = vllm_config.model_config.get_vocab_size()
         proposer = Proposer(
             config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, double.wait_for_draft
@@ -104,12 +104,7 @@ def _nap() -> None:
     time.sleep(_NAP_S)
 
 
-def _sources(config: Any) -> Sources:
-    double: DoubleConfig = config.double
-    return Sources(double.context_retrieval, double.history_tokens, double.share_history, config.datastores)
-
-
-def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSettings:
+def draft_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> DraftSettings:
     """The draft worker's settings from the user's keys and what the target runs with."""
     config = vllm_config.speculative_config
     double: DoubleConfig = config.double
@@ -130,48 +125,38 @@ def _host_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> HostSetti
     # Every running request may have a row, and some more than one.
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs + (double.nodes_per_iteration or MAX_NODES)
     folder = Path(draft["model"]).expanduser()
-    worker = {
-        "engine": {
-            "model": str(folder.absolute()) if folder.is_dir() else draft["model"],  # the actor may work elsewhere
-            "revision": draft.get("revision"),
-            "quantization": draft.get("quantization"),
-            "code_revision": draft.get("code_revision"),
-            "dtype": double.draft_dtype,
-            "max_model_len": draft.get("max_model_len"),
-            "longest_text": target.max_model_len,
-            "vocab_size": target.get_vocab_size(),
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max(2048, double.prefill_tokens + max_num_seqs),
-            "device": device,
-            "num_threads": len(cores.draft) // num_ranks if cores is not None else 1,
-            "tensor_parallel_size": num_ranks,
-            "page_size": double.draft_page_size,
-            "kv_cache_bytes": int(double.draft_kv_cache_gib * 2**30),
-            "trust_remote_code": target.trust_remote_code,
-            "seed": target.seed,
-            "num_children": double.children_per_node,
-            "enforce_eager": draft["enforce_eager"],
-        },
-        "limits": {
-            "num_speculative_tokens": config.num_speculative_tokens,
-            "nodes_per_iteration": double.nodes_per_iteration,
-            "children_per_node": double.children_per_node,
-            "prefill_tokens": double.prefill_tokens,
-            "min_path_prob": double.min_path_prob,
-        },
-        # Where the target's is off, nobody shall tell from the time of an answer what others asked.
-        "prefix_caching": vllm_config.cache_config.enable_prefix_caching,
-        "retrieval": asdict(_sources(config) if double.draft_retrieval else Sources(context=False)),
-    }
-    return HostSettings(
-        worker=worker,
-        device=double.draft_device,
+    engine_config = EngineConfig(
+        model=str(folder.absolute()) if folder.is_dir() else draft["model"],  # the actor may work elsewhere
+        revision=draft.get("revision"),
+        quantization=draft.get("quantization"),
+        code_revision=draft.get("code_revision"),
+        dtype=double.draft_dtype,
+        max_model_len=draft.get("max_model_len"),
+        longest_text=target.max_model_len,
+        vocab_size=target.get_vocab_size(),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(2048, double.prefill_tokens + max_num_seqs),
+        device=device,
+        num_threads=len(cores.draft) // num_ranks if cores is not None else 1,
+        tensor_parallel_size=num_ranks,
+        rendezvous="to be chosen at each start" if num_ranks > 1 else "",
+        page_size=double.draft_page_size,
+        kv_cache_bytes=int(double.draft_kv_cache_gib * 2**30),
+        trust_remote_code=target.trust_remote_code,
+        seed=target.seed,
+        num_children=double.children_per_node,
+        enforce_eager=draft["enforce_eager"],
+    )
+    return DraftSettings(
+        double=double,
+        engine=engine_config,
+        num_speculative_tokens=config.num_speculative_tokens,
+        datastores=config.datastores,
+        prefix_caching=vllm_config.cache_config.enable_prefix_caching,
         draft_cores=cores.draft if cores is not None else None,
         target_cores=cores.bind if cores is not None else "",
         visible_devices=visible,
         num_ranks=num_ranks,
-        ray_address=double.ray_address,
-        ray_num_cpus=double.ray_num_cpus,
         engine_pids=tuple(engine_pids),
     )
 

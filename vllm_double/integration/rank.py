@@ -3,7 +3,6 @@
 The adapters to the runners (``v1``, ``v2``) say which requests there are, what their texts are and what was sampled.
 """
 
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -20,12 +19,11 @@ from vllm_double.integration.launch import Launch
 from vllm_double.integration.request_args import RequestArgs, digest
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import RequestParams, Row
+from vllm_double.wrap import then, wrap_once
 
-__all__ = ["MARK", "TargetRank", "as_int64", "then", "wrap_worker"]
+__all__ = ["TargetRank", "as_int64", "wrap_worker"]
 
 _logger = logging.getLogger(__name__)
-MARK = "_vllm_double_wrapped"
-"""Attribute of a function of vLLM that was wrapped already."""
 
 
 class TargetRank:
@@ -40,11 +38,32 @@ class TargetRank:
         self._num_resets = 0
         self._said_unreadable = False
 
-    def watch_weights(self, target_model: Any) -> None:
-        """Trainers load weights straight into the target: that is seen here."""
-        target_model.load_weights = then(target_model.load_weights, lambda *args, **kwargs: self.forget_history())
+    def join(self, worker: Any) -> None:
+        """The worker has its model and its KV cache: from now on, what it is asked to do passes through here.
 
-    def forget_history(self) -> None:
+        Trainers load weights straight into the target. That is seen here, too.
+        """
+
+        def forget_if_lost(level: int = 1) -> None:
+            if level > 1:
+                self.forget_history()
+
+        def forget_if_replaced(lora_request: Any) -> None:
+            if lora_request.load_inplace:
+                self.forget_history()
+
+        then(worker, "compile_or_warm_up_model", self.begin_service)
+        for owner, name in (
+            (worker, "reload_weights"),
+            (worker, "update_weights"),
+            (worker, "finish_weight_update"),
+            (worker.model_runner.model, "load_weights"),
+        ):
+            then(owner, name, self.forget_history)
+        then(worker, "sleep", forget_if_lost)
+        then(worker, "add_lora", forget_if_replaced)
+
+    def forget_history(self, *_: Any, **__: Any) -> None:
         """The target's weights changed."""
         if self._proposer is not None:
             self._proposer.forget_history()
@@ -138,56 +157,18 @@ def as_int64(seed: int) -> int:
 
 
 def _is_output_rank() -> bool:
-    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
     return bool(get_tensor_model_parallel_rank() == 0)
 
 
 def wrap_worker() -> None:
-    """Wrap methods of the worker's class, once per process: where the target's weights change, history is forgotten."""
-    if getattr(Worker.reload_weights, MARK, False):
-        return
+    """Have a worker whose model runner has a rank of ours meet it when both are complete. Once per process."""
 
-    def rank_of(worker: Any) -> TargetRank | None:
+    @wrap_once(Worker, "initialize_from_config")
+    def initialize_from_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
         for name in ("drafter", "speculator"):  # the V1 runner's and the V2 runner's
-            rank = getattr(worker.model_runner, name, None)
+            rank = getattr(self.model_runner, name, None)
             if isinstance(rank, TargetRank):
-                return rank
-        return None
-
-    def begin_service(worker: Any) -> None:
-        if (rank := rank_of(worker)) is not None:
-            rank.begin_service()
-
-    def forget(worker: Any, *args: Any, **kwargs: Any) -> None:
-        if (rank := rank_of(worker)) is not None:
-            rank.forget_history()
-
-    def forget_if_lost(worker: Any, level: int = 1) -> None:
-        if level > 1:
-            forget(worker)
-
-    def forget_if_replaced(worker: Any, lora_request: Any) -> None:
-        if lora_request.load_inplace:
-            forget(worker)
-
-    Worker.compile_or_warm_up_model = then(Worker.compile_or_warm_up_model, begin_service)
-    Worker.reload_weights = then(Worker.reload_weights, forget)
-    Worker.update_weights = then(Worker.update_weights, forget)
-    Worker.finish_weight_update = then(Worker.finish_weight_update, forget)
-    Worker.sleep = then(Worker.sleep, forget_if_lost)
-    Worker.add_lora = then(Worker.add_lora, forget_if_replaced)
-
-
-def then(change: Callable[..., Any], follow: Callable[..., None]) -> Callable[..., Any]:
-    """``change`` and then ``follow`` with the same arguments, even where it fails: it may have done half of its work."""
-
-    @functools.wraps(change)
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return change(*args, **kwargs)
-        finally:
-            follow(*args, **kwargs)
-
-    setattr(changed, MARK, True)
-    return changed
+                rank.join(self)

@@ -17,17 +17,16 @@ from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.hosting.cores import CoreSplit, read_topology, split_cores
-from vllm_double.integration.engine_core import inform_workers, receive_drafts, schedule_without_placeholders, wait_asleep
-from vllm_double.integration.front_end import check_requests
-from vllm_double.integration.runners import allow_v2
+from vllm_double.integration.front_end import allow_v2, check_requests
 from vllm_double.integration.tokenizers import check_datastores, check_same_tokenizer
 
-__all__ = ["DoubleSpeculativeConfig", "build"]
+__all__ = ["SCHEDULER_PATH", "DoubleSpeculativeConfig", "build"]
 
 MAX_DRAFT_RANKS = 64
 _METRICS_KEY = "_VLLM_DOUBLE_METRICS_KEY"
 
 PROPOSER_PATH = "vllm_double.integration.v1.DoubleProposer"
+SCHEDULER_PATH = "vllm_double.integration.engine_core.DoubleScheduler"
 
 _DRAFT_KEYS = frozenset(
     {"model", "revision", "code_revision", "quantization", "max_model_len", "draft_tensor_parallel_size", "draft_load_config",
@@ -73,11 +72,6 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _teach_process()
-        if os.getppid() == self.launcher:  # this is the engine core
-            on_cpu = self.cores is not None
-            receive_drafts({core for rank in self.cores.target for core in rank} if on_cpu else ())
-            if on_cpu:
-                wait_asleep()
 
 
 def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
@@ -139,10 +133,7 @@ def _metrics_key(parallel: ParallelConfig) -> str:
 
 
 def _teach_process() -> None:
-    """In every process with our configuration: any can be a front end, hold the scheduler or run the model."""
     check_requests(DoubleSpeculativeConfig)
-    inform_workers()
-    schedule_without_placeholders(DoubleSpeculativeConfig)
     allow_v2(DoubleSpeculativeConfig)
 
 

@@ -1,12 +1,10 @@
 """The adapter to vLLM's V1 model runner.
 
-V1 calls a custom proposer without request ids and without the scheduler's output, so three methods of the runner are wrapped.
-Two more save round trips to the engine core: a step is computed and sampled at once, and its output carries the drafts. Each
-method does what it did before unless the runner's drafter is ours. The sampler of our own runner draws with shared noise: see
-``v1_sampling``.
+V1 calls a custom proposer without request ids and without the scheduler's output, so three methods of our own runner are
+replaced. Two more save round trips to the engine core: a step is computed and sampled at once, and its output carries the
+drafts. The runner's sampler draws with shared noise: see ``v1_sampling``.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,10 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
-from vllm_double.integration.rank import MARK, TargetRank, as_int64
+from vllm_double.integration.rank import TargetRank, as_int64
 from vllm_double.integration.v1_sampling import Draws, share_noise
 from vllm_double.target.proposer import Row
+from vllm_double.wrap import wrap_once
 
 __all__ = ["DoubleProposer"]
 
@@ -26,7 +25,6 @@ class DoubleProposer(TargetRank):
     """What vLLM's ``create_custom_proposer`` builds in each target worker."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        _wrap_runner()
         super().__init__(vllm_config)
         self._shares_noise = False
         self._seeds: dict[str, int] = {}  # of live requests, the same on all ranks
@@ -37,11 +35,45 @@ class DoubleProposer(TargetRank):
 
     def load_model(self, target_model: Any) -> None:
         """vLLM calls this once. The draft model is loaded by the draft worker."""
-        self.watch_weights(target_model)
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """vLLM asks for this method; the wrapped runner calls ``propose_rows`` instead."""
-        raise RuntimeError("the model runner was not wrapped: vllm-double and vLLM do not fit together")
+        """vLLM asks for this method; our own runner calls ``propose_rows`` instead."""
+        raise RuntimeError("the model runner was not changed: vllm-double and vLLM do not fit together")
+
+    def join(self, worker: Any) -> None:
+        super().join(worker)
+        runner = worker.model_runner
+
+        @wrap_once(runner, "propose_draft_token_ids")
+        def propose_draft_token_ids(original: Any, scheduler_output: Any, sampled: Any, *args: Any, **kwargs: Any) -> Any:
+            runner._draft_probs = runner._draft_prob_req_ids = None
+            return self.propose_rows(runner, scheduler_output, sampled)
+
+        @wrap_once(runner, "_input_fits_in_drafter")
+        def input_fits_in_drafter(original: Any, common_attn_metadata: Any) -> bool:
+            # One row near max_model_len would take the drafts of all: each row's chain is clipped by itself.
+            return common_attn_metadata is not None
+
+        @wrap_once(runner, "_update_states")
+        def update_states(original: Any, scheduler_output: Any) -> Any:
+            self.prepare(runner)
+            result = original(scheduler_output)
+            self.follow_step(runner, scheduler_output)
+            return result
+
+        @wrap_once(runner, "execute_model")
+        def execute_model(original: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(scheduler_output, *args, **kwargs)
+            if output is not None or scheduler_output.has_structured_output_requests:
+                return output  # nothing to sample, or the engine core still makes the grammar's bitmask
+            return runner.sample_tokens(None)
+
+        @wrap_once(runner, "sample_tokens")
+        def sample_tokens(original: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if output.req_ids:
+                setattr(output, DRAFTS_ATTRIBUTE, runner.take_draft_token_ids())
+            return output
 
     def prepare(self, runner: GPUModelRunner) -> None:
         """Before the runner knows of a step's requests."""
@@ -96,63 +128,3 @@ class DoubleProposer(TargetRank):
             ]
 
         return self.end_step(scheduler_output, len(sampled), rows)
-
-
-def _wrap_runner() -> None:
-    """Wrap the methods of the runner's class, once per process."""
-    if getattr(GPUModelRunner.propose_draft_token_ids, MARK, False):
-        return
-    propose = GPUModelRunner.propose_draft_token_ids
-    fits = GPUModelRunner._input_fits_in_drafter
-    update = GPUModelRunner._update_states
-    execute = GPUModelRunner.execute_model
-    sample = GPUModelRunner.sample_tokens
-
-    @functools.wraps(propose)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        drafter = getattr(self, "drafter", None)
-        if not isinstance(drafter, DoubleProposer):
-            return propose(self, scheduler_output, sampled_token_ids, *args, **kwargs)
-        self._draft_probs = None
-        self._draft_prob_req_ids = None
-        return drafter.propose_rows(self, scheduler_output, sampled_token_ids)
-
-    @functools.wraps(fits)
-    def input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
-        if not isinstance(getattr(self, "drafter", None), DoubleProposer):
-            return bool(fits(self, common_attn_metadata))
-        # One row near max_model_len would take the drafts of all: each row's chain is clipped by itself.
-        fits_rows: bool = common_attn_metadata is not None
-        return fits_rows
-
-    @functools.wraps(update)
-    def update_states(self: Any, scheduler_output: Any) -> Any:
-        drafter = getattr(self, "drafter", None)
-        if not isinstance(drafter, DoubleProposer):
-            return update(self, scheduler_output)
-        drafter.prepare(self)
-        result = update(self, scheduler_output)
-        drafter.follow_step(self, scheduler_output)
-        return result
-
-    @functools.wraps(execute)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        output = execute(self, scheduler_output, *args, **kwargs)
-        if output is not None or scheduler_output.has_structured_output_requests:
-            return output  # nothing to sample, or the engine core still makes the grammar's bitmask
-        return self.sample_tokens(None) if isinstance(getattr(self, "drafter", None), DoubleProposer) else None
-
-    @functools.wraps(sample)
-    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = sample(self, *args, **kwargs)
-        # Whose drafter it is comes first: other outputs, such as those of asynchronous scheduling, name no requests.
-        if isinstance(getattr(self, "drafter", None), DoubleProposer) and output.req_ids:
-            setattr(output, DRAFTS_ATTRIBUTE, self.take_draft_token_ids())
-        return output
-
-    setattr(propose_draft_token_ids, MARK, True)
-    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
-    GPUModelRunner._input_fits_in_drafter = input_fits_in_drafter
-    GPUModelRunner._update_states = update_states
-    GPUModelRunner.execute_model = execute_model
-    GPUModelRunner.sample_tokens = sample_tokens

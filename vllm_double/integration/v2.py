@@ -4,8 +4,8 @@ V2 keeps texts on the device, lets a speculator write drafts there, and tells th
 for every request. Here the scheduler is told the real, ragged chains, and what it schedules is written to the device before the
 next forward, on every rank: rows without drafts cost no query token, and a chain that the scheduler cut is what is verified.
 
-Four methods of the runner are wrapped; each does what it did before unless the runner's speculator is ours. The rejection
-sampler of our own runner accepts the draft tokens that vLLM's sampler draws itself (shared noise, see ``v1_sampling``).
+Four methods of our own runner are replaced. Its rejection sampler accepts the draft tokens that vLLM's sampler draws itself
+(shared noise, see ``v1_sampling``).
 """
 
 import functools
@@ -23,8 +23,9 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
-from vllm_double.integration.rank import MARK, TargetRank
+from vllm_double.integration.rank import TargetRank
 from vllm_double.target.proposer import Row
+from vllm_double.wrap import wrap_once
 
 __all__ = ["DoubleSpeculator"]
 
@@ -59,7 +60,6 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
     draft_logits = None  # no probabilities are compared
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        _wrap_runner()
         super().__init__(vllm_config)
         self._num_tokens = vllm_config.speculative_config.num_speculative_tokens
         self._device = device
@@ -67,7 +67,38 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         self._step: Any = None  # the scheduler's output of the step that is being computed
         self._drafts: DraftTokenIds | None = None
         self._seeds: dict[str, int] = {}  # of live requests, on the output rank
-        self._is_prepared = False
+
+    def join(self, worker: Any) -> None:
+        super().join(worker)
+        runner = worker.model_runner
+        share_noise(runner)
+
+        @wrap_once(runner, "update_requests")
+        def update_requests(original: Any, scheduler_output: Any) -> Any:
+            result = original(scheduler_output)
+            self.follow_step(runner, scheduler_output)
+            return result
+
+        @wrap_once(runner, "execute_model")
+        def execute_model(original: Any, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+            output = original(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
+            if output is not None or dummy_run or scheduler_output.has_structured_output_requests:
+                return output  # nothing to sample, or the engine core still makes the grammar's bitmask
+            return runner.sample_tokens(None)
+
+        @wrap_once(runner, "sample_tokens")
+        def sample_tokens(original: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if not isinstance(output, AsyncOutput):
+                return output
+            # Scheduling is synchronous: the engine core waits for this output, whoever makes it.
+            output = output.get_output()
+            setattr(output, DRAFTS_ATTRIBUTE, self.propose_rows(output))
+            return output
+
+        @wrap_once(runner, "take_draft_token_ids")
+        def take_draft_token_ids(original: Any) -> Any:
+            return self.take_drafts()
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """See BaseSpeculator: nothing of ours runs in the target's stream."""
@@ -85,10 +116,6 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
 
     def follow_step(self, runner: GPUModelRunner, scheduler_output: Any) -> None:
         """Before a target forward."""
-        if not self._is_prepared:
-            self._is_prepared = True
-            self.watch_weights(runner.model)
-            share_noise(runner)
         self._step = scheduler_output
         fresh: set[str] = set()
         if self._proposer is not None:
@@ -201,48 +228,3 @@ def verify_chains(
     is_accepted = (sampled[:, :-1] == following) & (rows[:, :-1] + 1 < ends)
     num_sampled = is_accepted.cumprod(dim=1).sum(dim=1) + 1
     return processed, sampled, num_sampled.to(torch.int32)
-
-
-def _wrap_runner() -> None:
-    """Wrap the methods of the runner's class, once per process."""
-    if getattr(GPUModelRunner.sample_tokens, MARK, False):
-        return
-    update = GPUModelRunner.update_requests
-    execute = GPUModelRunner.execute_model
-    sample = GPUModelRunner.sample_tokens
-    take = GPUModelRunner.take_draft_token_ids
-
-    @functools.wraps(update)
-    def update_requests(self: Any, scheduler_output: Any) -> Any:
-        result = update(self, scheduler_output)
-        if isinstance(self.speculator, DoubleSpeculator):
-            self.speculator.follow_step(self, scheduler_output)
-        return result
-
-    @functools.wraps(execute)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
-        output = execute(self, scheduler_output, *args, dummy_run=dummy_run, **kwargs)
-        if output is not None or dummy_run or scheduler_output.has_structured_output_requests:
-            return output  # nothing to sample, or the engine core still makes the grammar's bitmask
-        return self.sample_tokens(None) if isinstance(self.speculator, DoubleSpeculator) else None
-
-    @functools.wraps(sample)
-    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = sample(self, *args, **kwargs)
-        speculator = self.speculator
-        if not isinstance(speculator, DoubleSpeculator) or not isinstance(output, AsyncOutput):
-            return output
-        # Scheduling is synchronous: the engine core waits for this output, whoever makes it.
-        output = output.get_output()
-        setattr(output, DRAFTS_ATTRIBUTE, speculator.propose_rows(output))
-        return output
-
-    @functools.wraps(take)
-    def take_draft_token_ids(self: Any) -> Any:
-        return self.speculator.take_drafts() if isinstance(self.speculator, DoubleSpeculator) else take(self)
-
-    setattr(sample_tokens, MARK, True)
-    GPUModelRunner.update_requests = update_requests
-    GPUModelRunner.execute_model = execute_model
-    GPUModelRunner.sample_tokens = sample_tokens
-    GPUModelRunner.take_draft_token_ids = take_draft_token_ids

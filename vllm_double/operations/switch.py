@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_double.hosting.processes import parent
+from vllm_double.hosting.process_care import parent
 from vllm_double.operations.control_socket import Address, Answer, ask, find
 from vllm_double.target.calibration import TEMPERATURE_NAMES
 

@@ -17,7 +17,7 @@ import secrets
 import stat
 from typing import Final
 
-from vllm_double.hosting.process_watch import ProcessWatch
+from vllm_double.hosting.process_care import ProcessWatch
 from vllm_double.transport.base import AttachError
 from vllm_double.transport.ends import RecordTargetEnd, RecordWorkerEnd, new_session
 from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer

@@ -3,33 +3,19 @@
 Importing this package imports neither vLLM nor torch.
 """
 
-from vllm_double.integration.hooks.entries import ENTRIES, MENDS
-from vllm_double.integration.hooks.gate import mend_cpu_sampler, require
-from vllm_double.integration.hooks.registry import (
-    SUPPORTED,
-    Entry,
-    Mismatch,
-    Patch,
-    Signature,
-    UnsupportedVllm,
-    apply,
-    check,
-    is_applied,
-    revert,
-)
+from vllm_double.integration.hooks.entries import ENTRIES
+from vllm_double.integration.hooks.mends import MENDS, apply, mend_cpu_sampler, revert
+from vllm_double.integration.hooks.registry import SUPPORTED, Entry, Names, UnsupportedVllm, check, require
 
 __all__ = [
     "ENTRIES",
     "MENDS",
     "SUPPORTED",
     "Entry",
-    "Mismatch",
-    "Patch",
-    "Signature",
+    "Names",
     "UnsupportedVllm",
     "apply",
     "check",
-    "is_applied",
     "mend_cpu_sampler",
     "require",
     "revert",

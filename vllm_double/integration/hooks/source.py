@@ -1,7 +1,7 @@
 """What a function of vLLM looks like, read from its source file and without importing it.
 
-Reading the file rather than the live object has two gains: nothing heavy is imported where the configuration
-is built, and a function that somebody (we included) has already replaced still shows what was installed.
+Reading the file rather than the live object has two gains. Nothing heavy is imported where the configuration is built, and a
+function that somebody (we included) has already replaced still shows what was installed.
 """
 
 from __future__ import annotations
@@ -9,96 +9,92 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from zipfile import Path as ZipPath
 
-_FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+__all__ = ["FunctionSource", "names_in", "read_function"]
+
+Root = Path | ZipPath
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionSource:
-    """A function: parameters without annotations, the body's fingerprint, and where it is."""
+    """A function: its parameters without annotations, as they are written, and the fingerprint of its body."""
 
-    parameters: str
+    parameters: tuple[str, ...]
     fingerprint: str
-    path: str
-    line: int
 
 
-def read_function(target: str, root: Path | ZipPath | None = None) -> FunctionSource | None:
-    """The function named "package.module:Class.method"; None when the module or the function is missing.
+def read_function(target: str, root: Root | None = None) -> FunctionSource | None:
+    """The function named "package.module:Class.method"; None if the module or the function is missing.
 
     root: the folder, or wheel, that holds the package; None: the installed one.
     """
-    module_name, _, qualified_name = target.partition(":")
-    path = _installed(module_name) if root is None else _below(root, module_name)
+    lines, scope = _find(target, root)
+    if not isinstance(scope, _FUNCTIONS):
+        return None
+    arguments = scope.args
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    # A default may hold commas, a parameter's name cannot.
+    parameters = tuple(part.strip() for part in ast.unparse(arguments).split(", "))
+    return FunctionSource(parameters, _fingerprint(lines, scope))
+
+
+def names_in(target: str, root: Root | None = None) -> set[str]:
+    """All names that occur in "package.module" or "package.module:Class", comments left out, and a package's own modules."""
+    module_name, _, class_name = target.partition(":")
+    path = _path_of(module_name, root)
     if path is None:
-        return None
-    lines, tree = _parse(path.read_text(encoding="utf-8"))
-    scope: ast.AST = tree
-    for name in qualified_name.split("."):
-        found = _member(scope, name)
-        if found is None:
-            return None
-        scope = found
-    if not isinstance(scope, _FunctionNode):
-        return None
-    return FunctionSource(_parameters(scope.args), _fingerprint(lines, scope), str(path), scope.lineno)
+        return set()
+    text = path.read_text(encoding="utf-8")
+    if class_name:
+        found = re.search(rf"^class {class_name}\b.*?(?=^[^\s)]|\Z)", text, re.MULTILINE | re.DOTALL)
+        text = found[0].partition("class")[2] if found is not None else ""
+    names = set(re.findall(r"\w+", re.sub(r"#.*", "", text)))
+    if path.name == "__init__.py":
+        names |= {child.name.removesuffix(".py") for child in path.parent.iterdir()}
+    return names
 
 
-def _below(root: Path | ZipPath, module_name: str) -> Path | ZipPath | None:
-    folder = module_name.replace(".", "/")
-    paths = [root / f"{folder}.py", root / f"{folder}/__init__.py"]
-    return next((path for path in paths if path.is_file()), None)
+def _find(target: str, root: Root | None) -> tuple[list[str], ast.AST | None]:
+    """The lines of a target's file, and its node."""
+    module_name, _, qualified_name = target.partition(":")
+    path = _path_of(module_name, root)
+    if path is None:
+        return [], None
+    text = path.read_text(encoding="utf-8")
+    scope: ast.AST | None = _parse(text)
+    for name in filter(None, qualified_name.split(".")):
+        members = [node for node in getattr(scope, "body", []) if isinstance(node, (ast.ClassDef, *_FUNCTIONS))]
+        scope = next((node for node in members if node.name == name), None)
+    return text.splitlines(), scope
 
 
-def _installed(module_name: str) -> Path | None:
+@cache
+def _path_of(module_name: str, root: Root | None) -> Root | None:
+    if root is not None:
+        folder = module_name.replace(".", "/")
+        paths = [root / f"{folder}.py", root / f"{folder}/__init__.py"]
+        return next((path for path in paths if path.is_file()), None)
     try:
         spec = importlib.util.find_spec(module_name)
     except ModuleNotFoundError:
         return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    return Path(spec.origin)
+    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.origin.endswith(".py") else None
 
 
 @cache
-def _parse(text: str) -> tuple[tuple[str, ...], ast.Module]:
-    return tuple(text.splitlines()), ast.parse(text)
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
-def _member(scope: ast.AST, name: str) -> ast.AST | None:
-    for node in getattr(scope, "body", []):
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
-            return node
-    return None
-
-
-def _parameters(arguments: ast.arguments) -> str:
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    defaults += arguments.defaults
-    parts = [_parameter(argument, default) for argument, default in zip(positional, defaults, strict=True)]
-    if arguments.posonlyargs:
-        parts.insert(len(arguments.posonlyargs), "/")
-    if arguments.vararg is not None:
-        parts.append(f"*{arguments.vararg.arg}")
-    elif arguments.kwonlyargs:
-        parts.append("*")
-    keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    parts += [_parameter(argument, default) for argument, default in keyword_only]
-    if arguments.kwarg is not None:
-        parts.append(f"**{arguments.kwarg.arg}")
-    return ", ".join(parts)
-
-
-def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
-    return argument.arg if default is None else f"{argument.arg}={ast.unparse(default)}"
-
-
-def _fingerprint(lines: tuple[str, ...], function: _FunctionNode) -> str:
+def _fingerprint(lines: list[str], function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     body = function.body
     if ast.get_docstring(function, clean=False) is not None:
         body = body[1:]
