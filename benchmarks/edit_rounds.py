@@ -21,7 +21,7 @@ from benchmarks.pair.data import EOS_ID, modules
 from benchmarks.scripted.edits import Edit, make_edits
 from benchmarks.stats import first_difference
 from vllm_double.retrieval import ContextRetriever, EditRetriever, Source
-from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.sources import warm_up
 from vllm_double.target.proposer import Proposer, RequestParams
 from vllm_double.target.proposer import Row as ProposerRow
 

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tests.references.automaton import check_context, check_history
 from vllm_double.draft.engine.base import Row
 from vllm_double.draft.engine.fake import FakeEngine
+from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.transport.inprocess import Channel, Faults, InProcessTargetEnd, _Link
 from vllm_double.transport.messages import NODE_DTYPE, NODES, Admit, Command, Commit, Release
@@ -126,7 +128,10 @@ class WitnessRetriever(Source):
 
     def check_integrity(self) -> None:
         """Assert that the source is sound."""
-        self._source.check_integrity()  # type: ignore[attr-defined]
+        if isinstance(self._source, ContextRetriever):
+            check_context(self._source)
+        elif isinstance(self._source, HistoryRetriever):
+            check_history(self._source)
 
 
 class Wire(Channel):

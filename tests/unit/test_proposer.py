@@ -13,7 +13,7 @@ from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
 from vllm_double.retrieval.base import Source
-from vllm_double.retrieval.build import build
+from vllm_double.retrieval.datastore.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.transport.inprocess import Faults, in_process_pair

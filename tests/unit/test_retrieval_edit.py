@@ -146,7 +146,7 @@ def test_lookups_change_nothing_and_offer_what_is_in_the_text(data: st.DataObjec
         tailed = both.offered(tuple(new), max_tokens=8)
         assert both.offered(max_tokens=8) == before, "a lookup leaves no trace"
         assert len(tailed) <= 8 and set(tailed) <= set(range(6))
-        if not both.edit._requests[KEY].replacements:
+        if not both.edit.requests["num_replacements"][KEY]:
             text = both.context.text(KEY).tolist()
             for offered in (before, tailed):
                 assert any(text[start : start + len(offered)] == offered for start in range(len(text))), "not in the text"
