@@ -25,11 +25,11 @@ import numpy as np
 from benchmarks import rows, workload
 from benchmarks.retrieval_bench import MAX_TOKENS, TAIL, standard_library_tokens
 from benchmarks.stats import quantile, quiet_median
-from vllm_double.retrieval import Continuation, Datastore, DatastoreRetriever, Tokens
-from vllm_double.retrieval._build_steps import build_steps
-from vllm_double.retrieval._datastore_steps import lookup_step
-from vllm_double.retrieval.build import build
-from vllm_double.retrieval.reference import scan_documents
+from tests.references.retrieval import scan_documents
+from vllm_double.retrieval import Datastore, DatastoreRetriever, Found, Queries, Tokens
+from vllm_double.retrieval.datastore.build import build
+from vllm_double.retrieval.datastore.build_steps import build_steps
+from vllm_double.retrieval.datastore.lookup_steps import lookup_steps
 
 DOCUMENT = 2000
 REPLACED = 0.1
@@ -69,25 +69,28 @@ def check(text: Tokens, folder: Path) -> None:
         assert retriever.lookup(key, (), MAX_TOKENS) == expected
 
 
-def lookups(datastore: Datastore, text: Tokens) -> tuple[list[float], list[Continuation]]:
-    """Microseconds of each lookup, and what those found that found anything."""
+def lookups(datastore: Datastore, text: Tokens) -> tuple[list[float], list[int], list[int]]:
+    """Microseconds of each lookup, how many tokens it found, and the lengths of matches."""
     rng = np.random.default_rng(1)
     text = copy_of(text, rng)
     retriever = DatastoreRetriever(datastore)
     spent: list[float] = []
-    found: list[Continuation] = []
+    num_found: list[int] = []
+    matches: list[int] = []
+    found = Found.empty(1, MAX_TOKENS)
     gc.disable()
-    for key, end in enumerate(rng.integers(64, len(text), WARM_UP + LOOKUPS).tolist()):
-        retriever.start(key, text[end - 64 : end - TAIL])
-        tail = text[end - TAIL : end].tolist()
+    for end in rng.integers(64, len(text), WARM_UP + LOOKUPS).tolist():
+        retriever.start(0, text[end - 64 : end - TAIL])
+        queries = Queries.of([0], [text[end - TAIL : end].tolist()], [MAX_TOKENS])
         begin = time.perf_counter_ns()
-        continuation = retriever.lookup(key, tail, MAX_TOKENS)
+        retriever.lookup_many(queries, found)
         spent.append((time.perf_counter_ns() - begin) / 1e3)
-        retriever.stop(key)
-        if continuation is not None:
-            found.append(continuation)
+        num_found.append(int(found.lengths[0]))
+        if (one := retriever.lookup(0, queries.tails[0].tolist(), 1)) is not None:
+            matches.append(one.match_length)
+        retriever.stop(0)
     gc.enable()
-    return spent[WARM_UP:], found
+    return spent[WARM_UP:], num_found, matches
 
 
 def measure(text: Tokens, num_tokens: int, path: Path) -> dict[str, rows.Value]:
@@ -97,13 +100,13 @@ def measure(text: Tokens, num_tokens: int, path: Path) -> dict[str, rows.Value]:
     header = build(path, corpus(text, num_tokens), int(text.max()) + 1, TOKENIZER)
     built = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    lookup_step()
+    lookup_steps()
     opening = []
     for _ in range(20):
         opened = time.perf_counter()
         datastore = Datastore(path, TOKENIZER)
         opening.append(1e3 * (time.perf_counter() - opened))
-    spent, found = lookups(datastore, text)
+    spent, num_found, matches = lookups(datastore, text)
     return {
         "tokens": num_tokens,
         "build_s": built - begin,
@@ -114,8 +117,8 @@ def measure(text: Tokens, num_tokens: int, path: Path) -> dict[str, rows.Value]:
         "lookup_p50_us": quantile(spent, 0.5),
         "lookup_p99_us": quantile(spent, 0.99),
         "lookup_max_us": max(spent),
-        "mean_found": sum(len(continuation.tokens) for continuation in found) / (WARM_UP + LOOKUPS),
-        "mean_match": sum(continuation.match_length for continuation in found) / len(found),
+        "mean_found": sum(num_found) / len(num_found),
+        "mean_match": sum(matches) / len(matches),
     }
 
 

@@ -10,12 +10,10 @@ process of its own, whose growth is the memory. These are rows of results/retrie
 """
 
 import argparse
-import itertools
-import operator
 import re
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -27,16 +25,17 @@ import psutil
 
 from benchmarks import rows
 from benchmarks.stats import first_difference, quiet_median
-from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever, Tokens
-from vllm_double.retrieval.automaton import warm_up
-from vllm_double.retrieval.buffers import Scratch
-from vllm_double.retrieval.reference import scan
+from tests.references.retrieval import scan
+from vllm_double.retrieval import ContextRetriever, Found, HistoryRetriever, Queries, Source, Tokens
+from vllm_double.retrieval.sources import warm_up
+from vllm_double.retrieval.suffix_automaton.arena import Arena
 
 CONTEXTS = (1024, 16 * 1024, 128 * 1024)
 CALLS = 2000
 SLICE = 512
 MAX_TOKENS = 16
 TAIL = 8
+MANY = 32
 PROMPT = 1_000_000
 HISTORY = 10_000_000
 ANSWER = 500
@@ -87,35 +86,41 @@ def check(text: Tokens) -> None:
         assert retriever.lookup(0, tail, MAX_TOKENS) == expected
 
 
+class Asker:
+    """Lookups of some requests at once, as the round makes them."""
+
+    def __init__(self, source: Source, keys: Sequence[int], tails: Sequence[Sequence[int]]) -> None:
+        self._source = source
+        self._queries = Queries.of(keys, tails, [MAX_TOKENS] * len(keys))
+        self.found = Found.empty(len(keys), MAX_TOKENS)
+
+    def __call__(self, _: int = 0) -> None:
+        self._source.lookup_many(self._queries, self.found)
+
+
+def appender(source: Source, tokens: Tokens) -> Callable[[int], None]:
+    """Append token i to the text of request 0."""
+    key, starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
+    return lambda i: source.extend_many(key, tokens[i : i + 1], starts)
+
+
 def measure(name: str, text: Tokens, context: int) -> None:
     """Print one row: index ``context`` tokens, then look up and extend by what follows in the text."""
     retriever = ContextRetriever()
     retriever.start(0, text[:context])
     bulk = quantiles(lambda _: retriever.work(SLICE), context // SLICE)
-    automaton = retriever._requests[0].automaton
-    used, reserved = automaton.num_bytes
-    following = text[context:].tolist()
-    scratch = Scratch(TAIL)
-    scratch.feed.write(0, following[:TAIL])
-    compiled = quantiles(lambda i: automaton.lookup(scratch, TAIL, True, MAX_TOKENS))
-    bare = quantiles(lambda i: retriever.lookup(0, (), MAX_TOKENS))
-    tailed = quantiles(lambda i: retriever.lookup(0, following[i : i + TAIL], MAX_TOKENS))
-    single = quantiles(lambda i: retriever.extend(0, following[i : i + 1]))
-    print(
-        f"{name:9} {context:7} | {bulk} | {single} | {compiled} | {bare} | {tailed}"
-        f" | {used / context:6.1f} {reserved / context:6.1f}"
-    )
-
-
-def doubling(text: Tokens) -> float:
-    """Microseconds of the one `extend` that finds no room in the largest context."""
-    retriever = ContextRetriever()
-    retriever.start(0, text[: max(CONTEXTS) - 1])
-    retriever.work(max(CONTEXTS))
-    retriever.extend(0, [0])
-    begin = time.perf_counter_ns()
-    retriever.extend(0, [0])
-    return (time.perf_counter_ns() - begin) / 1e3
+    following = text[context:]
+    tails = [following[i : i + TAIL].tolist() for i in range(CALLS)]
+    bare = quantiles(Asker(retriever, [0], [()]))
+    askers = [Asker(retriever, [0], [tail]) for tail in tails]
+    tailed = quantiles(lambda i: askers[i]())
+    single = quantiles(appender(retriever, following))
+    for key in range(1, MANY):
+        retriever.start(key, text[key * TAIL : context])
+    retriever.work(MANY * context)
+    shared = [Asker(retriever, range(MANY), tails[MANY * i : MANY * (i + 1)]) for i in range(CALLS // MANY)]
+    many = quantiles(lambda i: shared[i](), len(shared))
+    print(f"{name:9} {context:7} | {bulk} | {single} | {bare} | {tailed} | {many}")
 
 
 class Context:
@@ -123,18 +128,24 @@ class Context:
 
     def __init__(self) -> None:
         warm_up()
-        self._retriever = ContextRetriever()
+        self.source: Source = ContextRetriever(arena=Arena(4 << 30))
+        self._asker = Asker(self.source, [0], [()])
+        self._key, self._starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
 
     def start(self, prompt: Tokens) -> None:
-        self._retriever.start(0, prompt)
-        self._retriever.work(len(prompt))
+        self.source.start(0, prompt, None)
+        self.source.work(len(prompt))
 
     def append(self, token: int) -> None:
-        self._retriever.extend(0, [token])
+        self.source.extend_many(self._key, np.array([token], np.int32), self._starts)
+
+    def look_up(self) -> Found:
+        self._asker()
+        return self._asker.found
 
     def continue_from(self, last: Tokens) -> list[int]:
-        found = self._retriever.lookup(0, (), MAX_TOKENS)
-        return [] if found is None else found.tokens
+        found = self.look_up()
+        return found.tokens[0, : found.lengths[0]].tolist()
 
 
 class Arctic:
@@ -163,35 +174,26 @@ def answers(text: Tokens) -> Iterator[tuple[int, list[int]]]:
         yield key, text[end - ANSWER : end].tolist()
 
 
-class History:
+class History(Context):
     """A request of a tenant whose earlier ones were answered with the whole text."""
 
     def __init__(self) -> None:
-        warm_up()
-        self._retriever = HistoryRetriever(HISTORY + HISTORY // ANSWER)
+        super().__init__()
+        self.source = HistoryRetriever(HISTORY + HISTORY // ANSWER, arena=Arena(4 << 30))
+        self._asker = Asker(self.source, [0], [()])
 
     def start(self, prompt: Tokens) -> None:
-        for key, answer in answers(prompt):
-            self._retriever.start(key, prompt[:0], "tenant")
-            self._retriever.extend(key, answer)
-            self._retriever.stop(key, keep=True)
-            self._retriever.work(2 * ANSWER)
-        self._retriever.start(0, prompt[-32:], "tenant")
-
-    def append(self, token: int) -> None:
-        self._retriever.extend(0, [token])
-
-    def continue_from(self, last: Tokens) -> list[int]:
-        found = self._retriever.lookup(0, (), MAX_TOKENS)
-        return [] if found is None else found.tokens
+        for _, answer in answers(prompt):
+            self.source.start(1, prompt[:0], "tenant")
+            self.source.extend(1, answer)
+            self.source.stop(1, keep=True)
+            self.source.work(2 * ANSWER)
+        self.source.start(0, prompt[-32:], "tenant")
 
 
-_NOTHING = Continuation.of([], 0, [], [])
-
-
-def _worth(found: Continuation) -> float:
+def _worth(found: Found) -> float:
     """Tokens that are expected to be right, as the proposer chooses between sources."""
-    return sum(itertools.accumulate(found.beliefs, operator.mul))
+    return float(np.cumprod(found.beliefs[0, : found.lengths[0]]).sum())
 
 
 class ContextAndHistory:
@@ -209,8 +211,8 @@ class ContextAndHistory:
         self._history.append(token)
 
     def continue_from(self, last: Tokens) -> list[int]:
-        found = [source._retriever.lookup(0, (), MAX_TOKENS) for source in (self._context, self._history)]
-        return max((one for one in found if one is not None), key=_worth, default=_NOTHING).tokens
+        best = max((source.look_up() for source in (self._context, self._history)), key=_worth)
+        return best.tokens[0, : best.lengths[0]].tolist()
 
 
 class ArcticAndAnswers(Arctic):
@@ -304,14 +306,12 @@ def main() -> None:
     print(f"warm_up {time.perf_counter() - begin:.2f} s; microseconds, calls through Python: quiet median, p99, max")
     print(
         f"{'text':9} {'context':>7} | {f'index {SLICE} tokens':>23} | {'extend by 1 token':>23}"
-        f" | {'compiled lookup':>23} | {'lookup, no tail':>23}"
-        f" | {f'lookup, tail {TAIL}':>23} | bytes/token used, reserved"
+        f" | {'lookup, no tail':>23} | {f'lookup, tail {TAIL}':>23} | {f'{MANY} lookups, tails {TAIL}':>23}"
     )
     for name, text in texts(max(CONTEXTS) + CALLS + TAIL).items():
         check(text[:2000])
         for context in CONTEXTS:
             measure(name, text, context)
-        print(f"{name:9} the token that doubles a context of {max(CONTEXTS)}: {doubling(text):.0f} us")
     compare(options.output)
 
 

@@ -11,7 +11,7 @@ from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-__all__ = ["compiled", "of_numbers", "part", "pointer"]
+__all__ = ["compiled", "machine_code", "of_numbers", "part", "pointer", "view_part"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -19,6 +19,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def part(function: Function) -> Function:
     """A function that is compiled into its callers."""
     return cast(Function, numba.njit(function))
+
+
+def view_part(function: Function) -> Function:
+    """A part of `machine_code`. It allocates nothing, so it need not count references: each view of an array would cost two."""
+    return cast(Function, numba.njit(function, _nrt=False))
 
 
 @intrinsic
@@ -45,21 +50,33 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def compiled(function: Callable[..., Any], signature: str) -> Any:
+def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...], **options: bool) -> Any:
     """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
 
     numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
     or damaged cache costs the compile time, nothing else.
     """
     try:
-        dispatcher = numba.njit(function)
+        dispatcher = numba.njit(function, **options)
         dispatcher._cache = _Cache(function)
         dispatcher.compile(signature)
     except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
-        dispatcher = numba.njit(function)
+        dispatcher = numba.njit(function, **options)
         dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
+
+
+def machine_code(function: Function, *examples: Any, releases_gil: bool = False) -> Function:
+    """The machine code of a function for arguments of the examples' types, past the dispatcher, whose look at the types of all
+    arguments takes longer than a short call. Nothing checks the arguments: they must have these types. It may not allocate
+    arrays: no references are counted, which halves the time that it takes to hand arrays over, too.
+
+    The code keeps the GIL, unless it is for a thread beside the round: another that takes it may keep it for 5 ms.
+    """
+    signature = tuple(numba.typeof(example) for example in examples)
+    (only,) = compiled(function, signature, nogil=releases_gil, _nrt=False).overloads.values()
+    return cast(Function, only.entry_point)
 
 
 def of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:

@@ -16,10 +16,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.property.test_retrieval_properties import BOUNDS, RANDOM, STREAMS, fibonacci_word
+from tests.references.datastore import check_datastore, documents_of
+from tests.references.retrieval import scan_documents
 from vllm_double.retrieval import Continuation, Datastore, DatastoreError, DatastoreRetriever
-from vllm_double.retrieval import build as builder
-from vllm_double.retrieval.datastore import Header
-from vllm_double.retrieval.reference import scan_documents
+from vllm_double.retrieval.datastore import build as builder
+from vllm_double.retrieval.datastore.file import Header
 
 VOCAB = 12
 TOKENIZER = b"\1" * 32
@@ -60,7 +61,7 @@ def continuations(datastore: Datastore, texts: list[list[int]], max_tokens: int)
 
 @given(CORPORA, st.data(), BOUNDS)
 @settings(max_examples=300, deadline=None)
-def test_a_lookup_differs_from_a_scan(
+def test_a_lookup_equals_a_scan(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], data: st.DataObject, max_match: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "looked_up"
@@ -69,7 +70,7 @@ def test_a_lookup_differs_from_a_scan(
             built(path, documents, max_match)
         return
     datastore = built(path, documents, max_match)
-    assert list(datastore.documents()) == [document for document in documents if document]
+    assert list(documents_of(datastore)) == [document for document in documents if document]
     document = documents[data.draw(st.integers(0, len(documents) - 1), "document")]
     start = data.draw(st.integers(0, len(document)), "start")
     repeated = document[start : start + data.draw(st.integers(0, 40), "length")]
@@ -80,11 +81,11 @@ def test_a_lookup_differs_from_a_scan(
 
 @given(CORPORA.filter(lambda documents: any(len(document) > 1 for document in documents)), BOUNDS)
 @settings(max_examples=200, deadline=None)
-def test_the_sections_differ_from_their_definition(
+def test_the_sections_are_those_of_their_definition(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], max_match: int
 ) -> None:
     datastore = built(tmp_path_factory.getbasetemp() / "checked", documents, max_match)
-    datastore.check_integrity()
+    check_datastore(datastore)
     datastore.verify()
 
 
@@ -95,7 +96,7 @@ def test_a_large_corpus_of_all_kinds_is_looked_up_as_it_is_scanned(tmp_path: Pat
     prose = [token for _ in range(600) for token in rng.choices(words, [8, 5, 3, 2, 1, 1, 1, 1])[0]]
     documents = [prose[:900], fibonacci_word(500), [0, 1, 2] * 100, [3] * 200, prose[900:], [0], [3, 3]]
     datastore = built(tmp_path / "store", documents, 32)
-    datastore.check_integrity()
+    check_datastore(datastore)
     assert datastore.header.num_nodes > 50
     contexts = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 4))] for _ in range(15)]
     for _ in range(40):
@@ -108,7 +109,7 @@ def test_a_large_corpus_of_all_kinds_is_looked_up_as_it_is_scanned(tmp_path: Pat
 
 @settings(deadline=None, max_examples=60)
 @given(corpora=st.lists(st.tuples(CORPORA, st.integers(1, 6)), min_size=1, max_size=4), text=STREAMS)
-def test_of_several_files_another_than_the_best_answers(
+def test_of_several_files_the_best_answers(
     tmp_path_factory: pytest.TempPathFactory, corpora: list[tuple[list[list[int]], int]], text: list[int]
 ) -> None:
     assume(all(any(len(document) > 1 for document in corpus) for corpus, _ in corpora))
@@ -202,7 +203,7 @@ def test_numbers_out_of_range_under_right_checksums_are_found_and_named(tmp_path
             Datastore(path).verify()
 
 
-def test_a_lookup_in_a_damaged_file_reads_outside_of_a_section(tmp_path: Path) -> None:
+def test_a_lookup_in_a_damaged_file_stays_inside_of_sections(tmp_path: Path) -> None:
     """The mutations once more, with numba's own checks of every index."""
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     test = f"{__file__}::{test_a_damaged_file_is_refused_or_harmless.__name__}"

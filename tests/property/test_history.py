@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.property.test_retrieval_properties import BOUNDS, STREAMS
+from tests.references.automaton import check_automaton, check_history
+from tests.references.retrieval import recall
 from vllm_double.retrieval import HistoryRetriever, history
-from vllm_double.retrieval.automaton import SEPARATOR, SuffixAutomaton
-from vllm_double.retrieval.reference import recall
+from vllm_double.retrieval.history_steps import history_steps
+from vllm_double.retrieval.suffix_automaton.arena import Arena
+from vllm_double.retrieval.suffix_automaton.automaton_steps import SEPARATOR
 
 TENANTS = st.sampled_from(["a", "b", None])
 
@@ -69,7 +72,7 @@ def _small_generations() -> Iterator[None]:
 
 @given(st.lists(st.tuples(TENANTS, STREAMS), min_size=1, max_size=8), BOUNDS, st.integers(40, 300), st.data())
 @settings(max_examples=300, deadline=None)
-def test_a_lookup_differs_from_a_scan(
+def test_a_lookup_equals_a_scan(
     texts: list[tuple[str | None, list[int]]], max_match: int, max_tokens: int, data: st.DataObject
 ) -> None:
     retriever = HistoryRetriever(max_tokens, max_match, share_unnamed=True)
@@ -91,7 +94,7 @@ def test_a_lookup_differs_from_a_scan(
         budget = data.draw(st.integers(1, 60), "budget")  # often too small for the text, which then waits beside the next one
         retriever.work(budget)
         twin.work(budget)
-        retriever.check_integrity()
+        check_history(retriever)
         assert retriever.num_waiting == sum(len(text) for _, text in twin.waiting) + len(
             twin.current[1] if twin.current else []
         )
@@ -107,11 +110,14 @@ def test_a_lookup_differs_from_a_scan(
 
 @given(st.lists(STREAMS, max_size=6), BOUNDS)
 @settings(max_examples=300, deadline=None)
-def test_the_automaton_of_many_texts_differs_from_its_definition(texts: list[list[int]], max_match: int) -> None:
+def test_the_automaton_of_many_texts_is_that_of_its_definition(texts: list[list[int]], max_match: int) -> None:
     tokens = np.array([token for text in texts for token in (*text, SEPARATOR)], np.int32)
-    automaton = SuffixAutomaton(1 << max(1, len(tokens).bit_length()), max_match)
-    automaton.extend(tokens, 0, len(tokens))
-    automaton.check_integrity(tokens)
+    arena = Arena(1 << 20)
+    generation, text = (arena.open(1 << max(1, len(tokens).bit_length()), max_match) for _ in range(2))
+    start = arena.arrays.automata["start"][text]
+    arena.arrays.text[start : start + len(tokens)] = tokens
+    history_steps().fill(arena.arrays, generation, text, 0, len(tokens))
+    check_automaton(arena, generation, tokens.tolist())
 
 
 def _answered(retriever: HistoryRetriever, key: int, tenant: str | None, output: list[int]) -> None:
@@ -125,7 +131,7 @@ SECRET = list(range(100, 130))
 
 
 @pytest.mark.parametrize("reader", ["b", None])
-def test_a_tenant_is_offered_what_another_was_answered(reader: str | None) -> None:
+def test_a_tenant_is_offered_only_what_it_was_answered(reader: str | None) -> None:
     retriever = HistoryRetriever(4096)
     _answered(retriever, 0, "a", SECRET)
     for tenant, expected in ((reader, None), ("a", SECRET[8:20])):
@@ -136,7 +142,7 @@ def test_a_tenant_is_offered_what_another_was_answered(reader: str | None) -> No
         retriever.stop(1, keep=False)
 
 
-def test_requests_without_a_tenant_share_a_history_unasked() -> None:
+def test_requests_without_a_tenant_share_no_history_unasked() -> None:
     retriever = HistoryRetriever(4096)
     _answered(retriever, 0, None, SECRET)
     assert retriever.num_tokens == 0
@@ -144,7 +150,7 @@ def test_requests_without_a_tenant_share_a_history_unasked() -> None:
     assert retriever.lookup(1, (), 4) is None
 
 
-def test_a_text_that_is_not_to_be_kept_is_offered() -> None:
+def test_a_text_that_is_not_to_be_kept_is_not_offered() -> None:
     retriever = HistoryRetriever(4096)
     retriever.start(0, np.array([1], np.int32), "a")
     retriever.extend(0, SECRET)
@@ -153,7 +159,7 @@ def test_a_text_that_is_not_to_be_kept_is_offered() -> None:
     assert retriever.num_tokens == 0
 
 
-def test_forgetting_leaves_something_to_read() -> None:
+def test_forgetting_leaves_nothing_to_read() -> None:
     retriever = HistoryRetriever(4096)
     _answered(retriever, 0, "a", SECRET)
     retriever.start(1, np.array(SECRET[:4], np.int32), "a")
@@ -162,24 +168,24 @@ def test_forgetting_leaves_something_to_read() -> None:
     retriever.start(2, np.array([1], np.int32), "a")
     retriever.extend(2, SECRET)
     retriever.forget()
-    retriever.check_integrity()
+    check_history(retriever)
     assert retriever.lookup(1, (), 4) is None
     retriever.stop(2, keep=True)
     retriever.work(1 << 20)
     assert retriever.num_tokens == 0, "what was answered before the weights changed was indexed after it"
 
 
-def test_a_tenant_for_every_request_costs_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tenant_for_every_request_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "_SMALLEST", 256)
     retriever = HistoryRetriever(1 << 14)
     for key in range(300):
         _answered(retriever, key, f"tenant {key}", [7, 8, 9])
-        retriever.check_integrity()
-    reserved = sum(generation.automaton.num_bytes[1] for generation in retriever._generations.values())
-    assert reserved <= 100 * (1 << 14)
+        check_history(retriever)
+    reserved = len(retriever.arena.arrays.text) - retriever.arena.num_free
+    assert reserved <= 2 << 14
 
 
-def test_a_quiet_tenants_text_goes_before_older_ones() -> None:
+def test_older_texts_go_before_a_quiet_tenants() -> None:
     retriever = HistoryRetriever(400)
     _answered(retriever, 0, "quiet", [1, 2, 3, 4, 5])
     for key in range(1, 45):
@@ -191,11 +197,11 @@ def test_a_quiet_tenants_text_goes_before_older_ones() -> None:
     assert retriever.lookup(99, (), 4) is not None
 
 
-def test_the_oldest_text_outlives_younger_ones() -> None:
+def test_the_oldest_texts_go_first() -> None:
     retriever = HistoryRetriever(64)
     for key in range(30):
         _answered(retriever, key, "a", [1000 + 10 * key + step for step in range(9)])
-        retriever.check_integrity()
+        check_history(retriever)
     retriever.start(99, np.array([5], np.int32), "a")
     found = [retriever.lookup(99, [1000 + 10 * key], 8) is not None for key in range(30)]
     assert found[-1] and not found[0] and found == sorted(found)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
+from tests.references.automaton import check_context
+from tests.references.retrieval import scan
 from vllm_double.retrieval import ContextRetriever, context
-from vllm_double.retrieval.reference import scan
 
 
 def fibonacci_word(length: int) -> list[int]:
@@ -39,7 +40,7 @@ BOUNDS = st.sampled_from([1, 2, 3, 5, 8, 32])
 
 @given(STREAMS, st.data(), BOUNDS)
 @settings(max_examples=600, deadline=None)
-def test_a_lookup_differs_from_a_scan(text: list[int], data: st.DataObject, max_match: int) -> None:
+def test_a_lookup_equals_a_scan(text: list[int], data: st.DataObject, max_match: int) -> None:
     num_indexed = data.draw(st.one_of(st.just(len(text)), st.integers(0, len(text))), "num_indexed")
     start = data.draw(st.integers(0, len(text)), "start")
     repeated = text[start : start + data.draw(st.integers(0, 40), "tail length")]
@@ -52,11 +53,11 @@ def test_a_lookup_differs_from_a_scan(text: list[int], data: st.DataObject, max_
 
 @given(STREAMS, BOUNDS)
 @settings(max_examples=300, deadline=None)
-def test_the_automaton_of_a_text_differs_from_its_definition(text: list[int], max_match: int) -> None:
+def test_the_automaton_of_a_text_is_that_of_its_definition(text: list[int], max_match: int) -> None:
     retriever = ContextRetriever(max_match)
     retriever.start(0, np.array(text, np.int32))
     retriever.work(len(text))
-    retriever.check_integrity()
+    check_context(retriever)
 
 
 class Requests(RuleBasedStateMachine):
@@ -103,7 +104,11 @@ class Requests(RuleBasedStateMachine):
     def work(self, budget: int) -> None:
         waiting = self.retriever.num_waiting
         self.retriever.work(budget)
-        assert self.retriever.num_waiting == max(0, waiting - budget)
+        # Less, if an index is moved to a larger range meanwhile.
+        assert max(0, waiting - budget) <= self.retriever.num_waiting <= waiting
+        is_moving = self.retriever.arrays.automata["grown_capacity"].any()
+        if budget and not is_moving:
+            assert self.retriever.num_waiting < max(waiting, 1)
 
     @rule(key=keys, tail=st.one_of(st.just([]), RANDOM), max_tokens=st.integers(1, 20))
     def lookup(self, key: int, tail: list[int], max_tokens: int) -> None:
@@ -126,8 +131,8 @@ class Requests(RuleBasedStateMachine):
     def waiting_is_what_is_not_indexed(self) -> None:
         waiting = sum(len(text) - self.retriever.num_indexed(key) for key, text in self.texts.items())
         assert self.retriever.num_waiting == waiting
-        self.retriever.check_integrity()
+        check_context(self.retriever)
 
 
 Requests.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
-test_requests_driven_at_random_differ_from_plain_lists = Requests.TestCase
+test_requests_driven_at_random_equal_plain_lists = Requests.TestCase

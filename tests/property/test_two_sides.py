@@ -23,7 +23,7 @@ from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, context
-from vllm_double.retrieval.automaton import warm_up
+from vllm_double.retrieval.sources import warm_up
 from vllm_double.target import control
 from vllm_double.target import proposer as proposer_module
 from vllm_double.target.proposer import Proposer, RequestParams, Row

@@ -11,9 +11,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.references.datastore import check_datastore, documents_of
 from vllm_double.cli import main
 from vllm_double.retrieval import Continuation, Datastore, DatastoreError, DatastoreRetriever
-from vllm_double.retrieval import build as builder
+from vllm_double.retrieval.datastore import build as builder
 from vllm_double.retrieval.datastore import files_of, fingerprint
 
 WORDS = ["<unk>", "a", "b", "c", "d", "e"]
@@ -56,8 +57,8 @@ def test_text_token_ids_and_folders_become_documents_in_order(tmp_path: Path, bu
     (tmp_path / "folder" / "skipped.bin").write_bytes(b"\xff")
     assert build(mixed, tmp_path / "folder") == 0
     datastore = Datastore(tmp_path / "store", fingerprint({word: index for index, word in enumerate(WORDS)}))
-    assert list(datastore.documents()) == [[1, 2, 3], [4, 5, 4], [2], [1, 2, 4], [5, 5]]
-    datastore.check_integrity()
+    assert list(documents_of(datastore)) == [[1, 2, 3], [4, 5, 4], [2], [1, 2, 4], [5, 5]]
+    check_datastore(datastore)
     retriever = DatastoreRetriever(datastore)
     retriever.start(0, np.array([1], np.int32))
     assert retriever.lookup(0, [], 4) == Continuation.of([2, 3], 1, [2, 1], [2, 2])
@@ -65,12 +66,12 @@ def test_text_token_ids_and_folders_become_documents_in_order(tmp_path: Path, bu
 
 def test_a_long_text_is_cut_at_line_ends(tmp_path: Path, build: Callable[..., int]) -> None:
     (tmp_path / "long.txt").write_text("a b\n" * 3 + "c d")
-    with mock.patch("vllm_double.retrieval.corpus._PIECE", 6):
+    with mock.patch("vllm_double.retrieval.datastore.corpus._PIECE", 6):
         assert build(tmp_path / "long.txt") == 0
-        assert list(Datastore(tmp_path / "store").documents()) == [[1, 2, 1, 2], [1, 2, 3, 4]]
+        assert list(documents_of(Datastore(tmp_path / "store"))) == [[1, 2, 1, 2], [1, 2, 3, 4]]
         (tmp_path / "long.txt").write_text("a " * 10)
         assert build(tmp_path / "long.txt") == 0
-        assert list(Datastore(tmp_path / "store").documents()) == [[1] * 6, [1] * 4], "a text without line ends"
+        assert list(documents_of(Datastore(tmp_path / "store"))) == [[1] * 6, [1] * 4], "a text without line ends"
 
 
 def test_inspect_and_verify_tell_what_is_in_the_file(
@@ -99,7 +100,7 @@ def test_shards_are_files_of_a_folder_and_no_part_of_one_opens(
     assert "A shard has 1 to 1073741823 tokens, not 0" in capsys.readouterr().err
     assert main([*options, "--shard-tokens", "6"]) == 0
     assert [path.name for path in sorted(store.iterdir())] == ["00000.vdd", "00001.vdd"]
-    documents = [list(Datastore(path).documents()) for path in files_of(store)]
+    documents = [list(documents_of(Datastore(path))) for path in files_of(store)]
     assert documents == [[[1, 2, 3, 1], [3, 4]], [[1, 2, 4, 5]]]
     capsys.readouterr()
     assert main(["datastore", "verify", str(store), "--tokenizer", str(tokenizers / "same")]) == 0
@@ -296,7 +297,7 @@ def test_a_build_that_is_killed_at_any_write_leaves_the_old_file_and_nothing_els
     builder.build(output, documents[1:], 6, TOKENIZER)
     assert list(tmp_path.iterdir()) == [output], "what a killed build left is cleared by the next"
     assert build_and_die(output, documents, num_writes // 2)
-    assert list(Datastore(output).documents()) == [[4, 5]]
+    assert list(documents_of(Datastore(output))) == [[4, 5]]
     builder.build(output, documents, 6, TOKENIZER)
     assert Datastore(output).header.num_documents == 2
     assert list(tmp_path.iterdir()) == [output]
@@ -312,7 +313,7 @@ def test_two_builds_of_one_file_do_not_mix(tmp_path: Path) -> None:
         yield np.array([2, 1], np.int32)
 
     builder.build(output, documents(), 6, TOKENIZER)
-    assert list(Datastore(output).documents()) == [[1, 2], [2, 1]]
+    assert list(documents_of(Datastore(output))) == [[1, 2], [2, 1]]
 
 
 def test_misuse_of_the_retriever_is_an_error_and_changes_nothing(tmp_path: Path) -> None:

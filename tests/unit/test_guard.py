@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.references.automaton import check_context
 from tests.unit.test_proposer import PARAMS, VOCAB, Ticks, World
 from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.target import guarded_proposer as guard
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import Proposer, RequestParams, Row
@@ -402,7 +403,7 @@ class Chaos:
 def test_exceptions_anywhere_in_the_proposer_leak_something_or_end_drafting(seed: int) -> None:
     world = Guarded(turns=4)
     chaos = Chaos(seed, 0.004)
-    sources: list[Retriever] = [ContextRetriever(), HistoryRetriever(1000, share_unnamed=True)]
+    sources: list[Source] = [ContextRetriever(), HistoryRetriever(1000, share_unnamed=True)]
     inner = Proposer(8, world.target_end, sources, Ticks())
     for source in sources:
         for name in ("start", "extend", "lookup", "work"):
@@ -457,13 +458,14 @@ def test_a_state_that_an_exception_left_behind_is_used_again() -> None:
     periodic(world, period)
     world.admit("r", period * 3, PARAMS)
     world.run(2)
-    retriever._requests.clear()
+    lost = retriever.requests["slot"][retriever.requests["live"]].tolist()
+    retriever.requests["live"] = False
     world.step()
     assert world.guarded.counters.failures == 1 and world.chains["r"] == []
     world.now += FIRST_S
     world.step()
     assert len(world.chains["r"]) >= 4
-    retriever.check_integrity()
+    check_context(retriever, lost)
 
 
 def test_a_reset_of_the_prefix_cache_stops_at_the_guard() -> None:

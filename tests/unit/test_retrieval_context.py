@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from tests.references.automaton import check_context, owned
+from tests.references.retrieval import scan
 from vllm_double.retrieval import ContextRetriever, Continuation
-from vllm_double.retrieval import _steps as steps
-from vllm_double.retrieval.buffers import MAX_CONTINUATION
-from vllm_double.retrieval.reference import scan
+from vllm_double.retrieval.array_source import MAX_CONTINUATION
+from vllm_double.retrieval.suffix_automaton.arena import BYTES_PER_TOKEN, NONE, STATE
 
 KEY = 7
 
@@ -14,6 +15,10 @@ def indexed(tokens: list[int], max_match: int = 32) -> ContextRetriever:
     retriever.start(KEY, np.array(tokens, np.int32))
     retriever.work(len(tokens))
     return retriever
+
+
+def slot_of(retriever: ContextRetriever) -> int:
+    return int(retriever.requests["slot"][KEY])
 
 
 def random_tokens(length: int, alphabet: int, seed: int = 0) -> list[int]:
@@ -63,7 +68,7 @@ def test_the_tail_is_matched_behind_the_text_and_forgotten() -> None:
     retriever = indexed([1, 2, 3, 4, 9, 1, 2])
     assert retriever.lookup(KEY, [3], 1) == Continuation.of([4], 3, [1], [1])
     assert retriever.lookup(KEY, [], 1) == Continuation.of([3], 2, [1], [1])
-    retriever.check_integrity()
+    check_context(retriever)
 
 
 def test_tokens_of_the_tail_that_never_occurred_end_the_match() -> None:
@@ -96,7 +101,7 @@ def test_growth_loses_no_transition_and_no_count(chunk: int) -> None:
     for start in range(0, len(text), chunk):
         retriever.extend(KEY, text[start : start + chunk])
     retriever.work(len(text))
-    retriever.check_integrity()
+    check_context(retriever)
     for tail in ([], text[1000:1006], [3]):
         assert retriever.lookup(KEY, tail, 6) == scan(text, len(text), tail, 6, 32)
 
@@ -140,7 +145,7 @@ def test_tokens_committed_while_a_prompt_waits_are_indexed_behind_it() -> None:
     retriever.extend(KEY, text[200:210])
     assert retriever.num_indexed(KEY) == 100
     retriever.work(10_000)
-    retriever.check_integrity()
+    check_context(retriever)
     assert retriever.lookup(KEY, [], 5) == scan(text + text[200:210], 3010, [], 5, 32)
 
 
@@ -190,7 +195,7 @@ def test_misuse_is_a_value_error_and_changes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=r"must|cannot|already"):
             call()
-    retriever.check_integrity()
+    check_context(retriever)
     assert retriever.lookup(KEY, [], 2) == scan(text, len(text), [], 2, 32)
     with pytest.raises(KeyError):
         retriever.lookup(8, [], 1)
@@ -205,35 +210,37 @@ def test_the_longest_continuation_fits() -> None:
 def test_a_loop_takes_no_memory_and_a_new_token_behind_it_no_time_that_grow_with_the_text() -> None:
     # Work is counted in states and transitions made: a full-depth automaton adds 5000 for the last token.
     retriever = indexed([1] * 5000)
-    automaton = retriever._requests[KEY].automaton
-    written, _ = automaton.num_bytes
+    automaton = retriever.arrays.automata[slot_of(retriever)]
+    states, edges = automaton["num_states"], automaton["num_edges"]
     retriever.extend(KEY, [2])
-    assert automaton.num_bytes[0] - written < 34 * (32 + 16)
-    assert automaton._header[steps.NUM_STATES] < 80
+    assert automaton["num_states"] - states < 34 and automaton["num_edges"] - edges < 34
+    assert automaton["num_states"] < 80
 
 
 def test_memory_is_bounded_per_token() -> None:
-    # 88 bytes per token of capacity, and capacity at most doubles.
+    # Capacity is at most twice the tokens.
     for tokens in (random_tokens(5000, 3), random_tokens(5000, 4000), [1, 2] * 2500):
-        _, reserved = indexed(tokens)._requests[KEY].automaton.num_bytes
-        assert reserved <= 2 * 88 * 5000
+        retriever = indexed(tokens)
+        arena = retriever.arena
+        assert len(arena.arrays.text) - arena.num_free <= 2 * 5000
+        assert BYTES_PER_TOKEN == sum(array.nbytes for array in arena.arrays[1:]) / len(arena.arrays.text) == 92
 
 
-@pytest.mark.parametrize("column", range(8), ids="column{}".format)
-def test_integrity_check_sees_a_changed_state(column: int) -> None:
+@pytest.mark.parametrize("name", STATE.names)
+def test_integrity_check_sees_a_changed_state(name: str) -> None:
     retriever = indexed([1, 2, 3, 1, 2, 4, 1, 2, 3])
-    states = retriever._requests[KEY].automaton._states
-    # State 2 holds [1, 2]: all its columns are in use.
-    state = next(row for row in states if row[steps.COUNT] == 3 and row[steps.LENGTH] == 2)
-    assert state[steps.EDGES] != steps.NONE
-    state[column] += 1
+    _, states, *_ = owned(retriever.arena, slot_of(retriever))
+    # The state that holds [1, 2]: all its fields are in use.
+    state = next(row for row in states if row["count"] == 3 and row["length"] == 2)
+    assert state["edges"] != NONE
+    state[name] += 1
     with pytest.raises((AssertionError, IndexError, KeyError)):
-        retriever.check_integrity()
+        check_context(retriever)
 
 
 def test_integrity_check_sees_a_lost_transition() -> None:
     retriever = indexed(random_tokens(100, 5))
-    table = retriever._requests[KEY].automaton._table
+    _, _, _, table, _ = owned(retriever.arena, slot_of(retriever))
     table[np.flatnonzero(table)[0]] = 0
     with pytest.raises(AssertionError):
-        retriever.check_integrity()
+        check_context(retriever)

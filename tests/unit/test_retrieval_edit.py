@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.retrieval import ContextRetriever, EditRetriever, Retriever
+from vllm_double.retrieval import ContextRetriever, EditRetriever, Source
 
 KEY = 0
 SHOWN = list(range(100, 160))
@@ -22,7 +22,7 @@ class Both:
         self.context.work(len(prompt))
 
     @property
-    def retrievers(self) -> list[Retriever]:
+    def retrievers(self) -> list[Source]:
         return [self.context, self.edit]
 
     def extend(self, *tokens: int) -> None:
@@ -146,7 +146,7 @@ def test_lookups_change_nothing_and_offer_what_is_in_the_text(data: st.DataObjec
         tailed = both.offered(tuple(new), max_tokens=8)
         assert both.offered(max_tokens=8) == before, "a lookup leaves no trace"
         assert len(tailed) <= 8 and set(tailed) <= set(range(6))
-        if not both.edit._requests[KEY].replacements:
+        if not both.edit.requests["num_replacements"][KEY]:
             text = both.context.text(KEY).tolist()
             for offered in (before, tailed):
                 assert any(text[start : start + len(offered)] == offered for start in range(len(text))), "not in the text"

@@ -45,9 +45,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from vllm_double.retrieval.build import build, build_shards
-    from vllm_double.retrieval.corpus import load_tokenizer, read_documents
     from vllm_double.retrieval.datastore import fingerprint
+    from vllm_double.retrieval.datastore.build import build, build_shards
+    from vllm_double.retrieval.datastore.corpus import load_tokenizer, read_documents
 
     tokenizer = load_tokenizer(options.tokenizer)
     vocabulary = tokenizer.get_vocab()
@@ -83,8 +83,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from vllm_double.retrieval.corpus import load_tokenizer
     from vllm_double.retrieval.datastore import Datastore, files_of, fingerprint
+    from vllm_double.retrieval.datastore.corpus import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     identity = fingerprint(tokenizer.get_vocab()) if tokenizer else None

@@ -1,15 +1,17 @@
 """Retrieval from what the target answered to earlier requests of the same tenant."""
 
-from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from vllm_double.retrieval._steps import HEADER_LENGTH, SEPARATOR, steps
-from vllm_double.retrieval.automaton import SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens
-from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
+from vllm_double.retrieval.array_source import ArraySource, with_room
+from vllm_double.retrieval.base import Found, Queries, Tokens
+from vllm_double.retrieval.history_steps import MAX_GENERATIONS, Past, history_steps
+from vllm_double.retrieval.suffix_automaton.arena import NONE, Arena
+from vllm_double.retrieval.suffix_automaton.automaton_steps import SEPARATOR
 
 __all__ = ["HistoryRetriever"]
 
@@ -19,65 +21,47 @@ _GROWTH = 8
 # A tenant that has the whole history for itself loses a quarter of it at a time.
 _SHARE = 4
 _SHORTEST_TEXT = 2
+_CLEANED = 512  # tokens that are indexed in the time that a slice of released memory takes
 
 
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    """A partition. ``number``: its row. ``num_users``: requests and waiting texts."""
+
+    name: str | None
+    number: int
+    num_users: int = 0
+    generations: "deque[_Generation]" = field(default_factory=deque)
+    """Newest first."""
+
+
+@dataclass(slots=True, eq=False)
 class _Generation:
-    """Texts that are forgotten together. ``serial`` counts all generations of a history; ``least`` is charged in any case."""
+    """Texts that are forgotten together. ``slot``: its automaton. ``least`` tokens are charged in any case."""
 
-    __slots__ = ("automaton", "least", "serial", "tenant")
-
-    def __init__(self, serial: int, tenant: "_Tenant", capacity: int, least: int, max_match: int) -> None:
-        self.serial = serial
-        self.tenant = tenant
-        self.least = least
-        self.automaton = SuffixAutomaton(capacity, max_match)
+    tenant: _Tenant
+    slot: int
+    serial: int
+    capacity: int
+    least: int
+    num_tokens: int = 0
 
     @property
     def charge(self) -> int:
         """Tokens that it counts for."""
-        return max(self.automaton.num_tokens, self.least)
+        return max(self.num_tokens, self.least)
 
 
-class _Tenant:
-    """The generations of one partition, newest first. ``version`` is another one after every change of what they hold."""
+class _Text(NamedTuple):
+    """A finished output that waits: where it lies in the text of its request, whose slot is closed when it is indexed."""
 
-    __slots__ = ("_headers", "_headers_at", "_headers_version", "generations", "name", "version")
-
-    def __init__(self, name: str | None) -> None:
-        self.name = name
-        self.generations: deque[_Generation] = deque()
-        self.version = 0
-        self._headers = np.empty((0, HEADER_LENGTH), np.int64)
-        self._headers_at = 0
-        self._headers_version = 0
-
-    @property
-    def headers_at(self) -> int:
-        """Address of the automata's headers as they are now, int64 [generations, HEADER_LENGTH]."""
-        if self._headers_version != self.version:
-            self._headers = np.array([generation.automaton.header for generation in self.generations])
-            self._headers_at = self._headers.ctypes.data
-            self._headers_version = self.version
-        return self._headers_at
+    tenant: _Tenant
+    slot: int
+    start: int
+    stop: int
 
 
-class _Request:
-    """``recent``: the end of its text; ``fresh``: how many of these the cursors have not seen; ``output``: since its start."""
-
-    __slots__ = ("cursors", "cursors_at", "fresh", "output", "recent", "tenant", "version")
-
-    def __init__(self, tenant: str | None, tokens: Tokens, max_match: int) -> None:
-        self.tenant = tenant
-        self.recent = Recent(max_match)
-        self.recent.append(tokens[-max_match:])
-        self.fresh = 0
-        self.output = array("i")
-        self.version = 0
-        self.cursors = np.zeros((0, 2), np.int64)
-        self.cursors_at = 0
-
-
-class HistoryRetriever:
+class HistoryRetriever(ArraySource):
     """Continues a request with what followed the same words in outputs of earlier requests of its tenant.
 
     An output is indexed when its request stops: tokens that the target gave, nothing of the prompt. A request without a tenant
@@ -87,183 +71,234 @@ class HistoryRetriever:
     A tenant's texts lie in generations. A text goes to the newest one, which is closed when it is full; the first has room for
     256 tokens (or its first text), later ones for eight times their predecessor's, up to a quarter of ``max_tokens``. While all
     generations of all tenants together hold more than ``max_tokens``, each counted as 256 at least, the one that has waited
-    longest for another text is given up, whole. Texts longer than a generation keep their end.
+    longest for another text is given up, whole; so it is if the arena is full. Texts longer than a generation keep their end.
 
     A lookup answers from one generation: that in which the longest suffix of text + tail, of at most ``max_match`` tokens,
     occurs; of equally long ones the newest. There it is `ContextRetriever`'s lookup over texts that each end with a separator:
     contexts do not reach across it, it counts as a token that followed, and a continuation ends where it followed most often.
-    `reference.recall` is the same in a few obvious lines.
+    tests/references/retrieval.py has the same in a few obvious lines.
 
-    Not thread-safe. Costs: benchmarks/retrieval_bench.py.
+    A request has a cursor in each generation. It stays valid when texts are added, to this generation or to another.
+    A request that finds the arena full neither reads nor leaves anything. Costs: benchmarks/retrieval_bench.py.
     """
 
     name = "history"
 
-    def __init__(self, max_tokens: int, max_match: int = 32, *, share_unnamed: bool = False) -> None:
-        """Room for ``max_tokens`` tokens of all tenants. Call `automaton.warm_up` before the first start."""
+    def __init__(
+        self, max_tokens: int, max_match: int = 32, *, share_unnamed: bool = False, arena: Arena | None = None
+    ) -> None:  # fmt: skip
+        """Room for ``max_tokens`` tokens of all tenants. Call `sources.warm_up` before the first start."""
         if max_tokens < 1 or max_match < 1:
             raise ValueError(f"max_tokens and max_match must be at least 1, not {max_tokens} and {max_match}")
         self.max_tokens = max_tokens
         self.max_match = max_match
+        self.arena = arena or Arena()
+        self.num_unindexed = 0
+        """Requests and outputs that found no room."""
+        self.num_tokens = 0
+        """Tokens that are indexed, a separator for each text among them."""
         self._share_unnamed = share_unnamed
         self._largest = 1 << max(1, (max_tokens // _SHARE).bit_length() - 1)
-        self._steps = steps()
-        self._requests: dict[int, _Request | None] = {}  # None: it neither reads nor leaves anything
+        self._steps = history_steps()
+        self._past = Past.empty(16, 16)
         self._tenants: dict[str | None, _Tenant] = {}
+        self._users: dict[int, _Tenant] = {}  # by key
+        self._free_numbers: list[int] = []
         # By serial; the one that has waited longest for another text comes first.
         self._generations: OrderedDict[int, _Generation] = OrderedDict()
-        self._waiting: deque[tuple[str | None, Tokens]] = deque()
+        self._waiting: deque[_Text] = deque()
         # The text that is being indexed: its generation, and how much of it is done.
-        self._current: tuple[_Generation, Tokens, int] | None = None
-        self._num_tokens = 0
+        self._current: tuple[_Generation, _Text, int] | None = None
         self._charge = 0  # of all generations
         self._last_serial = 0
-        self._version = 0
-        self._scratch = Scratch()
+
+    @property
+    def requests(self) -> npt.NDArray[Any]:  # type: ignore[override]
+        """See ArraySource."""
+        return self._past.requests
+
+    @requests.setter
+    def requests(self, requests: npt.NDArray[Any]) -> None:
+        cursors = with_room(self._past.cursors, len(requests) - 1)
+        self._past = self._past._replace(requests=requests, cursors=cursors)
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
         """Begin a request with its prompt, int32 [n]. ValueError: the key is in use, or one of its last tokens is negative."""
-        if key in self._requests:
-            raise ValueError(f"request {key} is started already")
-        is_known = tenant is not None or self._share_unnamed
-        self._requests[key] = _Request(tenant, tokens, self.max_match) if is_known else None
+        last = tokens[-self.max_match :]
+        self._begin(key, last)
+        slot, number = NONE, 0
+        if tenant is not None or self._share_unnamed:
+            slot = self.arena.open(max(_SMALLEST, 1 << (len(last) + 1).bit_length()), self.max_match)
+            self.num_unindexed += slot == NONE
+        if slot != NONE:
+            automaton = self.arena.arrays.automata[slot]
+            start = automaton["start"]
+            self.arena.arrays.text[start : start + len(last)] = last
+            automaton["length"] = len(last)
+            user = self._users[key] = self._tenant(tenant)
+            user.num_users += 1
+            number = user.number
+        self._past.requests[key] = (True, slot, number, len(last))
+        self._past.cursors[key]["serial"] = 0
 
-    def extend(self, key: int, tokens: Sequence[int]) -> None:
-        """Append committed tokens. KeyError: unknown key. ValueError: a negative token, none is appended."""
-        request = self._requests[key]
-        if request is None or len(tokens) == 0:
-            return
-        request.recent.append(tokens)
-        request.output.extend(tokens)
-        request.fresh = min(request.fresh + len(tokens), self.max_match)
+    def extend_many(self, keys: npt.NDArray[np.int32], tokens: Tokens, starts: npt.NDArray[np.int32]) -> None:
+        """See Source. KeyError: unknown key, and nothing is appended."""
+        while (row := self._steps.extend(self.arena.arrays, self._past, keys, tokens, starts)) != NONE:
+            if row < 0:
+                raise KeyError(int(keys[-2 - row]))
+            self._enlarge(int(keys[row]), int(starts[row + 1] - starts[row]))
 
     def stop(self, key: int, keep: bool) -> None:
         """End the request; later ones may be offered its output if ``keep``. KeyError: unknown key."""
-        request = self._requests.pop(key)
-        if keep and request is not None and len(request.output) >= _SHORTEST_TEXT:
-            text = np.append(np.frombuffer(request.output, np.int32)[1 - self._largest :], np.int32(SEPARATOR))
-            self._waiting.append((request.tenant, text))
+        self._end(key)
+        slot = int(self._past.requests["slot"][key])
+        if slot == NONE:
+            return
+        tenant = self._users.pop(key)
+        automaton = self.arena.arrays.automata[slot]
+        length, output = int(automaton["length"]), int(self._past.requests["output"][key])
+        if keep and length - output >= _SHORTEST_TEXT:
+            self.arena.arrays.text[int(automaton["start"]) + length] = SEPARATOR
+            self._waiting.append(_Text(tenant, slot, max(output, length + 1 - self._largest), length + 1))
+        else:
+            self._leave(tenant, slot)
 
-    def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-        """What followed the longest suffix of text + tail; see the class. None: nothing did.
+    def _look_up(self, queries: Queries, found: Found, evidence: npt.NDArray[Any]) -> int:
+        return self._steps.lookup(self.arena.arrays, self._past, queries, found, evidence)
 
-        KeyError: unknown key. ValueError: ``max_tokens`` not between 1 and MAX_CONTINUATION (1024), or a negative token.
-        """
-        request = self._requests[key]
-        if not 1 <= max_tokens <= MAX_CONTINUATION:
-            raise ValueError(f"max_tokens must be between 1 and {MAX_CONTINUATION}, not {max_tokens}")
-        tenant = self._tenants.get(request.tenant) if request is not None else None
-        if request is None or tenant is None:
-            return None
-        num_generations, headers_at = len(tenant.generations), tenant.headers_at
-        if request.version != tenant.version:
-            request.version = tenant.version
-            request.cursors = np.zeros((num_generations, 2), np.int64)
-            request.cursors_at = request.cursors.ctypes.data
-            request.fresh = min(request.recent.length, self.max_match)
-        num_kept = request.fresh
-        feed_at = request.recent.write_behind(tail, 0) - 4 * num_kept
-        request.fresh = 0
-        found = self._steps.recall(
-            num_generations, headers_at, request.cursors_at, feed_at, num_kept, num_kept + len(tail), self._scratch.out_address,
-            max_tokens,
-        )  # fmt: skip
-        return self._scratch.continuation(*found)
+    def _enlarge(self, key: int, num_tokens: int) -> None:
+        """Move a text to a larger range, with room for so many tokens more and a separator."""
+        slot, arena = int(self._past.requests["slot"][key]), self.arena
+        automaton = arena.arrays.automata[slot]
+        start, length = int(automaton["start"]), int(automaton["length"])
+        capacity = 1 << (length + num_tokens + 1).bit_length()
+        moved = arena.allocate(capacity)
+        if moved == NONE:
+            self._leave(self._users.pop(key), slot)
+            self._past.requests["slot"][key] = NONE
+            self.num_unindexed += 1
+            return
+        arena.arrays.text[moved : moved + length] = arena.arrays.text[start : start + length]
+        arena.release(start, int(automaton["capacity"]))
+        automaton["start"], automaton["capacity"] = moved, capacity
+
+    # ---- tenants ----------------------------------------------------------------------------------------------
+
+    def _tenant(self, name: str | None) -> _Tenant:
+        """The partition of this name, a new one unless it is known."""
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            number = self._free_numbers.pop() if self._free_numbers else len(self._tenants)
+            past = self._past
+            self._past = past._replace(tenants=with_room(past.tenants, number), generations=with_room(past.generations, number))
+            self._past.tenants[number] = (0, 0)
+            self._tenants[name] = tenant = _Tenant(name, number)
+        return tenant
+
+    def _leave(self, tenant: _Tenant, slot: int) -> None:
+        """A request or a waiting text ends."""
+        self.arena.close(slot)
+        tenant.num_users -= 1
+        self._drop_unused(tenant)
+
+    def _drop_unused(self, tenant: _Tenant) -> None:
+        if not tenant.num_users and not tenant.generations:
+            del self._tenants[tenant.name]
+            self._free_numbers.append(tenant.number)
 
     # ---- the index --------------------------------------------------------------------------------------------
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that are indexed, a separator for each text among them."""
-        return self._num_tokens
-
-    @property
     def num_waiting(self) -> int:
         """Tokens that wait for `work`."""
-        current = len(self._current[1]) - self._current[2] if self._current is not None else 0
-        return current + sum(len(text) for _, text in self._waiting)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the index has written to."""
-        return sum(generation.automaton.num_bytes[0] for generation in self._generations.values())
+        current = self._current[1].stop - self._current[2] if self._current is not None else 0
+        return current + sum(text.stop - text.start for text in self._waiting)
 
     def work(self, budget_tokens: int) -> None:
         """Index at most ``budget_tokens`` tokens of outputs, oldest request first."""
+        num_slices = max(1, budget_tokens // _CLEANED)
         while budget_tokens > 0:
             if self._current is None:
                 if not self._waiting:
-                    return
-                tenant, text = self._waiting.popleft()
-                self._current = (self._room_for(tenant, len(text)), text, 0)
+                    break
+                text = self._waiting.popleft()
+                room = self._room_for(text.tenant, text.stop - text.start)
+                if room is None:
+                    self._leave(text.tenant, text.slot)
+                    self.num_unindexed += 1
+                    continue
+                self._current = (room, text, text.start)
             generation, text, start = self._current
-            stop = min(len(text), start + budget_tokens)
+            stop = min(text.stop, start + budget_tokens)
+            self._steps.fill(self.arena.arrays, generation.slot, text.slot, start, stop)
             self._charge -= generation.charge
-            generation.automaton.extend(text, start, stop)
+            generation.num_tokens += stop - start
             self._charge += generation.charge
-            self._touch(generation.tenant)
-            self._num_tokens += stop - start
+            self.num_tokens += stop - start
             budget_tokens -= stop - start
-            self._current = (generation, text, stop) if stop < len(text) else None
+            self._current = (generation, text, stop)
+            if stop == text.stop:
+                self._end_text()
             while self._charge > self.max_tokens:
-                self._evict()
+                self._evict(next(iter(self._generations.values())))
+        self.arena.clean(num_slices)
+
+    def _end_text(self) -> None:
+        """The current text is indexed, or given up."""
+        if self._current is not None:
+            self._leave(self._current[1].tenant, self._current[1].slot)
+            self._current = None
 
     def forget(self) -> None:
         """Drop all texts, those of running requests too: the weights changed."""
-        self._waiting.clear()
+        while self._waiting:
+            text = self._waiting.popleft()
+            self._leave(text.tenant, text.slot)
         while self._generations:
-            self._evict()
-        for request in self._requests.values():
-            if request is not None:
-                del request.output[:]
+            self._evict(next(iter(self._generations.values())))
+        requests = self._past.requests
+        for key in np.flatnonzero(requests["live"] & (requests["slot"] != NONE)).tolist():
+            requests["output"][key] = self.arena.arrays.automata["length"][requests["slot"][key]]
 
-    def _room_for(self, name: str | None, num_tokens: int) -> _Generation:
-        """The tenant's newest generation, or a new one if that has no room for so many tokens."""
-        tenant = self._tenants.setdefault(name, _Tenant(name))
+    def _room_for(self, tenant: _Tenant, num_tokens: int) -> _Generation | None:
+        """The tenant's newest generation, or a new one if that has no room for so many tokens; None: the arena has none."""
         capacity = least = min(_SMALLEST, self._largest)
         if tenant.generations:
             newest = tenant.generations[0]
-            full = newest.automaton.capacity
-            if newest.automaton.num_tokens + num_tokens <= full:
+            if newest.num_tokens + num_tokens <= newest.capacity:
                 self._generations.move_to_end(newest.serial)
                 return newest
-            capacity = min(_GROWTH * full, self._largest)
+            capacity = min(_GROWTH * newest.capacity, self._largest)
         while capacity < num_tokens:
             capacity *= 2
+        if len(tenant.generations) == MAX_GENERATIONS:
+            self._evict(tenant.generations[-1])
+        while (slot := self.arena.open(capacity, self.max_match)) == NONE:
+            if not self._generations:
+                return None
+            self._evict(next(iter(self._generations.values())))
         self._last_serial += 1
-        generation = _Generation(self._last_serial, tenant, capacity, least, self.max_match)
+        generation = _Generation(tenant, slot, self._last_serial, capacity, least)
         tenant.generations.appendleft(generation)
         self._generations[generation.serial] = generation
         self._charge += generation.charge
+        row = self._past.tenants[tenant.number]
+        row["newest"] = (row["newest"] + 1) % MAX_GENERATIONS
+        row["num_generations"] += 1
+        self._past.generations[tenant.number, row["newest"]] = slot
         return generation
 
-    def _evict(self) -> None:
-        """Give up the generation whose latest text is the oldest: of its tenant's the one that was begun first."""
-        _, generation = self._generations.popitem(last=False)
-        self._num_tokens -= generation.automaton.num_tokens
+    def _evict(self, generation: _Generation) -> None:
+        """Give up a generation, the oldest of its tenant's."""
+        del self._generations[generation.serial]
+        self.num_tokens -= generation.num_tokens
         self._charge -= generation.charge
         tenant = generation.tenant
         tenant.generations.pop()
-        self._touch(tenant)
+        self._past.tenants["num_generations"][tenant.number] -= 1
+        self.arena.close(generation.slot)
         if self._current is not None and self._current[0] is generation:
-            self._current = None
-        if not tenant.generations:
-            del self._tenants[tenant.name]
-
-    def _touch(self, tenant: _Tenant) -> None:
-        self._version += 1
-        tenant.version = self._version
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError where generations, tenants and counts contradict each other."""
-        held = [generation for tenant in self._tenants.values() for generation in tenant.generations]
-        assert {id(g) for g in held} == {id(g) for g in self._generations.values()}
-        assert self._num_tokens == sum(generation.automaton.num_tokens for generation in held)
-        assert self._charge == sum(generation.charge for generation in held) <= self.max_tokens
-        for tenant in self._tenants.values():
-            serials = [generation.serial for generation in tenant.generations]
-            assert serials and serials == sorted(serials, reverse=True)
-            assert serials == [serial for serial in reversed(self._generations) if serial in serials], "order of eviction"
-            assert all(generation.tenant is tenant for generation in tenant.generations)
+            self._end_text()
+        self._drop_unused(tenant)

@@ -3,39 +3,50 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_double.retrieval.automaton import warm_up
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.retrieval.context import ContextRetriever
+from vllm_double.retrieval.context_steps import context_steps
 from vllm_double.retrieval.datastore import Datastore, DatastoreRetriever
 from vllm_double.retrieval.edit import EditRetriever
+from vllm_double.retrieval.edit_steps import edit_steps
 from vllm_double.retrieval.history import HistoryRetriever
+from vllm_double.retrieval.history_steps import history_steps
+from vllm_double.retrieval.suffix_automaton.arena import BYTES_PER_TOKEN, Arena
 
-__all__ = ["Sources"]
+__all__ = ["Sources", "warm_up"]
+
+# Generations are powers of two, and texts wait beside them.
+_ROOM_PER_HISTORY_TOKEN = 4
+
+
+def warm_up() -> None:
+    """Compile, or load what an earlier process compiled. Call it at start-up; later calls cost nothing."""
+    for steps in (context_steps, edit_steps, history_steps):
+        steps()
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
     """context: a request's own text, with and without changes. history_tokens: of what earlier requests were answered; 0: none.
     share_history: requests that name no tenant share a history. datastores: files that `vllm-double datastore build` made, each
-    with the fingerprint (hexadecimal) of the tokenizer that it must be of."""
+    with the fingerprint (hexadecimal) of the tokenizer that it must be of. context_bytes: the most that indexes of running
+    requests take; a request that finds no room is answered nothing by them."""
 
     context: bool = True
     history_tokens: int = 0
     share_history: bool = False
     datastores: tuple[tuple[str, str], ...] = ()
+    context_bytes: int = 2 << 30
 
-    def open(self) -> list[Retriever]:
-        """The sources, each empty but for what lies on disk, and compiled, so that no request waits for that.
-
-        Raises DatastoreError.
-        """
-        warm_up()
-        sources: list[Retriever] = []
+    def open(self) -> list[Source]:
+        """The sources, empty but for what lies on disk, and compiled: no request waits for that. Raises DatastoreError."""
+        arena = Arena(self.context_bytes + _ROOM_PER_HISTORY_TOKEN * BYTES_PER_TOKEN * self.history_tokens)
+        sources: list[Source] = []
         if self.context:
-            context = ContextRetriever()
+            context = ContextRetriever(arena=arena)
             sources.extend((context, EditRetriever(context)))
         if self.history_tokens:
-            sources.append(HistoryRetriever(self.history_tokens, share_unnamed=self.share_history))
+            sources.append(HistoryRetriever(self.history_tokens, share_unnamed=self.share_history, arena=arena))
         if self.datastores:
             opened = (Datastore(Path(path), bytes.fromhex(tokenizer)) for path, tokenizer in self.datastores)
             sources.append(DatastoreRetriever(*opened))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.prefix_hash import mix, seed
-from vllm_double.retrieval.base import Continuation, Retriever
+from vllm_double.retrieval.base import Continuation, Source
 from vllm_double.target.calibration import NUM_BUCKETS, Calibration, temperature_bucket
 from vllm_double.target.draft_use import DraftUse
 from vllm_double.target.speculation_trie import DRAFT, Edge, PathToken, SpeculationTrie
@@ -126,7 +126,7 @@ class Proposer:
     """
 
     def __init__(
-        self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Retriever],
+        self, num_speculative_tokens: int, end: TargetEnd | None, retrievers: Sequence[Source],
         clock: Callable[[], float], vocab_size: int = sys.maxsize, may_wait: bool = True,
     ) -> None:  # fmt: skip
         self.counters = Counters()

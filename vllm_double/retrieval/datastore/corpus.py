@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from vllm_double.retrieval.datastore import DatastoreError
+from vllm_double.retrieval.datastore.file import DatastoreError
 
 __all__ = ["load_tokenizer", "read_documents"]
 

@@ -1,28 +1,16 @@
-"""The compiled steps of building a datastore: functions on the sections that `datastore` describes."""
+"""The compiled steps of building a datastore: functions on the sections that `file` describes."""
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 
 from vllm_double.jit import compiled, part
-from vllm_double.retrieval._datastore_steps import (
-    COUNT,
-    DEPTH,
-    FIRST,
-    MAX_DEPTH,
-    NONE,
-    PARENT,
-    SCAN,
-    STOP,
-    SUCCESSOR,
-    TOKEN,
-    Bytes,
-    Ints,
-    Longs,
-    _bits,
-)
+from vllm_double.retrieval.datastore.lookup_steps import MAX_DEPTH, NODE, NONE, SCAN, Bytes, Longs, bits_of
+from vllm_double.retrieval.suffix_automaton.arena import Ints, Records
+from vllm_double.retrieval.suffix_automaton.automaton_steps import Record
 
 
 def _count_entries(tokens: Ints, counts: Ints) -> None:
@@ -69,7 +57,7 @@ def _sort(tokens: Ints, positions: Ints, keys: Longs, max_match: int, vocab_size
 
     Multikey quicksort (Bentley and Sedgewick 1997) whose characters are as many tokens as fit into 63 bits.
     """
-    bits = _bits(vocab_size)
+    bits = bits_of(vocab_size)
     num_tokens = 63 // bits
     end_mask = (1 << bits) - 1
     for i in range(positions.size):
@@ -113,7 +101,7 @@ def _sort(tokens: Ints, positions: Ints, keys: Longs, max_match: int, vocab_size
 
 def _sample(tokens: Ints, positions: Ints, samples: Longs, max_match: int, vocab_size: int) -> None:
     """The nearest tokens before each position in one number."""
-    bits = _bits(vocab_size)
+    bits = bits_of(vocab_size)
     for i in range(positions.size):
         samples[i] = _key(tokens, positions[i], 0, max_match, bits, 63 // bits)
 
@@ -149,32 +137,32 @@ def _link(order: Ints, low: int, ranks: Ints, successors: Ints) -> None:
 
 
 @part
-def _tell(followers: Ints, successors: Ints, counts: Ints, node: Ints) -> None:
-    """TOKEN, COUNT and SUCCESSOR of a node; counts is all zero before and after."""
+def _tell(followers: Ints, successors: Ints, counts: Ints, node: Record) -> None:
+    """Token, count and successor of a node; counts is all zero before and after."""
     token, count = NONE, 0
-    for i in range(node[FIRST], node[STOP]):
+    for i in range(node.first, node.stop):
         follower = followers[i]
         counts[follower] += 1
         if counts[follower] > count or (counts[follower] == count and follower < token):
             token, count = follower, counts[follower]
     successor = NONE
-    for i in range(node[FIRST], node[STOP]):
+    for i in range(node.first, node.stop):
         counts[followers[i]] = 0
         if followers[i] == token:
             successor = max(successor, successors[i])
-    node[TOKEN] = token
-    node[COUNT] = count
-    node[SUCCESSOR] = successor
+    node.token = token
+    node.count = count
+    node.successor = successor
 
 
-def _grow(followers: Ints, successors: Ints, shared: Bytes, counts: Ints, anchors: Ints, nodes: Ints) -> int:
+def _grow(followers: Ints, successors: Ints, shared: Bytes, counts: Ints, anchors: Ints, nodes: Records) -> int:
     """Fill nodes with the intervals of more than SCAN entries that share a token or more, and anchors; returns how many.
 
     Without room for nodes they are only counted. See Abouelhoda et al. 2004, "Replacing suffix trees with
     enhanced suffix arrays", for the stack.
     """
     depths, firsts = np.zeros(MAX_DEPTH + 1, np.int64), np.zeros(MAX_DEPTH + 1, np.int64)
-    # Nodes inside of each interval on the stack, chained through PARENT until their parent has a number.
+    # Nodes inside of each interval on the stack, chained through ``parent`` until their parent has a number.
     inside = np.full(MAX_DEPTH + 1, NONE, np.int64)
     top, num_nodes = 0, 0
     for stop in range(1, shared.size + 1):
@@ -190,11 +178,14 @@ def _grow(followers: Ints, successors: Ints, shared: Bytes, counts: Ints, anchor
             if len(nodes) == 0:
                 continue
             while child != NONE:
-                following = nodes[child, PARENT]
-                nodes[child, PARENT] = new
+                following = nodes[child].parent
+                nodes[child].parent = new
                 child = following
             node = nodes[new]
-            node[FIRST], node[STOP], node[DEPTH], node[PARENT] = first, stop, depth, NONE
+            node.first = first
+            node.stop = stop
+            node.depth = depth
+            node.parent = NONE
             _tell(followers, successors, counts, node)
             for i in range((first + SCAN - 1) // SCAN, (stop - 1) // SCAN + 1):
                 if anchors[i] == NONE:
@@ -202,7 +193,7 @@ def _grow(followers: Ints, successors: Ints, shared: Bytes, counts: Ints, anchor
             if depths[top] < length:
                 orphan = new
             elif top > 0:
-                node[PARENT] = inside[top]
+                node.parent = inside[top]
                 inside[top] = new
         if depths[top] < length:
             top += 1
@@ -224,15 +215,20 @@ class BuildSteps(NamedTuple):
 @functools.cache
 def build_steps() -> BuildSteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
-    ints, read, read_bytes = "int32[::1]", "Array(int32, 1, 'C', True)", "Array(uint8, 1, 'C', True)"
+    ints, longs, data, nodes = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, NODE)
+    tokens, shared = ints.copy(), data.copy()
+    tokens.flags.writeable = shared.flags.writeable = False  # as sections of the file are
+
+    def step(function: Callable[..., Any], *examples: Any) -> Any:
+        return compiled(function, tuple(numba.typeof(example) for example in examples))
 
     return BuildSteps(
-        compiled(_count_entries, f"void({read}, {ints})"),
-        compiled(_collect, f"int64({read}, int64, int64, {ints})"),
-        compiled(_sort, f"void({read}, {ints}, int64[::1], int64, int64)"),
-        compiled(_sample, f"void({read}, {ints}, int64[::1], int64, int64)"),
-        compiled(_describe, f"void({read}, {ints}, int64, {ints}, uint8[::1], int64)"),
-        compiled(_rank, f"void({ints}, int64, int64, {ints})"),
-        compiled(_link, f"void({ints}, int64, {ints}, {ints})"),
-        compiled(_grow, f"int64({read}, {read}, {read_bytes}, {ints}, {ints}, int32[:, ::1])"),
+        step(_count_entries, tokens, ints),
+        step(_collect, tokens, 0, 0, ints),
+        step(_sort, tokens, ints, longs, 0, 0),
+        step(_sample, tokens, ints, longs, 0, 0),
+        step(_describe, tokens, ints, 0, ints, data, 0),
+        step(_rank, ints, 0, 0, ints),
+        step(_link, ints, 0, ints, ints),
+        step(_grow, tokens, tokens, shared, ints, ints, nodes),
     )

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from vllm_double.retrieval.automaton import SEPARATOR
 from vllm_double.retrieval.base import Continuation
+from vllm_double.retrieval.suffix_automaton.automaton_steps import SEPARATOR
 
 __all__ = ["recall", "scan", "scan_documents"]
 

@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from vllm_double.retrieval._build_steps import build_steps
-from vllm_double.retrieval._datastore_steps import MAX_DEPTH, NONE, NUM_COLUMNS, SCAN
 from vllm_double.retrieval.base import Tokens
-from vllm_double.retrieval.datastore import MAX_TOKENS, MAX_VOCAB, SEPARATOR, SUFFIX, DatastoreError, Header, Section
+from vllm_double.retrieval.datastore.build_steps import build_steps
+from vllm_double.retrieval.datastore.file import MAX_TOKENS, MAX_VOCAB, SEPARATOR, SUFFIX, DatastoreError, Header, Section
+from vllm_double.retrieval.datastore.lookup_steps import MAX_DEPTH, NODE, NONE, SCAN
 
 __all__ = ["build", "build_shards", "partial_path"]
 
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
-# Entries that are sorted at once (12 bytes each); more where one token is more frequent than that.
+# Entries that are sorted at once (12 bytes each); more if one token is more frequent than that.
 _PASS = 1 << 24
 # Positions whose entry is held at once (4 bytes each).
 _WINDOW = 1 << 26
@@ -187,17 +187,18 @@ class _Builder:
     def run(self, documents: Iterable[Ids]) -> Header:
         """Everything but the header, which is left to be written when this has reached the disk."""
         self._write_tokens(documents)
-        tokens = self._map("tokens")
+        tokens = self._map("tokens", "r")
         counts = np.zeros(self._header.vocab_size, np.int32)
         self._steps.count_entries(tokens, counts)
         self._header = replace(self._header, num_entries=int(counts.sum(dtype=np.int64)))
         if self._header.num_entries == 0:
             raise DatastoreError(_NOTHING)
+        self._reserve()
         starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
-        self._write("starts", 0, starts.astype(np.int32))
-        self._write_order(tokens, starts)
-        self._write_successors()
-        self._write_nodes()
+        self._map("starts")[:] = starts
+        self._sort(tokens, starts)
+        self._link()
+        self._grow()
         header = replace(self._header, checksums=tuple(self._checksum(section) for section in self._header.sections))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -221,59 +222,48 @@ class _Builder:
                 raise DatastoreError(f"The input has more than {MAX_TOKENS} tokens: build it in shards.")
         self._header = replace(self._header, num_documents=num_documents, num_tokens=num_tokens)
 
-    def _write_order(self, tokens: Tokens, starts: npt.NDArray[np.int64]) -> None:
+    def _sort(self, tokens: Tokens, starts: npt.NDArray[np.int64]) -> None:
         """Sort the entries, some last tokens of context at a time."""
-        before = 0
+        order, followers, shared, samples = (self._map(name) for name in ("order", "followers", "shared", "samples"))
+        max_match, vocab_size = self._header.max_match, self._header.vocab_size
+        before, low = 0, 0
         with self._progress("sort") as progress:
-            low = 0
-            while low < self._header.vocab_size:
+            while low < vocab_size:
                 high = max(low + 1, int(np.searchsorted(starts, starts[low] + _PASS, "right")) - 1)
-                first, num_entries = int(starts[low]), int(starts[high] - starts[low])
-                positions, keys = np.empty(num_entries, np.int32), np.empty(num_entries, np.int64)
+                first, stop = int(starts[low]), int(starts[high])
+                positions, keys = np.empty(stop - first, np.int32), np.empty(stop - first, np.int64)
                 self._steps.collect(tokens, low, high, positions)
-                self._steps.sort(tokens, positions, keys, self._header.max_match, self._header.vocab_size)
-                sampled = np.ascontiguousarray(positions[-first % SCAN :: SCAN])
-                samples = keys[: len(sampled)]
-                self._steps.sample(tokens, sampled, samples, self._header.max_match, self._header.vocab_size)
-                self._write("samples", (first + SCAN - 1) // SCAN, samples)
-                for start in range(0, num_entries, _CHUNK):
-                    part = positions[start : start + _CHUNK]
-                    followers, shared = np.empty(len(part), np.int32), np.empty(len(part), np.uint8)
-                    self._steps.describe(tokens, part, before, followers, shared, self._header.max_match)
-                    before = int(part[-1])
-                    self._write("order", first + start, part)
-                    self._write("followers", first + start, followers)
-                    self._write("shared", first + start, shared)
-                progress.update(num_entries)
+                self._steps.sort(tokens, positions, keys, max_match, vocab_size)
+                self._steps.describe(tokens, positions, before, followers[first:stop], shared[first:stop], max_match)
+                order[first:stop] = positions
+                sampled = slice(-(-first // SCAN), -(-stop // SCAN))
+                self._steps.sample(tokens, positions[-first % SCAN :: SCAN].copy(), samples[sampled], max_match, vocab_size)
+                before = int(positions[-1]) if len(positions) else before
+                progress.update(stop - first)
                 low = high
 
-    def _write_successors(self) -> None:
+    def _link(self) -> None:
         """Number the positions of a window by their entry, then look each entry's next position up."""
-        num_tokens, num_entries = self._header.num_tokens, self._header.num_entries
-        with self._progress("link", -(-num_tokens // _WINDOW) * num_entries) as progress:
-            for low in range(0, num_tokens, _WINDOW):
-                ranks = np.full(min(_WINDOW, num_tokens - low), NONE, np.int32)
-                for start in range(0, num_entries, _CHUNK):
-                    self._steps.rank(self._read("order", start), start, low, ranks)
-                for start in range(0, num_entries, _CHUNK):
-                    order = self._read("order", start)
-                    successors = np.full(len(order), NONE, np.int32) if low == 0 else self._read("successors", start)
-                    self._steps.link(order, low, ranks, successors)
-                    self._write("successors", start, successors)
-                    progress.update(len(order))
+        order, successors = self._map("order"), self._map("successors")
+        successors.fill(NONE)
+        windows = range(0, self._header.num_tokens, _WINDOW)
+        with self._progress("link", len(windows) * len(order)) as progress:
+            for low in windows:
+                ranks = np.full(min(_WINDOW, self._header.num_tokens - low), NONE, np.int32)
+                self._steps.rank(order, 0, low, ranks)
+                self._steps.link(order, low, ranks, successors)
+                progress.update(len(order))
 
-    def _write_nodes(self) -> None:
+    def _grow(self) -> None:
         """Count the nodes, then fill them in."""
-        arrays = [self._map(name) for name in ("followers", "successors", "shared")]
-        counts = np.zeros(self._header.vocab_size, np.int32)
-        self._reserve()
-        anchors = self._map("anchors", "r+")
+        arrays = [self._map(name, "r") for name in ("followers", "successors", "shared")]
+        counts, anchors = np.zeros(self._header.vocab_size, np.int32), self._map("anchors")
         anchors.fill(NONE)
-        num_nodes = self._steps.grow(*arrays, counts, anchors, np.empty((0, NUM_COLUMNS), np.int32))
+        num_nodes = self._steps.grow(*arrays, counts, anchors, np.empty(0, NODE))
         self._header = replace(self._header, num_nodes=num_nodes)
         self._reserve()
         if num_nodes:
-            self._steps.grow(*arrays, counts, anchors, self._map("nodes", "r+"))
+            self._steps.grow(*arrays, counts, anchors, self._map("nodes"))
 
     def _reserve(self) -> None:
         """Have room on the disk for all sections: where a mapped one finds none, the process is killed."""
@@ -283,24 +273,11 @@ class _Builder:
     def _section(self, name: str) -> Section:
         return next(section for section in self._header.sections if section.name == name)
 
-    def _map(self, name: str, mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
-        """A section without a copy; what is read is written already."""
+    def _map(self, name: str, mode: Literal["r", "r+"] = "r+") -> npt.NDArray[Any]:
+        """A section without a copy."""
         self._file.flush()
         section = self._section(name)
-        return np.asarray(np.memmap(self._file, section.dtype, mode, section.offset, section.shape))
-
-    def _write(self, name: str, start: int, part: npt.NDArray[Any]) -> None:
-        section = self._section(name)
-        self._file.seek(section.offset + start * part.strides[0])
-        self._file.write(part.astype(section.dtype, copy=False).data)
-
-    def _read(self, name: str, start: int) -> npt.NDArray[Any]:
-        """Elements [start, start + _CHUNK) of a section."""
-        section = self._section(name)
-        itemsize = np.dtype(section.dtype).itemsize
-        self._file.seek(section.offset + start * itemsize)
-        data = bytearray(self._file.read(min(_CHUNK, section.shape[0] - start) * itemsize))
-        return np.frombuffer(data, section.dtype)
+        return np.asarray(np.memmap(self._file, section.dtype, mode, section.offset, section.length))
 
     def _checksum(self, section: Section) -> int:
         self._file.seek(section.offset)

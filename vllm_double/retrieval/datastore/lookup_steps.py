@@ -1,0 +1,306 @@
+"""The compiled lookup of a datastore: functions on the sections that `file` describes.
+
+Sections come from a file of which only the header is checked: every index that is read from one is tested
+before it is used, and no loop's length depends on what is read.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_double.jit import machine_code, view_part
+from vllm_double.retrieval.array_source import EXAMPLES
+from vllm_double.retrieval.base import Found, Queries, Tokens
+from vllm_double.retrieval.suffix_automaton.arena import Ints, Records
+from vllm_double.retrieval.suffix_automaton.automaton_steps import Record, note
+
+Bytes = npt.NDArray[np.uint8]
+Longs = npt.NDArray[np.int64]
+
+# Intervals of more entries than this are nodes; smaller ones are counted as they are looked up.
+SCAN = 32
+NODE = np.dtype([(name, "<i4") for name in ("first", "stop", "depth", "parent", "token", "count", "successor")])
+"""Entries [first, stop), all of which share ``depth`` tokens of context; the next larger node around them; the most frequent
+token behind them with its count, and an entry whose context is longer by that token."""
+NONE = -1
+# Contexts are shorter than this, so nodes are nested less deeply.
+MAX_DEPTH = 256
+
+REQUEST = np.dtype([("live", np.bool_), ("length", np.int32)], align=True)
+"""``length``: tokens held of the end of its text."""
+CHOICE = np.dtype([("file", np.int32), ("match_length", np.int32), ("total", np.int32)])
+"""The file that answers a query."""
+
+
+class Sections(NamedTuple):
+    """The arrays of a file, see `datastore.file`."""
+
+    tokens: Ints
+    starts: Ints
+    samples: Longs
+    order: Ints
+    followers: Ints
+    successors: Ints
+    shared: Bytes
+    anchors: Ints
+    nodes: Records
+
+
+SECTION_DTYPES: tuple[npt.DTypeLike, ...] = ("<i4", "<i4", "<i8", "<i4", "<i4", "<i4", "u1", "<i4", NODE)
+
+
+class Texts(NamedTuple):
+    """The ends of texts by key."""
+
+    requests: Records
+    """REQUEST [keys]"""
+    recent: Ints
+    """[keys, any width]: of each text the last ``max_match`` tokens at least"""
+
+
+@view_part
+def bits_of(vocab_size: int) -> int:
+    """Bits of a token id plus one."""
+    bits = 1
+    while vocab_size >> bits:
+        bits += 1
+    return bits
+
+
+@view_part
+def _narrow(samples: Longs, key: int, first: int, stop: int) -> tuple[int, int]:
+    """The part of [first, stop) in which the samples leave open whether an entry is before a context with this key."""
+    low, high = (first + SCAN - 1) // SCAN, min((stop + SCAN - 1) // SCAN, samples.size)
+    while low < high:
+        middle = (low + high) // 2
+        if samples[middle] < key:
+            low = middle + 1
+        else:
+            high = middle
+    after = low
+    high = min((stop + SCAN - 1) // SCAN, samples.size)
+    while after < high:
+        middle = (after + high) // 2
+        if samples[middle] <= key:
+            after = middle + 1
+        else:
+            high = middle
+    return max(first, (low - 1) * SCAN + 1), min(stop, after * SCAN)
+
+
+@view_part
+def _common(tokens: Ints, position: int, context: Ints, end: int, limit: int, length: int) -> int:
+    """How many tokens, at most limit, the end of context[:end] shares with those before position: ``length`` or more."""
+    index = position - 1 - length
+    while length < limit and 0 <= index < tokens.size and tokens[index] == context[end - 1 - length]:
+        length += 1
+        index -= 1
+    return length
+
+
+@view_part
+def _search(
+    tokens: Ints, starts: Ints, samples: Longs, order: Ints, context: Ints, end: int, max_match: int
+) -> tuple[int, int]:
+    """(entry, length): an entry that shares most tokens with the end of context[:end]; length 0: there is none."""
+    vocab_size = starts.size - 1
+    limit = 0
+    while limit < min(end, max_match) and 0 <= context[end - 1 - limit] < vocab_size:
+        limit += 1
+    if limit == 0:
+        return 0, 0
+    first, stop = int(starts[context[end - 1]]), int(starts[context[end - 1] + 1])
+    if not 0 <= first < stop <= order.size:
+        return 0, 0
+    bits = bits_of(vocab_size)
+    key = 0
+    for i in range(63 // bits):
+        key = key << bits | (int(context[end - 1 - i]) + 1 if i < limit else 0)
+    low, high = _narrow(samples, key, first, stop)
+    # Tokens shared with the entry before low, and with the entry high: those in between share the smaller number at least.
+    below, above = 1, 1
+    while low < high:
+        middle = (low + high) // 2
+        length = _common(tokens, order[middle], context, end, limit, min(below, above))
+        index = order[middle] - 1 - length
+        if length == limit:
+            return middle, limit
+        if 0 <= index < tokens.size and tokens[index] > context[end - 1 - length]:
+            high, above = middle, length
+        else:
+            low, below = middle + 1, length
+    # The samples told only on which side those are that were not compared.
+    below = _common(tokens, order[low - 1], context, end, limit, below) if low > first else 0
+    above = _common(tokens, order[low], context, end, limit, above) if low < stop else 0
+    return (low - 1, below) if below > above else (low, above)
+
+
+@view_part
+def _around(shared: Bytes, entry: int, length: int) -> tuple[int, int]:
+    """The entries [first, stop) that share ``length`` tokens with this one; if more than SCAN do, more than SCAN of them."""
+    first = entry
+    while first > 0 and entry - first < SCAN and shared[first] >= length:
+        first -= 1
+    stop = entry + 1
+    while stop < shared.size and stop - entry <= SCAN and shared[stop] >= length:
+        stop += 1
+    return first, stop
+
+
+@view_part
+def _tally(followers: Ints, successors: Ints, first: int, stop: int) -> tuple[int, int, int, int]:
+    """(token, count, total, successor) of the most frequent follower of these entries."""
+    # Most often one is the majority, which two passes find: Boyer and Moore 1981, "MJRTY".
+    token, lead = NONE, 0
+    for i in range(first, stop):
+        if lead == 0:
+            token = followers[i]
+        lead += 1 if followers[i] == token else -1
+    count, successor = 0, NONE
+    for i in range(first, stop):
+        if followers[i] == token:
+            count += 1
+            successor = max(successor, successors[i])
+    if 2 * count > stop - first:
+        return token, count, stop - first, successor
+    token, count, successor = NONE, 0, NONE
+    for i in range(first, stop):
+        follower = followers[i]
+        times, behind = 0, NONE
+        # A follower that was counted already gets fewer now.
+        for j in range(i, stop):
+            if followers[j] == follower:
+                times += 1
+                behind = max(behind, successors[j])
+        if times > count or (times == count and follower < token):
+            token, count, successor = follower, times, behind
+    return token, count, stop - first, successor
+
+
+@view_part
+def _recall(anchors: Ints, nodes: Records, entry: int, length: int) -> tuple[int, int, int, int]:
+    """(token, count, total, successor) of the node around an entry that is a multiple of SCAN; token NONE: no such node."""
+    node = anchors[entry // SCAN] if entry // SCAN < anchors.size else NONE
+    if not 0 <= node < len(nodes):
+        return NONE, 0, 0, NONE
+    for _ in range(MAX_DEPTH):
+        parent = nodes[node].parent
+        if not 0 <= parent < len(nodes) or nodes[parent].depth < length:
+            break
+        node = parent
+    total = np.int64(nodes[node].stop) - nodes[node].first
+    if nodes[node].depth < length or not 1 <= nodes[node].count <= total:
+        return NONE, 0, 0, NONE
+    return nodes[node].token, nodes[node].count, total, nodes[node].successor
+
+
+@view_part
+def _continue(
+    file: Sections, context: Ints, num_context: int, max_match: int, row: int, max_tokens: int, found: Found,
+    evidence: Records, choice: Record,
+) -> int:  # fmt: skip
+    """Fill a row of the answer with what follows context[:num_context], behind which there is room; how many tokens."""
+    starts, order = file.starts, file.order
+    entry, length = _search(file.tokens, starts, file.samples, order, context, num_context, max_match)
+    match_length, num_found, doubt = length, 0, 1.0
+    while num_found < max_tokens and length >= max(match_length, 1):
+        first, stop = _around(file.shared, entry, length)
+        if stop - first <= SCAN:
+            token, count, total, successor = _tally(file.followers, file.successors, first, stop)
+        else:
+            token, count, total, successor = _recall(file.anchors, file.nodes, (first + SCAN - 1) // SCAN * SCAN, length)
+        if not 0 <= token < starts.size - 1 or total > order.size:
+            break  # a damaged file
+        if num_found == 0:
+            choice.match_length = match_length
+            choice.total = total
+        doubt = note(row, num_found, token, match_length, count, total, doubt, found.tokens, found.beliefs, evidence)
+        context[num_context + num_found] = token
+        num_found += 1
+        if 0 <= successor < order.size:
+            # The context grew by one. A longer one does not occur: without its last token it would have before.
+            entry, length = successor, min(length + 1, max_match)
+        elif num_found < max_tokens:
+            # The grown context occurs at the end of documents only.
+            entry, length = _search(file.tokens, starts, file.samples, order, context, num_context + num_found, max_match)
+    return num_found
+
+
+def _lookup(
+    file: Sections, max_match: int, number: int, is_probe: bool, texts: Texts, context: Ints, choices: Records,
+    queries: Queries, found: Found, evidence: Records,
+) -> int:  # fmt: skip
+    """Answer the queries that are to be answered from file ``number``: all, if it is the only one. Probe: find out which are.
+
+    context has room for the end of a text, a tail and an answer. Returns the row of an unknown key, or NONE.
+    """
+    for row in range(queries.keys.size):
+        key = queries.keys[row]
+        if not 0 <= key < texts.requests.size or not texts.requests[key].live:
+            return row
+        choice = choices[row]
+        if not is_probe and choice.file != number:
+            continue
+        end, num_context = texts.requests[key].length, 0
+        for i in range(max(0, end - max_match), end):
+            context[num_context] = texts.recent[key, i]
+            num_context += 1
+        for i in range(queries.tail_lengths[row]):
+            context[num_context] = queries.tails[row, i]
+            num_context += 1
+        max_tokens = min(queries.max_tokens[row], found.tokens.shape[1])
+        match_length, total = choice.match_length, choice.total
+        if is_probe:
+            choice.match_length = 0
+            choice.total = 0
+            _continue(file, context, num_context, max_match, row, min(max_tokens, 1), found, evidence, choice)
+            if (choice.match_length, choice.total) > (match_length, total):
+                choice.file = number
+            else:
+                choice.match_length = match_length
+                choice.total = total
+        else:
+            found.lengths[row] = _continue(
+                file, context, num_context, max_match, row, max_tokens, found, evidence, choice
+            )  # fmt: skip
+    return NONE
+
+
+def _extend(texts: Texts, max_match: int, keys: Ints, tokens: Tokens, starts: Ints) -> int:
+    """Append to texts. Returns the row of an unknown key, or NONE."""
+    for row in range(keys.size):
+        if not 0 <= keys[row] < texts.requests.size or not texts.requests[keys[row]].live:
+            return row
+    for row in range(keys.size):
+        request, recent = texts.requests[keys[row]], texts.recent[keys[row]]
+        first, stop = max(starts[row], starts[row + 1] - max_match), starts[row + 1]
+        if request.length + stop - first > recent.size:
+            num_kept = min(request.length, max_match)
+            for i in range(num_kept):
+                recent[i] = recent[request.length - num_kept + i]
+            request.length = num_kept
+        for i in range(first, stop):
+            recent[request.length] = tokens[i]
+            request.length += 1
+    return NONE
+
+
+class LookupSteps(NamedTuple):
+    lookup: Callable[[Sections, int, int, bool, Texts, Ints, Records, Queries, Found, Records], int]
+    extend: Callable[[Texts, int, Ints, Tokens, Ints], int]
+
+
+@functools.cache
+def lookup_steps() -> LookupSteps:
+    """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
+    ints, texts = np.zeros(0, np.int32), Texts(np.zeros(0, REQUEST), np.zeros((0, 0), np.int32))
+    sections = [np.zeros(0, dtype) for dtype in SECTION_DTYPES]
+    for section in sections:
+        section.flags.writeable = False
+    return LookupSteps(
+        machine_code(_lookup, Sections(*sections), 0, 0, True, texts, ints, np.zeros(0, CHOICE), *EXAMPLES),
+        machine_code(_extend, texts, 0, ints, ints, ints),
+    )
