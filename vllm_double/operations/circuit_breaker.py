@@ -11,7 +11,7 @@ __all__ = ["CircuitBreaker"]
 class CircuitBreaker:
     """Closed in normal operation, open for some time after a failure, then half-open until the next success or failure.
 
-    It stays open for ``first_s`` seconds, or twice as long as before if less than ``most_s`` seconds have passed since then, up to
+    It stays open for ``first_s`` seconds, or twice as long as before if that was less than ``most_s`` seconds ago, up to
     ``most_s``. clock: gives seconds.
     """
 

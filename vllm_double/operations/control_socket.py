@@ -51,8 +51,8 @@ class Answer:
 class Endpoint:
     """Answers every connection, in a thread.
 
-    answer: takes a command and its sender ("user (process 7)"), or {} and "" if there is no command. Commands of other users are
-    ignored; these users get an answer.
+    answer: takes a command and its sender ("user (process 7)"), or {} and "" if there is no command. Commands of other users
+    are ignored; these users get an answer.
     """
 
     def __init__(self, address: Address, answer: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
