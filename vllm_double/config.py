@@ -105,7 +105,7 @@ def check_num_speculative_tokens(value: Any) -> int:
     """The upper bound of a chain's length. Raises ConfigError with one sentence."""
     if value is None:
         raise ConfigError(
-            'Method "double" needs "num_speculative_tokens", the most draft tokens verified in one step (16, say).'
+            'Method "double" needs "num_speculative_tokens", the largest number of draft tokens in one step, such as 16.'
         )
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
         raise ConfigError(

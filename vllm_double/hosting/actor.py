@@ -96,7 +96,7 @@ class DraftActor:
 
     @ray.method(concurrency_group="loop")
     def run(self) -> str:
-        """Builds the worker and drafts until the target is gone or the worker returns; says which."""
+        """Builds the worker and drafts until the target has ended or the worker returns; the result tells which."""
         try:
             module, _, name = self._settings.factory.partition(":")
             build = getattr(importlib.import_module(module), name)

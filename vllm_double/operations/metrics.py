@@ -128,7 +128,7 @@ def families(snapshots: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric
 class _DoubleCollector(Collector):
     """Asks every engine for its snapshot when the page is scraped, and leaves out those that do not answer.
 
-    The server answers nobody else meanwhile. So an engine that did not answer in time is not asked again for a while.
+    A scrape blocks the server. So an engine that did not answer in time is not asked again for a while.
     """
 
     def __init__(self, key: str, num_engines: int, clock: Callable[[], float] = time.monotonic) -> None:
