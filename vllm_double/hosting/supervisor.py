@@ -265,9 +265,7 @@ class HostProcess:
 
 
 def child_environment(inherited: Mapping[str, str], settings: DraftSettings) -> dict[str, str]:
-    """The host's environment: the target's, without what binds the target's threads and what a parent Ray
-    has left.
-    """
+    """The host's environment: the target's, without what binds the target's threads and what a parent Ray has left."""
     bindings = ("KMP_", "GOMP_", "OMP_", "VLLM_CPU_OMP_")
     drop = bindings if settings.double.ray_address is not None else (*bindings, "RAY_")
     environment = {name: value for name, value in inherited.items() if not name.startswith(drop)}
