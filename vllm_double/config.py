@@ -20,70 +20,47 @@ class DoubleConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = Field(True, description="false: the settings are checked and vLLM then runs as if they were not there")
-    context_retrieval: bool = Field(True, description="retrieve continuations from the request's own prompt and output")
-    history_tokens: int = Field(
-        1 << 20, ge=0, le=1 << 30, description="tokens of earlier answers that are kept to retrieve from, those dropped first "
-        "that have waited longest for another of their tenant's; about 70 bytes each on either side. A request is offered its "
-        "own tenant's (cache_salt) only; 0: none are kept",
-    )  # fmt: skip
-    share_history: bool = Field(
-        False, description="requests without a tenant share a history: how fast an answer comes then tells whether another got "
-        "it before, as vLLM's prefix caching does for prompts",
-    )  # fmt: skip
-    datastore: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="file or folder that `vllm-double datastore build` made with the target's tokenizer, or a list of "
-        "such; all requests are offered what is in them",
-    )  # fmt: skip
-    target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, those behind the draft's too")
+    # fmt: off
+    enabled: bool = Field(True, description="false: check the settings, then run vLLM without method double")
+    context_retrieval: bool = Field(True, description="retrieve draft tokens from the request's own prompt and output")
+    history_tokens: int = Field(1 << 20, ge=0, le=1 << 30, description=(
+        "tokens of earlier answers kept for retrieval, about 70 bytes each in target and draft worker; 0: none. A request "
+        "retrieves from its own tenant (cache_salt) only. The tenant that has waited longest for an answer loses tokens first"))
+    share_history: bool = Field(False, description=(
+        "requests without a tenant share a history. The speed of an answer then shows whether another request got that text, "
+        "as vLLM's prefix caching does for prompts"))
+    datastore: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description=(
+        "file or folder that `vllm-double datastore build` made with the target's tokenizer, or a list of them. All requests "
+        "retrieve from it"))
+    target_retrieval: bool = Field(True, description="the target verifies retrieved tokens, also behind the draft model's")
     draft_retrieval: bool = Field(True, description="the draft model reads retrieved tokens, several in one forward")
-    draft_device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='the draft\'s device: "cpu", "cuda" (the target\'s own), '
-        '"cuda:1" (the first of as many as there are engines and draft ranks); "auto": the platform\'s',
-    )  # fmt: skip
-    draft_cores: str | None = Field(
-        None, description='CPU cores of the draft, as "1" or "2-3", in equal parts for all engines and draft ranks; null: the '
-        "last ones that this process may use, and the target gets the others",
-    )  # fmt: skip
-    draft_dtype: str = Field(
-        "auto",
-        pattern=r"^(auto|float32|float16|bfloat16)$",
-        description='"auto": as vLLM chooses (16 bits for a float32 draft, too), or float32 on a CPU that is slow in it',
-    )
-    draft_kv_cache_gib: float = Field(
-        0.25,
-        gt=0,
-        le=1024,
-        description="memory for the draft's KV cache in GiB; when full, some requests go without a draft",
-    )
-    draft_page_size: int = Field(
-        32, ge=1, le=1024, description="tokens in a page of the draft's KV cache; small pages make branches cheap. The "
-        "attention backend may ask for a multiple of its own",
-    )  # fmt: skip
-    nodes_per_iteration: int | None = Field(
-        None, ge=1, le=1024, description="tokens that one draft forward takes at most; null: as many as cost little more than "
-        "one, which the draft measures when it starts",
-    )  # fmt: skip
-    children_per_node: int = Field(
-        64, ge=1, le=1024, description="alternatives that are kept per drafted token; 1 is a single path"
-    )
-    min_path_prob: float = Field(
-        1e-3,
-        gt=0,
-        lt=1,
-        description="continuations less probable than this are not drafted: on a CPU such work takes more from the target than "
-        "it brings",
-    )
-    prefill_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens that one draft forward reads at most")
-    wait_for_draft: bool = Field(
-        True, description="behind an outcome that the draft did not prepare for, the target may wait for its first tokens, if "
-        "these are worth more than what the whole batch decodes meanwhile; false: never",
-    )  # fmt: skip
-    ray_address: str | None = Field(
-        None,
-        description='"host:port" of a Ray cluster that spans this machine; null: an embedded Ray of our own',
-    )
-    ray_num_cpus: float = Field(1.0, ge=0, le=1024, description="logical CPUs that the draft actor claims in Ray")
+    draft_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description=(
+        'device of the draft model: "cpu", "cuda" (the target\'s own) or "cuda:1" (the first of as many as there are '
+        'engines and draft ranks); "auto": the platform\'s'))
+    draft_cores: str | None = Field(None, description=(
+        'CPU cores of the draft model, such as "1" or "2-3", divided equally among engines and draft ranks. null: the last '
+        "cores of this process; the target gets the others"))
+    draft_dtype: str = Field("auto", pattern=r"^(auto|float32|float16|bfloat16)$", description=(
+        'dtype of the draft model; "auto": vLLM\'s choice (16 bits also for a float32 model), or float32 on a CPU without '
+        "16-bit instructions"))
+    draft_kv_cache_gib: float = Field(0.25, gt=0, le=1024, description=(
+        "memory for the draft model's KV cache in GiB. If it is full, some requests get no draft tokens"))
+    draft_page_size: int = Field(32, ge=1, le=1024, description=(
+        "tokens per page of the draft model's KV cache. Small pages make branches cheap; the attention backend may need a "
+        "multiple of its own size"))
+    nodes_per_iteration: int | None = Field(None, ge=1, le=1024, description=(
+        "most tokens in one forward of the draft model; null: as many as cost little more than one, measured at the start"))
+    children_per_node: int = Field(64, ge=1, le=1024, description="alternatives kept per draft token; 1: a single path")
+    min_path_prob: float = Field(1e-3, gt=0, lt=1, description=(
+        "least probability of a path that is drafted. On a CPU, less probable paths cost the target more than they give"))
+    prefill_tokens: int = Field(256, ge=1, le=65536, description="most prompt tokens in one forward of the draft model")
+    wait_for_draft: bool = Field(True, description=(
+        "if the outcome of a verification was not prepared, the target may wait for the first draft tokens, if that gives more "
+        "tokens than the batch decodes meanwhile; false: never"))
+    ray_address: str | None = Field(None, description=(
+        '"host:port" of a Ray cluster that includes this machine; null: start an embedded Ray'))
+    ray_num_cpus: float = Field(1.0, ge=0, le=1024, description="logical CPUs that the draft worker claims in Ray")
+    # fmt: on
 
     @field_validator("datastore", mode="before")
     @classmethod
@@ -128,7 +105,7 @@ def check_num_speculative_tokens(value: Any) -> int:
     """The upper bound of a chain's length. Raises ConfigError with one sentence."""
     if value is None:
         raise ConfigError(
-            'Method "double" needs "num_speculative_tokens", the most draft tokens verified in one step (16, say).'
+            'Method "double" needs "num_speculative_tokens", the largest number of draft tokens in one step, such as 16.'
         )
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SPECULATIVE_TOKENS:
         raise ConfigError(

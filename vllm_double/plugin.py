@@ -15,7 +15,7 @@ _logger = logging.getLogger("vllm.double")
 def register() -> None:
     """Teach vLLM the method "double" and mend the CPU sampler; without the method nothing else of vLLM changes."""
     try:
-        # Configurations are built only where the engine's arguments are; elsewhere there is nothing to teach.
+        # Only processes that build configurations have loaded the engine's arguments.
         arguments = sys.modules.get("vllm.engine.arg_utils")
         engine_args = getattr(arguments, "EngineArgs", None)
         if engine_args is not None:
@@ -24,7 +24,7 @@ def register() -> None:
 
         mend_cpu_sampler()
     except Exception:
-        _logger.exception("vllm-double could not be registered; vLLM goes on without it")
+        _logger.exception("vllm-double cannot be registered; vLLM runs without it.")
 
 
 def _wrap(engine_args: Any) -> None:
@@ -54,7 +54,7 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         raw.update(target_model_config=target_model_config, target_parallel_config=target_parallel_config)
         config = build(raw)
         if config is None:
-            _logger.info('method double is switched off ("enabled": false): this is plain vLLM')
+            _logger.info('Method double is switched off ("enabled": false); vLLM runs without it.')
             return None
         if getattr(engine_args, "async_scheduling", None):
             raise ConfigError('Method "double" needs synchronous scheduling: leave out --async-scheduling.')
@@ -66,7 +66,7 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         # Not every vLLM turns it off by itself for a speculator of its V2 runner that it does not know.
         engine_args.async_scheduling = False
         if engine_args._api_process_count == 1 or engine_args._api_process_rank < 0:  # once, of however many front ends
-            _logger.info("method double: asynchronous scheduling is off, chains are proposed between two steps")
+            _logger.info("Method double: asynchronous scheduling is off, because draft tokens are proposed between two steps.")
         expose(config.metrics_key, target_parallel_config.data_parallel_size)
         return config
     except (ConfigError, UnsupportedVllm) as error:

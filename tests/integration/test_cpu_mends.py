@@ -24,7 +24,7 @@ __all__ = ["cpu_kernels"]  # a fixture is used by being imported
     ],
     ids=["temperature", "greedy-temperature", "top_p", "top_k"],
 )
-def test_parameters_of_drafted_rows_are_not_the_requests(
+def test_parameters_of_drafted_rows_are_the_requests(
     cpu_kernels: Any, values: Any, replace_from: int, replace_to: int, expected: Any
 ) -> None:
     ends = torch.tensor([2, 2, 3], dtype=torch.int32)
@@ -65,7 +65,7 @@ def sample_rows(kernels: Any, drafts: list[int], lengths: list[int], probs: Any,
     return [[int(token) for token in row] for row in output]
 
 
-def test_padding_is_accepted(cpu_kernels: Any) -> None:
+def test_padding_is_rejected(cpu_kernels: Any) -> None:
     # The last probability of the row before a padding is 1: what stands at index -1 of the padding's own row.
     probs = torch.tensor([[0.0, 0.0, 1.0]]).repeat(5, 1)
     drafts, lengths = [2, -1, 2, -1, -1], [3, 0, 2]
@@ -75,13 +75,13 @@ def test_padding_is_accepted(cpu_kernels: Any) -> None:
         assert sample_rows(cpu_kernels, drafts, lengths, probs) != expected, "vLLM mended this: the entry can go"
 
 
-def test_padding_is_accepted_where_draft_probabilities_underflow(cpu_kernels: Any) -> None:
+def test_padding_is_rejected_where_draft_probabilities_underflow(cpu_kernels: Any) -> None:
     probs = torch.tensor([[1.0, 0.0, 0.0]]).repeat(2, 1)
     draft_probs = torch.tensor([[1e-45, 0.0, 1.0]]).repeat(2, 1)
     assert sample_rows(cpu_kernels, [-1, -1], [2], probs, draft_probs=draft_probs) == [[100, -1, -1]]
 
 
-def test_rejecting_padding_changes_other_rows_or_arguments(cpu_kernels: Any) -> None:
+def test_rejecting_padding_leaves_other_rows_and_the_arguments_as_they_are(cpu_kernels: Any) -> None:
     probs = torch.tensor([[0.6, 0.4, 0.0]]).repeat(6, 1)
     drafts, lengths = [0, 0, 1, 0, 0, -1], [2, 2, 2]
     rows = sample_rows(cpu_kernels, drafts, lengths, probs, greedy=[False, False, True])
@@ -123,7 +123,7 @@ def recover(kernels: Any, drafts: list[int], probs: Any, draft_probs: Any) -> li
     return [int(token) for token in output]
 
 
-def test_token_in_place_of_padding_is_not_drawn_from_the_target(cpu_kernels: Any) -> None:
+def test_the_token_in_place_of_padding_is_drawn_from_the_target(cpu_kernels: Any) -> None:
     probs = torch.tensor([[0.6, 0.4]]).repeat(3, 1)
     draft_probs = torch.tensor([[0.9, 0.1]]).repeat(3, 1)
     drafts = [0, -1, 0]

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def test_texts_are_not_those_of_plain_vllm_or_the_ranks_draft_nothing(plain: Texts) -> None:
+def test_texts_are_those_of_plain_vllm_and_the_ranks_draft(plain: Texts) -> None:
     from vllm import SamplingParams
 
     drafts = double(draft_tensor_parallel_size=2, double={"draft_cores": ",".join(map(str, CORES))})

@@ -43,7 +43,7 @@ def run(num_ranks: int, folder: Path) -> list[Any]:
     return json.loads(next(line for line in lines if line.startswith("found ")).removeprefix("found "))
 
 
-def test_two_ranks_find_other_paths_than_one(tmp_path: Path) -> None:
+def test_two_ranks_find_the_paths_of_one(tmp_path: Path) -> None:
     (one, path), (two, same) = run(1, tmp_path), run(2, tmp_path)
     assert path == same and len(path) > 8, "the drafting loop tells another path, or none"
     assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,7 +118,9 @@ class Global:
 def as_written(parameter: inspect.Parameter, module: ModuleType) -> inspect.Parameter:
     """Without its annotation."""
     default = parameter.default
-    if not isinstance(default, type | str | int | float | tuple | None):
+    if isinstance(default, Enum):
+        default = Global(str(default))
+    elif default is not parameter.empty and not isinstance(default, str | int | float | tuple | None):
         default = next(Global(name) for name, value in vars(module).items() if value is default)
     return parameter.replace(annotation=inspect.Parameter.empty, default=default)
 

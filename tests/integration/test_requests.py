@@ -19,7 +19,7 @@ def llm(plain: Texts) -> Iterator[Any]:
         yield llm
 
 
-def test_texts_with_retrieval_alone_differ_from_plain_vllm(plain: Texts, llm: Any) -> None:
+def test_texts_with_retrieval_alone_are_those_of_plain_vllm(plain: Texts, llm: Any) -> None:
     assert ask(llm) == plain
     llm.collective_rpc("probe_admitted")
 
@@ -35,31 +35,31 @@ def admitted(llm: Any, double: Any = None, **prompt: Any) -> tuple[str | None, b
     return tuple(found)
 
 
-def test_a_request_that_names_nobody_has_a_tenant(llm: Any) -> None:
+def test_a_request_that_names_nobody_has_no_tenant(llm: Any) -> None:
     assert admitted(llm) == (None, True)
 
 
-def test_the_salt_is_lost_on_the_way_to_the_worker(llm: Any) -> None:
+def test_the_salt_arrives_at_the_worker(llm: Any) -> None:
     assert admitted(llm, cache_salt="a") == (digest("a", None, None), True)
 
 
-def test_a_long_salt_stays_long_or_is_mistaken_for_another(llm: Any) -> None:
+def test_a_long_salt_becomes_short_and_stays_distinct(llm: Any) -> None:
     first, second = (admitted(llm, cache_salt=letter * 5000)[0] for letter in "ab")
     assert first is not None and second is not None
     assert len(first) == len(second) == 32 and first != second
 
 
 @pytest.mark.parametrize("double", [{"tenant": "b"}, '{"tenant": "b"}'], ids=["object", "text"])
-def test_the_requests_own_tenant_is_lost_or_leaves_its_salt(llm: Any, double: Any) -> None:
+def test_the_requests_own_tenant_arrives_and_stays_within_its_salt(llm: Any, double: Any) -> None:
     assert admitted(llm, double, cache_salt="a") == (digest("a", "b", None), True)
 
 
-def test_a_request_that_declines_drafts_gets_some(llm: Any) -> None:
+def test_a_request_that_declines_drafts_gets_none(llm: Any) -> None:
     assert admitted(llm, {"enabled": False}, cache_salt="a") == (digest("a", None, None), False)
 
 
 @pytest.mark.parametrize("double", [7, "off", {"tenant": 5}, {"enabled": "no"}, {"enable": False}])
-def test_a_malformed_request_is_not_refused_or_ends_the_engine(llm: Any, double: Any) -> None:
+def test_a_malformed_request_is_refused_and_the_engine_goes_on(llm: Any, double: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match="of a request"):
@@ -68,7 +68,7 @@ def test_a_malformed_request_is_not_refused_or_ends_the_engine(llm: Any, double:
 
 
 @pytest.mark.parametrize("change", ["reload_weights", "probe_load_nothing"])
-def test_history_outlives_the_weights(llm: Any, change: str) -> None:
+def test_history_goes_when_the_weights_change(llm: Any, change: str) -> None:
     llm.collective_rpc("probe_forgot")
     llm.collective_rpc("probe_admitted")
     assert llm.collective_rpc("probe_forgot") == [0]
@@ -78,7 +78,7 @@ def test_history_outlives_the_weights(llm: Any, change: str) -> None:
     assert admitted(llm) == (None, True)
 
 
-def test_the_drafts_prefix_cache_outlives_a_reset(llm: Any) -> None:
+def test_the_drafts_prefix_cache_goes_with_a_reset(llm: Any) -> None:
     admitted(llm)
     (before,) = llm.collective_rpc("probe_epoch")
     admitted(llm)

@@ -45,7 +45,7 @@ def fleet(edits: Workload, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.parametrize(("batch", "temperature"), [(1, 0.0), (3, 0.0), (3, 1.0)], ids=["B1-T0", "B3-T0", "B3-T1"])
 @pytest.mark.parametrize("arm", [PLAIN, NGRAM], ids=["plain", "ngram"])
-def test_replies_are_not_the_script(fleet: Fleet, edits: Workload, arm: Arm, batch: int, temperature: float) -> None:
+def test_replies_are_the_script(fleet: Fleet, edits: Workload, arm: Arm, batch: int, temperature: float) -> None:
     prompts = workload.load_prompts(edits[0] / "prompts.jsonl", 3)
     # At batch 3 twins run side by side, and the second one goes on from pages that the first one fills.
     chosen = [0, 1] if batch == 1 else [0, 0, 1, 1, 2]
@@ -61,7 +61,7 @@ def test_replies_are_not_the_script(fleet: Fleet, edits: Workload, arm: Arm, bat
         assert spent.acceptance < 1 < 1.5 < spent.tokens_per_forward, "drafts were not accepted, or none was rejected"
 
 
-def test_another_prompt_is_not_answered_as_by_the_bundled_target(fleet: Fleet, edits: Workload) -> None:
+def test_another_prompt_is_answered_as_by_the_bundled_target(fleet: Fleet, edits: Workload) -> None:
     edit = edits[1][0]
     texts = [workload.load_prompts(workload.PROMPTS, 1)[0].text, edit.prompt[1:], edit.prompt + edit.reply + "\n"]
     found = fleet.ask(PLAIN, [Request(str(index), text, 12) for index, text in enumerate(texts)], 1).completions

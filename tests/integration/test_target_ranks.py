@@ -62,12 +62,12 @@ class TestTwoRanks:
                 llm.collective_rpc("probe_draft_always")
                 yield llm
 
-    def test_more_than_one_rank_has_a_draft(self, llm: Any) -> None:
+    def test_one_rank_alone_has_a_draft(self, llm: Any) -> None:
         assert llm.collective_rpc("probe_runner") == [f"vllm.v1.worker.cpu{'.' if ON_V2 else '_'}model_runner"] * 2
         assert llm.collective_rpc("probe_proposes") == llm.collective_rpc("probe_launches") == [True, False]
         assert len([process for process in descendants() if process.role == "actor"]) == 1
 
-    def test_texts_are_not_those_of_plain_vllm_on_two_ranks(self, llm: Any, plain: list[list[int]] | None) -> None:
+    def test_texts_on_two_ranks_are_those_of_plain_vllm(self, llm: Any, plain: list[list[int]] | None) -> None:
         declined = ask(llm, drafts=False)
         assert plain in (None, declined)
         assert sample("accepted_tokens_total") == 0
@@ -75,7 +75,7 @@ class TestTwoRanks:
         assert sample("accepted_tokens_total") > 0
         assert sample("failures_total") == 0
 
-    def test_the_ranks_verify_or_sample_something_else(self, llm: Any) -> None:
+    def test_the_ranks_verify_and_sample_the_same(self, llm: Any) -> None:
         """Sampled, too: the ranks draw alike as long as nothing of ours draws in one of them."""
         from vllm import SamplingParams
 
@@ -88,7 +88,7 @@ class TestTwoRanks:
                 break
         assert was_verified, "nothing was verified"
 
-    def test_something_stays_when_one_rank_is_killed(self, llm: Any, others: set[int]) -> None:
+    def test_nothing_stays_when_one_rank_is_killed(self, llm: Any, others: set[int]) -> None:
         """The first on V1, the second on V2. No request runs: vLLM's LLM would wait for it for ever."""
         ours = [process for process in descendants() if process.pid not in others]
         assert {"engine", "worker", "actor", "raylet"} <= {process.role for process in ours}

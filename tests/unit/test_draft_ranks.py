@@ -101,7 +101,7 @@ def test_the_first_rank_alone_attaches_to_the_logs_and_only_when_all_is_loaded(
     monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
     settings = DraftSettings(
         double=DoubleConfig(children_per_node=4, draft_retrieval=False),
-        engine=EngineConfig("", tensor_parallel_size=2, rendezvous="later"),
+        engine=EngineConfig(""),
         num_speculative_tokens=4,
         num_ranks=2,
     )

@@ -97,7 +97,7 @@ def test_drafts_that_were_not_ours_count_for_no_source() -> None:
     assert counters.offered == {} and counters.rows == 1
 
 
-def test_a_page_of_several_front_ends_shows_them_too(tmp_path: Path) -> None:
+def test_a_page_of_several_front_ends_shows_the_metrics_once(tmp_path: Path) -> None:
     """As vLLM makes it there: each scrape has a registry of its own. In a process apart, for what is changed in it stays."""
     code = """
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
@@ -121,7 +121,7 @@ for engine in ("0", "1"):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def test_a_silent_engine_is_waited_for_at_every_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_engine_is_asked_again_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, now = [], 0.0
 
     def ask(address: Address, timeout_s: float) -> Any:

@@ -18,7 +18,7 @@ from vllm_double.integration.request_args import RequestArgs, digest
         ({"double": '{"enabled": false, "tenant": "a"}'}, RequestArgs(False, "a")),
     ],
 )
-def test_a_request_is_misread(extra_args: dict[str, object] | None, expected: RequestArgs) -> None:
+def test_a_request_is_read(extra_args: dict[str, object] | None, expected: RequestArgs) -> None:
     assert RequestArgs.parse(extra_args) == expected
 
 
@@ -39,14 +39,14 @@ def test_a_request_is_misread(extra_args: dict[str, object] | None, expected: Re
         ({"tenant": ""}, '"tenant" in "double" of a request must be text'),
     ],
 )
-def test_a_malformed_request_is_not_refused_in_one_sentence(value: object, sentence: str) -> None:
+def test_a_malformed_request_is_refused_in_one_sentence(value: object, sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
         RequestArgs.parse({"double": value})
     message = str(refused.value)
     assert sentence in message and message.endswith(".") and message.count(". ") == 0
 
 
-def test_two_values_have_one_name_or_it_cannot_be_sent() -> None:
+def test_each_value_has_a_name_of_its_own_that_can_be_sent() -> None:
     values: list[object] = ["a", "x" * 5000, "a\n", "\ud800", 5, b"5", None, ("a", 1)]
     names = [digest(value) for value in values] + [digest("a", None), digest(None, "a"), digest(digest("a"))]
     assert len(set(names)) == len(names)

@@ -29,7 +29,9 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
 
     assert settings.engine is not None, "a draft worker needs a draft model"
     meeting = Meeting(rendezvous, rank, settings.num_ranks)
-    engine: DraftEngine = VllmDraftEngine(replace(settings.engine, rank=rank, rendezvous=meeting.file))
+    engine: DraftEngine = VllmDraftEngine(
+        replace(settings.engine, tensor_parallel_size=settings.num_ranks, rank=rank, rendezvous=meeting.file)
+    )
     if meeting.rank > 0:
         return meeting.follow(engine)
     if meeting.num_ranks > 1:

@@ -1,7 +1,6 @@
 """The draft worker as a Ray actor, and the Ray that it lives in. The only module that imports Ray.
 
-Ray gives placement, start-up, health and restart. Per-step traffic goes through the transport, never through
-here.
+Ray gives placement, start-up, health and restart. Per-step traffic goes through the transport, never through here.
 """
 
 from __future__ import annotations
@@ -48,9 +47,7 @@ class ClusterLostError(Exception):
 
 @ray.remote(num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"loop": 1, "control": 1})
 class DraftActor:
-    """Runs one draft worker. ``run`` blocks in a concurrency group of its own, so that ``ping`` is always
-    answered.
-    """
+    """Runs one draft worker. ``run`` blocks in a concurrency group of its own, so that ``ping`` is always answered."""
 
     def __init__(
         self, settings_json: str, address: str, target_pid: int, runtime_dir: str, log_path: str, rank: int, meeting: str,
@@ -96,7 +93,7 @@ class DraftActor:
 
     @ray.method(concurrency_group="loop")
     def run(self) -> str:
-        """Builds the worker and drafts until the target is gone or the worker returns; says which."""
+        """Builds the worker and drafts until the target has ended or the worker returns; the result tells which."""
         try:
             module, _, name = self._settings.factory.partition(":")
             build = getattr(importlib.import_module(module), name)
@@ -174,9 +171,7 @@ class Cluster:
                     remove_placement_group(group)
 
     def close(self) -> None:
-        """Gives back what is held in somebody else's cluster; an embedded Ray is killed with the host's
-        session.
-        """
+        """Gives back what is held in somebody else's cluster; an embedded Ray is killed with the host's session."""
         if self._settings.double.ray_address is not None:
             ray.shutdown()
 
@@ -238,8 +233,8 @@ def _join(address: str) -> Any:
 def _leave_out_unused_daemons() -> None:
     """Starts Ray without dashboard, autoscaler and log monitor, for which it has no public setting.
 
-    They are of no use to one actor and cost 270 MB, half of the start-up time and 1 % of a core. Where Ray's
-    internals look different from what this expects, Ray is left as it is.
+    They are of no use to one actor and cost 270 MB, half of the start-up time and 1 % of a core. Where Ray's internals look
+    different from what this expects, Ray is left as it is.
     """
     from ray._private import parameter, services
 
@@ -257,9 +252,7 @@ def _leave_out_unused_daemons() -> None:
 
 
 def _join_log(path: str) -> None:
-    """Sends what this process prints to the host's output, and so to the server's log, instead of Ray's
-    files.
-    """
+    """Sends what this process prints to the host's output, and so to the server's log, instead of Ray's files."""
     try:
         log = os.open(path, os.O_WRONLY | os.O_APPEND)
     except OSError:

@@ -1,9 +1,9 @@
 """Which CPU cores the target and the draft model run on.
 
-On a CPU-only machine both models compete for cores, and two OpenMP pools on one core ruin each other's step
-time, so the split is disjoint. It must be decided in the server's first process, before vLLM spawns its
-workers: vLLM reads ``VLLM_CPU_OMP_THREADS_BIND`` there, binds each worker's OpenMP threads, and whatever a
-worker starts inherits its binding. All functions but :func:`read_topology` and :func:`bind_all_threads` are pure.
+On a CPU-only machine both models compete for cores, and two OpenMP pools on one core ruin each other's step time, so the split
+is disjoint. It must be decided in the server's first process, before vLLM spawns its workers: vLLM reads
+``VLLM_CPU_OMP_THREADS_BIND`` there, binds each worker's OpenMP threads, and whatever a worker starts inherits its binding. All
+functions but :func:`read_topology` and :func:`bind_all_threads` are pure.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ _SYSFS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a logical CPU sits: ``core`` names its physical core (hyperthreads share it), ``node`` its
-    memory node.
-    """
+    """Where a logical CPU sits: ``core`` names its physical core (hyperthreads share it), ``node`` its memory node."""
 
     core: int
     node: int
@@ -32,9 +30,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class CoreSplit:
-    """Cores of each target rank and of the draft; ``shared`` when the two overlap and will slow each other
-    down.
-    """
+    """Cores of each target rank and of the draft; ``shared`` when the two overlap and will slow each other down."""
 
     target: tuple[tuple[int, ...], ...]
     draft: tuple[int, ...]
@@ -134,9 +130,7 @@ def split_cores(
 
 
 def read_topology(root: Path = _SYSFS) -> dict[int, Place]:
-    """Physical core and memory node of every logical CPU, from sysfs; CPUs that sysfs does not describe are
-    left out.
-    """
+    """Physical core and memory node of every logical CPU, from sysfs; CPUs that sysfs does not describe are left out."""
     places: dict[int, Place] = {}
     for folder in root.glob("cpu[0-9]*"):
         try:
@@ -194,9 +188,7 @@ def _last_physical_cores(
 
 
 def _one_per_core(cpus: Sequence[int], places: Mapping[int, Place]) -> list[int]:
-    """The last hyperthread of each physical core, as vLLM's own binding takes it: a second one adds no
-    OpenMP speed.
-    """
+    """The last hyperthread of each physical core, as vLLM's own binding takes it: a second one adds no OpenMP speed."""
     return sorted({places[cpu].core: cpu for cpu in sorted(cpus)}.values())
 
 

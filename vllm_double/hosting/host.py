@@ -30,7 +30,7 @@ from vllm_double.hosting.process_care import (
     wait_for_one,
 )
 
-__all__ = ["MARK", "say"]
+__all__ = ["MARK", "report"]
 
 MARK = "@vllm-double "
 """Starts the lines of the host's output that are JSON for the supervisor; other lines are somebody's log."""
@@ -40,8 +40,8 @@ _LINGER_S = 8.0
 _REAP_EVERY_S = 5.0
 
 
-def say(level: str, text: str = "", **values: object) -> None:
-    """One line to the supervisor: a message for the server's log, and values such as ``state``."""
+def report(level: str, text: str = "", **values: object) -> None:
+    """Send a line to the supervisor: a message for the server's log, and values such as ``state``."""
     line = MARK + json.dumps({"level": level, "text": text, **values}) + "\n"
     try:
         os.write(1, line.encode())
@@ -111,11 +111,11 @@ def _bind(cores: Iterable[int]) -> None:
     try:
         os.sched_setaffinity(0, cores)
     except OSError as error:
-        say("WARNING", f"The draft cannot be bound to its cores: {error}.")
+        report("WARNING", f"The draft cannot be bound to its cores: {error}.")
 
 
 def _start_guard(request: dict[str, Any]) -> int:
-    """Starts the guard as nobody's child; returns its process id."""
+    """Starts the guard, which has no parent of ours; returns its process id."""
     read, write = os.pipe()
     between = os.fork()
     if between == 0:
@@ -154,23 +154,23 @@ def _run_and_exit(name: str, run: Callable[[], None]) -> NoReturn:
     except SystemExit:
         pass
     except BaseException as error:  # The boundary of the process: nothing may unwind into the parent's code.
-        say("ERROR", f"The draft's host failed: {type(error).__name__}: {error}")
+        report("ERROR", f"The draft's host failed: {type(error).__name__}: {error}")
     finally:
         os._exit(0)
 
 
 def _drive(request: dict[str, Any]) -> None:
-    """Starts Ray, then actor after actor until this process is killed. Returns if Ray cannot go on, having said why."""
+    """Starts Ray, then actor after actor until this process is killed. Returns if Ray cannot go on, and reports why."""
     from vllm_double.hosting import actor
     from vllm_double.hosting.settings import DraftSettings
 
     try:
         cluster = actor.Cluster.connect(DraftSettings.from_json(request["settings"]), request["runtime_dir"])
     except actor.UnreachableError as error:
-        say("ERROR", str(error), is_last=True)
+        report("ERROR", str(error), is_last=True)
         return
     except (ImportError, ValueError) as error:
-        say("ERROR", f"Ray cannot be started for the draft: {error}", is_last=True)
+        report("ERROR", f"Ray cannot be started for the draft: {error}", is_last=True)
         return
     back_off = BackOff()
     try:
@@ -182,11 +182,11 @@ def _drive(request: dict[str, Any]) -> None:
                     request["address"], request["target_pid"], request["runtime_dir"], partial(_report_state, states)
                 )
             except actor.ClusterLostError as error:
-                say("WARNING", str(error), is_last=True)
+                report("WARNING", str(error), is_last=True)
                 return
             wait_s = back_off.after(time.monotonic() - started, "up" in states)
             text = f"The draft actor ended: {reason}. It is started again in {wait_s:.0f} s."
-            say("WARNING", text, state="down")
+            report("WARNING", text, state="down")
             time.sleep(wait_s)
     finally:
         cluster.close()
@@ -195,7 +195,7 @@ def _drive(request: dict[str, Any]) -> None:
 def _report_state(states: set[str], state: str, pid: int) -> None:
     states.add(state)
     level = "INFO" if state == "up" else "DEBUG"
-    say(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
+    report(level, f"The draft actor is {state} (process {pid}).", state=state, actor_pid=pid)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ class DraftSettings:
     double: DoubleConfig = field(default_factory=DoubleConfig)
     """What the user set."""
     engine: EngineConfig | None = None
-    """The draft model and the device that it runs on, of the first rank."""
+    """The draft model and its device. Rank, number of ranks and rendezvous are filled in when a rank starts."""
     num_speculative_tokens: int = 16
     datastores: tuple[tuple[str, str], ...] = ()
     """Files, each with the fingerprint of its tokenizer: see Sources."""
     prefix_caching: bool = True
-    """Whether prompts may share pages. If the target's may not, nobody shall find out by timing what others asked."""
+    """Whether prompts share pages. As the target's: the time of an answer would show what other requests asked."""
     draft_cores: tuple[int, ...] | None = None
     """Cores of everything of ours outside the target; None leaves the inherited binding alone."""
     target_cores: str = ""

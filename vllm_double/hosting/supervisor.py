@@ -1,7 +1,7 @@
-"""Keeps the draft's host alive from inside the target's vLLM worker, at next to no cost there.
+"""Keeps the draft's host running, from inside the target's vLLM worker.
 
-The target's process imports neither Ray nor torch for this, and nothing that happens to the host can reach it: it only ever
-starts a process, reads its output, and ends it. Who ends whom: see ``process_care``.
+The worker imports neither Ray nor torch for this. It only starts a process, reads its output and ends it, so a failure of the
+host cannot reach it. Who ends whom: see ``process_care``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class DraftSupervisor:
         self._stopping = threading.Event()
         self._pause = pause or self._stopping.wait
         self._host: Host | None = None
-        self._is_explained = False  # the host has said why it ends
+        self._is_explained = False  # the host has reported why it ends
         self._recent: deque[str] = deque(maxlen=30)
         self._owner = os.getpid()
         self._thread = threading.Thread(target=self._watch, name="vllm-double-supervisor", daemon=True)
@@ -173,7 +173,7 @@ class DraftSupervisor:
                 host.stop(_STOP_S)
             host.wait(self._on_line)
         except Exception:
-            logger.exception("The draft's host is given up")
+            logger.exception("The draft's host cannot be watched; it is ended")
             host.stop(_STOP_S)
 
     def _on_line(self, line: str) -> None:
@@ -225,7 +225,7 @@ class HostProcess:
             raise
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(OSError), self._process.stdin as stdin:  # if it died at once, wait() says so
+        with suppress(OSError), self._process.stdin as stdin:  # if it ended at once, wait() returns at once
             stdin.write(json.dumps(request).encode())
         self._watch = ProcessWatch(self._process.pid)
         self._stdout = self._process.stdout
@@ -265,9 +265,7 @@ class HostProcess:
 
 
 def child_environment(inherited: Mapping[str, str], settings: DraftSettings) -> dict[str, str]:
-    """The host's environment: the target's, without what binds the target's threads and what a parent Ray
-    has left.
-    """
+    """The host's environment: the target's, without what binds the target's threads and what a parent Ray has left."""
     bindings = ("KMP_", "GOMP_", "OMP_", "VLLM_CPU_OMP_")
     drop = bindings if settings.double.ray_address is not None else (*bindings, "RAY_")
     environment = {name: value for name, value in inherited.items() if not name.startswith(drop)}

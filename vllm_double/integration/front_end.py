@@ -15,7 +15,7 @@ from vllm_double.wrap import wrap_once
 __all__ = ["allow_v2", "check_requests"]
 
 _METHOD = "'custom_class'"  # what method double is to vLLM, as it names it among what V2 does not support
-_RUNNER = "vllm.v1.worker.gpu.model_runner"  # imports init_speculator by name; nobody loads it where V1 runs
+_RUNNER = "vllm.v1.worker.gpu.model_runner"  # imports init_speculator by name; not loaded if V1 runs
 
 
 def check_requests(config_class: type) -> None:

@@ -1,4 +1,4 @@
-"""What the output rank of a target starts: the logs, the draft worker's host, the retrievers, the proposer, the endpoint."""
+"""What the output rank of a target starts: transport, draft worker, retrieval sources, proposer, control socket."""
 
 import logging
 import os
@@ -64,20 +64,20 @@ class Launch:
         self._endpoint = Endpoint(Address(config.metrics_key, engine), self._answer)
 
     def start_draft(self) -> None:
-        """Start the draft worker, if there is to be one and there is none.
+        """Start the draft worker, if the settings name a draft model and none has been started.
 
-        On GPUs that is when the target has taken its memory: it measures how much is free, and must not find there a draft that
-        is being loaded.
+        On GPUs the target has taken its memory before: it measures how much is free, and a draft model that is being loaded
+        would disturb that.
         """
         if self._settings is not None and self._end is not None and self._supervisor is None:
             self._supervisor = DraftSupervisor(self._settings, self._end.address)
 
     def _answer(self, command: dict[str, Any], who: str) -> dict[str, Any]:
-        """How it stands, after the command {"enabled": bool, "why": str}, if there is one."""
+        """The state after the command {"enabled": bool, "why": str}, if there is one."""
         if command:
             self.proposer.switch(command["enabled"], who, command["why"])
-        said = {"paused_why": self.proposer.breaker.why, "calibration": self.proposer.calibration.table()}
-        return self._snapshot() | said | {"generation": self._generation}
+        state = {"paused_why": self.proposer.breaker.why, "calibration": self.proposer.calibration.table()}
+        return self._snapshot() | state | {"generation": self._generation}
 
     def _snapshot(self) -> dict[str, Any]:
         supervisor = self._supervisor
@@ -91,7 +91,7 @@ class Launch:
         )
 
     def _worker_answers(self) -> bool:
-        """Whether the worker is attached and its loop turns: a stopped process stays attached."""
+        """Whether a draft worker is attached and its heartbeat advances. A stopped process stays attached."""
         if self._end is None or self._end.session == 0:
             return False
         now, beat = time.monotonic(), self._end.heartbeat
@@ -105,7 +105,7 @@ def _nap() -> None:
 
 
 def draft_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> DraftSettings:
-    """The draft worker's settings from the user's keys and what the target runs with."""
+    """The draft worker's settings, from the user's keys and the target's configuration."""
     config = vllm_config.speculative_config
     double: DoubleConfig = config.double
     draft: dict[str, Any] = config.draft
@@ -138,8 +138,6 @@ def draft_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> DraftSett
         max_num_batched_tokens=max(2048, double.prefill_tokens + max_num_seqs),
         device=device,
         num_threads=len(cores.draft) // num_ranks if cores is not None else 1,
-        tensor_parallel_size=num_ranks,
-        rendezvous="to be chosen at each start" if num_ranks > 1 else "",
         page_size=double.draft_page_size,
         kv_cache_bytes=int(double.draft_kv_cache_gib * 2**30),
         trust_remote_code=target.trust_remote_code,

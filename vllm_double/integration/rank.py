@@ -1,6 +1,6 @@
-"""One rank of the target, whichever of vLLM's model runners runs it: requests in, rows in, chains out.
+"""One rank of the target, the same for both of vLLM's model runners: requests and rows in, chains of draft tokens out.
 
-The adapters to the runners (``v1``, ``v2``) say which requests there are, what their texts are and what was sampled.
+The adapters to the runners (``v1``, ``v2``) know the requests, their texts and what was sampled.
 """
 
 import logging
@@ -39,9 +39,9 @@ class TargetRank:
         self._said_unreadable = False
 
     def join(self, worker: Any) -> None:
-        """The worker has its model and its KV cache: from now on, what it is asked to do passes through here.
+        """Set attributes on this worker and on its model, which are complete now; other workers stay as they are.
 
-        Trainers load weights straight into the target. That is seen here, too.
+        Trainers load weights straight into the model, past the worker.
         """
 
         def forget_if_lost(level: int = 1) -> None:
@@ -141,13 +141,13 @@ class TargetRank:
         )
 
     def _args(self, sampling: Any) -> RequestArgs:
-        """What the request says. The front end refuses what cannot be read; where it did not, there are no drafts."""
+        """The request's own settings. If they cannot be read, it gets no draft tokens: the front end should have refused it."""
         try:
             return RequestArgs.parse(sampling.extra_args)
         except ConfigError as error:
             if not self._said_unreadable:
                 self._said_unreadable = True
-                _logger.warning("a request goes without drafts, and so will others like it: %s", error)
+                _logger.warning("A request gets no draft tokens, and so will others like it: %s", error)
             return RequestArgs(enabled=False)  # whoever it names, its text stays out of everybody's history
 
 

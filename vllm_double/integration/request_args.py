@@ -1,4 +1,4 @@
-"""What a request says about itself: `extra_args={"double": {"enabled": false, "tenant": "a"}}`, and vLLM's `cache_salt`.
+"""A request's own settings: `extra_args={"double": {"enabled": false, "tenant": "a"}}`, and vLLM's `cache_salt`.
 
 vLLM's HTTP server takes no objects in `vllm_xargs`, so the object may also come as JSON text.
 """
@@ -17,7 +17,7 @@ _KEYS = ("enabled", "tenant")
 
 @dataclass(frozen=True, slots=True)
 class RequestArgs:
-    """enabled: False where drafts are declined. tenant: whose request it is, within its cache_salt; None: not said."""
+    """enabled: whether it gets draft tokens. tenant: whose history it shares, within its cache_salt; None: not given."""
 
     enabled: bool = True
     tenant: str | None = None
@@ -45,5 +45,5 @@ class RequestArgs:
 
 
 def digest(*values: object) -> str:
-    """A name that is equal for equal values, and that nobody can give himself by choosing another value."""
+    """A name that is equal for equal values only, so that no request can get the name of another value."""
     return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()

@@ -52,17 +52,17 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
     double: Any = None
     """DoubleConfig: our own settings."""
     draft: Any = field(default_factory=dict)
-    """dict: vLLM's standard keys, of the draft model; empty where retrieval alone drafts."""
+    """dict: vLLM's standard keys, of the draft model; empty if there is none and retrieval alone drafts."""
     datastores: Any = ()
     """tuple of (absolute path, fingerprint of the tokenizer in hexadecimal): Sources.datastores."""
     cores: Any = None
-    """CoreSplit of target and draft on CPU, of all engines of this machine; None where nothing is to be bound."""
+    """CoreSplit of target and draft on CPU, of all engines of this machine; None if nothing is to be bound."""
     num_engines: int = 1
     """Engines of this machine, each with its own draft: more than one with data parallelism."""
     metrics_key: str = ""
-    """Names the socket on which the proposer tells its numbers."""
+    """Names the control socket of each engine."""
     launcher: int = 0
-    """The process that launches the engine; when it is gone, the engine ends."""
+    """The process that launches the engine; the engine ends with it."""
 
     def __post_init__(self) -> None:
         self.method = "custom_class"
@@ -75,7 +75,7 @@ class DoubleSpeculativeConfig(SpeculativeConfig):
 
 
 def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
-    """The configuration from the user's keys and vLLM's target configs; None where drafting is switched off.
+    """The configuration from the user's keys and vLLM's target configs; None if drafting is switched off.
 
     Raises ConfigError with one sentence.
     """
@@ -103,7 +103,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
     if draft.get("model") is not None:
         _check_draft(draft, double, target, num_engines)
     elif draft:
-        raise ConfigError(f'"{next(iter(draft))}" is about a draft model, and there is no "model".')
+        raise ConfigError(f'"{next(iter(draft))}" is a setting of the draft model, and there is no "model".')
     datastores = check_datastores(target, double.datastore)
     if not double.enabled:
         return None  # plain vLLM, asynchronous scheduling and all: nothing of ours can cost anything

@@ -1,4 +1,4 @@
-"""Whether target and draft mean the same by a token id."""
+"""Checks that target, draft model and datastores have the same tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _SAMPLE = "def f(x):\n    return x ** 2  # naïve café, 東京, 12345.678\n\tEn
 
 
 def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | None) -> None:
-    """Raises ConfigError with one sentence where the draft cannot be read or has another tokenizer."""
+    """Raises ConfigError with one sentence if the draft cannot be read or has another tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -32,7 +32,7 @@ def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | 
 def check_datastores(target: ModelConfig, paths: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Of each file the absolute path and the fingerprint (hexadecimal) of its tokenizer, with which it is to be opened.
 
-    Raises ConfigError with one sentence where a file cannot be used or has another tokenizer.
+    Raises ConfigError with one sentence if a file cannot be used or has another tokenizer.
     """
     # Not at the top: it imports numba, and vLLM 0.31's workers fail in what llvmlite has put into sys.modules before them.
     from vllm_double.retrieval.datastore import Datastore, DatastoreError, files_of, fingerprint
@@ -60,7 +60,7 @@ def _tokenizer_of(target: ModelConfig) -> Any:
 
 
 def difference(target: Any, draft: Any) -> str | None:
-    """What two tokenizers disagree about; None where every common id means the same and text is cut alike.
+    """The first difference of two tokenizers; None if every common id means the same and text is cut alike.
 
     Padded or slightly extended vocabularies of one family are the same: only ids that both have are compared.
     """

@@ -1,4 +1,4 @@
-"""A circuit breaker: what failed is left alone for a while, then tried again."""
+"""A circuit breaker: after a failure, drafting pauses for a while and is then tried again."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,10 +9,10 @@ __all__ = ["CircuitBreaker"]
 
 
 class CircuitBreaker:
-    """Closed while all goes well, open for some time after a failure, then half-open until the next success or failure.
+    """Closed in normal operation, open for some time after a failure, then half-open until the next success or failure.
 
-    It stays open for ``first_s`` seconds; for twice as long as before if less than ``most_s`` seconds have passed since it was
-    open last, up to ``most_s``. ``clock`` gives seconds.
+    It stays open for ``first_s`` seconds, or twice as long as before if that was less than ``most_s`` seconds ago, up to
+    ``most_s``. clock: gives seconds.
     """
 
     def __init__(self, clock: Callable[[], float], first_s: float = 1.0, most_s: float = 300.0) -> None:
@@ -24,7 +24,7 @@ class CircuitBreaker:
 
     @property
     def paused_s(self) -> float:
-        """Seconds that it is still open; 0 where it is not."""
+        """Seconds until it is half-open; 0 if it is not open."""
         return max(0.0, self._open_until - self._clock())
 
     @property
@@ -34,7 +34,7 @@ class CircuitBreaker:
         return "open" if self.paused_s > 0 else "half-open"
 
     def failed(self, why: str) -> float:
-        """Open; returns for how many seconds. ``why`` is kept for those who ask."""
+        """Open; returns for how many seconds. why: continues "paused", for status and log."""
         self.why = why
         now = self._clock()
         pause_s = self._back_off.after(now - self._open_until, came_up=False)

@@ -1,8 +1,7 @@
-"""Where a running engine answers questions of its own host: a socket in Linux's abstract namespace, which leaves nothing behind
-whoever dies.
+"""The control socket of a running engine, in Linux's abstract namespace: nothing is left behind if a process is killed.
 
-A question is one JSON object, or nothing; the answer is another object. Who asks and who answers is known from the kernel.
-vLLM's own server would be no place for commands: its API keys guard some paths only, and are what its clients have.
+A request is one JSON object, or nothing; the answer is another object. The kernel says which process and user sent either.
+vLLM's own server would be the wrong place for commands: its API keys guard some paths only, and its clients have them.
 """
 
 import json
@@ -24,14 +23,14 @@ _logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1.0
 _RETRY_S = 0.1
-_LONGEST_QUESTION = 1 << 16
+_LONGEST_REQUEST = 1 << 16
 _PEER = struct.Struct("iII")  # process, user and group, as SO_PEERCRED gives them
 _LISTED = re.compile(r" @vllm-double-([0-9a-f]+)-(\d+)$")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """One engine of a server. ``key`` is the server's; hexadecimal digits."""
+    """One engine of a server. key: of the server, hexadecimal digits."""
 
     key: str
     engine: int
@@ -43,17 +42,17 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``process`` gave ``values``; it is 0 where it cannot be seen from here (in another container)."""
+    """process: that sent ``values``; 0 if it cannot be seen from here (in another container)."""
 
     process: int
     values: dict[str, Any]
 
 
 class Endpoint:
-    """Answers every connection from a thread that sleeps in between.
+    """Answers every connection, in a thread.
 
-    answer: takes a command and who gives it ("user (process 7)"), or {} and "" where nothing is commanded. Commands are taken
-    from the engine's own user; others are answered as if they had given none.
+    answer: takes a command and its sender ("user (process 7)"), or {} and "" if there is no command. Commands of other users
+    are ignored; these users get an answer.
     """
 
     def __init__(self, address: Address, answer: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
@@ -79,7 +78,7 @@ class Endpoint:
                 except OSError:
                     continue
                 except Exception:  # the next one may be answered
-                    _logger.exception("A question to this engine found no answer")
+                    _logger.exception("A request to the control socket failed")
 
     def close(self) -> None:
         """Stop answering."""
@@ -89,17 +88,17 @@ class Endpoint:
 
 
 def ask(address: Address, command: dict[str, Any] | None = None, timeout_s: float = _TIMEOUT_S) -> Answer:
-    """Ask an engine; the timeout is for each wait.
+    """Send a command, or none, to an engine and return the answer. timeout_s: for each wait.
 
-    Raises OSError: nobody is there (any more), or stays silent (TimeoutError), or belongs to another user (PermissionError).
-    ValueError: this is no answer.
+    Raises OSError if there is no engine, TimeoutError if it does not answer, PermissionError if it belongs to another user, and
+    ValueError if the answer cannot be read.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         connection.connect(address.name)
         process, user = _peer(connection)
         if user != os.geteuid():
-            raise PermissionError(f"Process {process} belongs to {_user_name(user)}, who alone may ask it.")
+            raise PermissionError(f"Process {process} belongs to {_user_name(user)}, who alone may send requests to it.")
         if command is not None:
             connection.sendall(json.dumps(command).encode())
         connection.shutdown(socket.SHUT_WR)
@@ -111,7 +110,7 @@ def ask(address: Address, command: dict[str, Any] | None = None, timeout_s: floa
 
 
 def find() -> list[Address]:
-    """The engines of this host (of this network namespace, to be exact), whoever they belong to."""
+    """The engines of all users in this network namespace."""
     lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
     found = [match for match in map(_LISTED.search, lines) if match is not None]
     return sorted({Address(match[1], int(match[2])) for match in found})
@@ -121,15 +120,15 @@ def _command(connection: socket.socket) -> tuple[dict[str, Any], str]:
     process, user = _peer(connection)
     if user != os.geteuid():
         return {}, ""
-    question = b""
-    while len(question) < _LONGEST_QUESTION and (more := connection.recv(_LONGEST_QUESTION)):
-        question += more
-    command = json.loads(question) if question else {}
+    request = b""
+    while len(request) < _LONGEST_REQUEST and (more := connection.recv(_LONGEST_REQUEST)):
+        request += more
+    command = json.loads(request) if request else {}
     return command, f"{_user_name(user)} (process {process})" if command else ""
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end when it connected, or began to listen."""
+    """Process and user that connected, or began to listen, on the other side."""
     process, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return process, user
 

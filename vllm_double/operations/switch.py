@@ -1,4 +1,4 @@
-"""Servers on this host, and turning their drafting off and on while they run."""
+"""Finds running servers on this host, and turns their drafting off and on."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,13 +17,12 @@ _LISTENS = "0A"  # a socket's state in /proc/net/tcp
 
 
 class SwitchError(RuntimeError):
-    """What was asked for cannot be done; the message is one sentence for the person who typed it."""
+    """The command cannot be carried out; the message is one sentence for the person who typed it."""
 
 
 @dataclass(slots=True)
 class Server:
-    """``pid``: the process that was started, `vllm serve` say. ``ports``: TCP ports that it listens on, as far as can be seen.
-    ``engines``: what each has said of itself."""
+    """pid: of `vllm serve`, say. ports: TCP ports that it listens on, if they can be seen. engines: the answer of each."""
 
     key: str
     pid: int
@@ -35,18 +34,18 @@ class Server:
         return f"pid {self.pid}{ports}"
 
     def lines(self, with_calibration: bool) -> list[str]:
-        """How it stands with each engine; with_calibration: and how often what a source offered was what the target said."""
+        """The state of each engine; with_calibration: and how often draft tokens of each source were accepted."""
         lines = []
-        for engine, said in self.engines.items():
-            lines.append(f"{self}{f', engine {engine}' if len(self.engines) > 1 else ''}: {_state(said)}")
-            for source, temperatures, edge, chance, trials in said["calibration"] if with_calibration else ():
+        for engine, values in self.engines.items():
+            lines.append(f"{self}{f', engine {engine}' if len(self.engines) > 1 else ''}: {_state(values)}")
+            for source, temperatures, edge, chance, trials in values["calibration"] if with_calibration else ():
                 kind = TEMPERATURE_NAMES[temperatures]
                 lines.append(f"    {source}, {kind}: from {edge:.2f} on it was right {chance:.3f} of {trials:.0f} times")
         return lines
 
 
 def find_servers() -> tuple[list[Server], list[str]]:
-    """This user's servers with method double, and a sentence about each engine that is left out."""
+    """This user's servers with method double, and one sentence about each engine that is left out."""
     servers: dict[str, Server] = {}
     left_out: list[str] = []
     for address in find():
@@ -55,7 +54,7 @@ def find_servers() -> tuple[list[Server], list[str]]:
         except (TimeoutError, PermissionError) as error:
             left_out.append(str(error))
         except (OSError, ValueError):
-            continue  # it ends just now
+            continue  # it is about to end
         else:
             if answer.process == 0:
                 left_out.append("An engine in another container is left out.")
@@ -67,7 +66,7 @@ def find_servers() -> tuple[list[Server], list[str]]:
 
 
 def select(servers: Sequence[Server], pid: int | None, port: int | None) -> list[Server]:
-    """Those with this pid, which may be any of a server's processes, and this port. SwitchError: there is none."""
+    """The servers with this process and this port; None: any. Raises SwitchError if there is none."""
     chosen = [server for server in servers if pid is None or _is_within(pid, server.pid)]
     chosen = [server for server in chosen if port is None or port in server.ports]
     if not chosen:
@@ -80,12 +79,12 @@ def select(servers: Sequence[Server], pid: int | None, port: int | None) -> list
 
 
 def switch(servers: Sequence[Server], enabled: bool, why: str) -> Server:
-    """Turn the drafting of the one server off or on, from its next step on; returns how it stands then.
+    """Turn the drafting of the one server off or on, from its next step on; returns its new state.
 
-    Raises SwitchError: there are several, or an engine did not answer.
+    Raises SwitchError if there are several, or if an engine did not answer.
     """
     if len(servers) > 1:
-        raise SwitchError(f"Say which server is meant, by --pid or --port: {_listed(servers)}.")
+        raise SwitchError(f"There are several servers; choose one by --pid or --port: {_listed(servers)}.")
     server = servers[0]
     failed = []
     for engine in server.engines:
@@ -99,11 +98,11 @@ def switch(servers: Sequence[Server], enabled: bool, why: str) -> Server:
     return server
 
 
-def _state(said: dict[str, Any]) -> str:
-    if not said["enabled"]:
+def _state(values: dict[str, Any]) -> str:
+    if not values["enabled"]:
         return "off"
-    paused_s = said["paused_seconds"]
-    return f"on, but paused {said['paused_why']}; drafts are tried again in {paused_s:.0f} s" if paused_s else "on"
+    paused_s = values["paused_seconds"]
+    return f"on, but paused {values['paused_why']}; drafting is tried again in {paused_s:.0f} s" if paused_s else "on"
 
 
 def _listed(servers: Sequence[Server]) -> str:
@@ -126,7 +125,7 @@ def _is_within(pid: int, launcher: int) -> bool:
 
 def _listening_ports(pid: int) -> list[int]:
     files, ports = set(), set()
-    with suppress(OSError):  # then it is told apart by its pid
+    with suppress(OSError):  # then the server is known by its pid only
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(FileNotFoundError):
                 files.add(str(entry.readlink()))

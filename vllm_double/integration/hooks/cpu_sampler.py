@@ -1,13 +1,14 @@
 """Mends of the functions that stand in for the rejection sampler's Triton kernels on vLLM's CPU platform.
 
-Each mend is built around the original, keeps its parameters, and is installed where vLLM takes the function
-from when it registers its kernels, and in the registered kernels when that has already happened.
+Each mend is built around the original, keeps its parameters, and is installed where vLLM takes the function from when it
+registers its kernels, and in the registered kernels when that has already happened.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,19 +25,12 @@ _KERNELS = "vllm.v1.sample.rejection_sampler"
 def expand_in_place(original: _Function) -> _Function:
     """`output[i] = input_val[row of i]` in the dtype of `output`, every value kept exactly.
 
-    The original hands int64 copies of both tensors to C++: what is written is lost, so the temperature, top_k
-    and top_p of drafted rows stay uninitialised, and a float would have been cut to an integer on the way.
+    The original hands int64 copies of both tensors to C++. What is written is lost, so temperature, top_k and top_p of drafted
+    rows stay uninitialised; and a float would have been cut to an integer on the way.
     """
 
     @functools.wraps(original)
-    def mended(
-        output: torch.Tensor,
-        input_val: torch.Tensor,
-        cu_num_tokens: torch.Tensor,
-        replace_from: int,
-        replace_to: int,
-        MAX_NUM_TOKENS: int | None = None,  # noqa: N803 (vLLM's name, passed by keyword or position)
-    ) -> None:
+    def mended(output: Any, input_val: Any, cu_num_tokens: Any, replace_from: int, replace_to: int, *_: Any, **__: Any) -> None:
         values = input_val.masked_fill(input_val == replace_from, replace_to)
         counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
         expanded = values.repeat_interleave(counts)
@@ -48,62 +42,41 @@ def expand_in_place(original: _Function) -> _Function:
 def reject_padding(original: _Function) -> _Function:
     """A draft token below 0 is always rejected, as in the Triton kernel.
 
-    The original reads the target probability at index -1, the last one of the row before (for the first row:
-    memory before the tensor), and accepts the padding with that probability.
+    The original reads the target probability at index -1, the last one of the row before (for the first row: memory before the
+    tensor), and accepts the padding with that probability.
     """
 
-    @functools.wraps(original)
-    def mended(
-        output_token_ids: torch.Tensor,
-        cu_num_draft_tokens: torch.Tensor,
-        draft_token_ids: torch.Tensor,
-        draft_probs: torch.Tensor | None,
-        target_probs: torch.Tensor,
-        bonus_token_ids: torch.Tensor,
-        recovered_token_ids: torch.Tensor,
-        uniform_probs: torch.Tensor,
-        *others: Any,
-        **options: Any,
-    ) -> None:
-        padded = draft_token_ids < 0
+    def change(arguments: dict[str, Any]) -> None:
+        padded = arguments["draft_token_ids"] < 0
         if bool(padded.any()):
-            draft_token_ids = draft_token_ids.clamp(min=0)
-            draft_probs = _without_rows(draft_probs, padded)
-            uniform_probs = uniform_probs.masked_fill(padded, float("inf"))
-        original(
-            output_token_ids,
-            cu_num_draft_tokens,
-            draft_token_ids,
-            draft_probs,
-            target_probs,
-            bonus_token_ids,
-            recovered_token_ids,
-            uniform_probs,
-            *others,
-            **options,
-        )
+            arguments["draft_token_ids"] = arguments["draft_token_ids"].clamp(min=0)
+            arguments["draft_probs"] = _without_rows(arguments["draft_probs"], padded)
+            arguments["uniform_probs"] = arguments["uniform_probs"].masked_fill(padded, float("inf"))
 
-    return mended
+    return _with_changed(original, change)
 
 
 def recover_padding_from_target(original: _Function) -> _Function:
     """The token that replaces a rejected padding comes from the target's distribution alone.
 
-    Without draft probabilities the original does that; with them it subtracts those of a token that was never
-    drafted.
+    Without draft probabilities the original does that. With them, it subtracts those of a token that was never drafted.
     """
 
+    def change(arguments: dict[str, Any]) -> None:
+        arguments["draft_probs"] = _without_rows(arguments["draft_probs"], arguments["draft_token_ids"] < 0)
+
+    return _with_changed(original, change)
+
+
+def _with_changed(original: _Function, change: Callable[[dict[str, Any]], None]) -> _Function:
+    """``original``, called with arguments that ``change`` has replaced by name."""
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def mended(
-        output_token_ids: torch.Tensor,
-        cu_num_draft_tokens: torch.Tensor,
-        draft_token_ids: torch.Tensor,
-        draft_probs: torch.Tensor | None,
-        *others: Any,
-        **options: Any,
-    ) -> None:
-        draft_probs = _without_rows(draft_probs, draft_token_ids < 0)
-        original(output_token_ids, cu_num_draft_tokens, draft_token_ids, draft_probs, *others, **options)
+    def mended(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        change(call.arguments)
+        original(*call.args, **call.kwargs)
 
     return mended
 

@@ -31,8 +31,8 @@ class UnsupportedVllm(RuntimeError):  # noqa: N818 (reads as what it says)
 class Entry:
     """One function of vLLM that we replace (``patch`` is set) or rely upon.
 
-    target: "module:qualified.name". parameters: those that we rely on, without annotations; "..." at the end: what follows
-    is passed on. superfluous_once: the upstream change after which the entry can go. fingerprint: of the body.
+    target: "module:qualified.name". parameters: those that we rely on, without annotations; "..." at the end: what follows is
+    passed on. superfluous_once: the upstream change after which the entry can go. fingerprint: of the body.
     """
 
     target: str

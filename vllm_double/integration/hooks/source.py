@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from zipfile import Path as ZipPath
 
 __all__ = ["FunctionSource", "names_in", "read_function"]
@@ -58,7 +59,8 @@ def names_in(target: str, root: Root | None = None) -> set[str]:
         text = found[0].partition("class")[2] if found is not None else ""
     names = set(re.findall(r"\w+", re.sub(r"#.*", "", text)))
     if path.name == "__init__.py":
-        names |= {child.name.removesuffix(".py") for child in path.parent.iterdir()}
+        folder: Any = path.parent
+        names |= {child.name.removesuffix(".py") for child in folder.iterdir()}
     return names
 
 
