@@ -86,7 +86,8 @@ def ranked_tokens(
 
 def score_errors(scores: npt.NDArray[np.float64], scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """How far scores may be from those of `gumbel_noise` and float32."""
-    return _NOISE_ERROR * scales + _SCORE_ERROR * (np.abs(scores) + _LARGEST_NOISE * scales)
+    errors: npt.NDArray[np.float64] = _NOISE_ERROR * scales + _SCORE_ERROR * (np.abs(scores) + _LARGEST_NOISE * scales)
+    return errors
 
 
 @functools.lru_cache(maxsize=4)

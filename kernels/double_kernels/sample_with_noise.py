@@ -58,7 +58,8 @@ def _best_places(
     with np.errstate(over="ignore"):  # a mask of the lowest number may become -inf
         scores += logits
     scores[np.isnan(logits)] = -np.inf
-    return scores.argmax(1)
+    places: npt.NDArray[np.int64] = scores.argmax(1)
+    return places
 
 
 def _sample_by_search(
@@ -71,7 +72,7 @@ def _sample_by_search(
     count = min(_NUM_RANKED, vocab_size)
     found, scores = ranked_tokens(logits, count, seeds, positions, scales, num_threads=torch.get_num_threads())
     found.sort(axis=1)
-    sampled = found[rows, _best_places(logits[rows[:, None], found], seeds, positions, found)]
+    sampled: npt.NDArray[np.int64] = found[rows, _best_places(logits[rows[:, None], found], seeds, positions, found)]
     # No token behind the ranked ones reaches the best one, unless the last of these is as close: infinite scores always are.
     with np.errstate(invalid="ignore"):
         is_certain = scores[:, 0] - scores[:, -1] > 2 * score_errors(scores[:, 0], scales)

@@ -153,10 +153,9 @@ def _ranked(
 
     tokens = np.empty((len(scores), count), np.int64)
     some = slice(None) if is_noisy.all() else is_noisy
-    tokens[some] = ranked_tokens(
-        scores.numpy()[some], count, *(values.numpy()[some] for values in noise),
-        *(None if values is None else values.numpy()[some] for values in (temperatures, floors)),
-    )[0]  # fmt: skip
+    seeds, positions, scales = (values.numpy()[some] for values in noise)
+    temperatures_some, floors_some = (None if values is None else values.numpy()[some] for values in (temperatures, floors))
+    tokens[some] = ranked_tokens(scores.numpy()[some], count, seeds, positions, scales, temperatures_some, floors_some)[0]
     if not is_noisy.all():
         plain = torch.from_numpy(~is_noisy)
         tokens[~is_noisy] = _plainly_ranked(scores[plain], count, None if floors is None else floors[plain])

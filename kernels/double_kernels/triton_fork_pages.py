@@ -5,7 +5,7 @@ Adjacent dimensions are merged. Left are columns (the innermost dimension) and r
 Rows are counted by the used slots, so nothing is launched for the others.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # The parameters of kernels have no Python types: they are Triton's.
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 The noise takes triton's operations in the order of vLLM's kernels, thus the same compiler gives it the same bits.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # The parameters of kernels have no Python types: they are Triton's.
 
 import torch

@@ -11,7 +11,7 @@ Both times the f best are found without a sort: logits become integers of the sa
 found bit by bit, by counting. The time does not depend on f.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # The parameters of kernels have no Python types: they are Triton's.
 
 import torch

@@ -344,9 +344,9 @@ def test_a_large_vocabulary_is_searched_exactly(sd: int, count: int) -> None:
 
 
 def test_tokens_too_close_for_the_search_are_compared_exactly() -> None:
-    """Eight tokens of each row differ in the last digits of their sums alone."""
-    tokens, seeds = np.arange(100, 1800, 230), np.arange(40)
-    digits = np.random.default_rng(0).integers(-3, 4, (40, 8)) * np.spacing(np.float32(30))
+    """Many tokens of each row differ in the last digits of their sums alone, or not at all: the lowest best one is drawn."""
+    tokens, seeds = np.arange(100, 1800, 30), np.arange(40)
+    digits = np.random.default_rng(0).integers(-1, 2, (40, len(tokens))) * np.spacing(np.float32(30))
     noise = gumbel_noise(seeds[:, None], seeds[:, None], np.arange(2000))
     logits = np.full((40, 2000), -5.0, np.float32)
     logits[:, tokens] = np.float32(30) - noise[:, tokens] + digits

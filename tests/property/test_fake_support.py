@@ -15,7 +15,7 @@ VOCAB = 12
 LOGITS = st.integers(-8, 8).map(lambda value: value / 4) | st.floats(-5, 5, width=16)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     arrays.arrays(np.float32, VOCAB, elements=LOGITS),
     st.integers(0, VOCAB + 2),

@@ -135,7 +135,7 @@ class VllmDraftEngine:
         lengths = np.diff(batch.query_start)
         seq_lens = batch.starts + lengths
         block_table = self._tensor(batch.pages)
-        tokens, query_start, starts = map(self._tensor, (batch.token_ids, batch.query_start, batch.starts))
+        tokens, query_start, starts = (self._tensor(array) for array in (batch.token_ids, batch.query_start, batch.starts))
         laid_out = insert_guidance(tokens, query_start, starts, block_table, page_size=self.page_size)
         common = CommonAttentionMetadata(
             query_start_loc=laid_out.query_start_loc,
