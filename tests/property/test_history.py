@@ -24,7 +24,7 @@ class Twin:
 
     def __init__(self, max_tokens: int, smallest: int) -> None:
         self.max_tokens = max_tokens
-        self.largest = 1 << max(1, (max_tokens // 4).bit_length() - 1)
+        self.largest = max(2, max_tokens // 4)
         self.smallest = min(smallest, self.largest)
         self.generations: list[tuple[str | None, int, list[int]]] = []
         self.waiting: list[tuple[str | None, list[int]]] = []
@@ -53,9 +53,9 @@ class Twin:
             capacity, held = own[-1]
             self.generations = [one for one in self.generations if one[2] is not held]
         else:
-            capacity = min(8 * own[-1][0], self.largest) if own else self.smallest
-            while capacity < num_tokens:
-                capacity *= 2
+            capacity = min(16 * own[-1][0], self.largest) if own else self.smallest
+            if capacity < num_tokens:
+                capacity = min(1 << num_tokens.bit_length(), self.largest)
             held = []
         self.generations.append((tenant, capacity, held))
         return held

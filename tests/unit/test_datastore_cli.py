@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -261,8 +263,19 @@ class DyingFile(io.BufferedRandom):
         return super().write(data)
 
 
+def dying_map(self: builder._Builder, name: str, mode: Literal["r", "r+"] = "r+") -> npt.NDArray[Any]:
+    """Map a section, or end the process instead."""
+    if DyingFile.writes_left == 0:
+        os._exit(9)
+    DyingFile.writes_left -= 1
+    return MAP(self, name, mode)
+
+
+MAP = builder._Builder._map
+
+
 def build_and_die(output: Path, documents: list[np.ndarray], num_writes: int) -> bool:
-    """Build in a process that ends after so many writes, or before the new name; whether it was in a write."""
+    """Build in a process that ends after so many writes and maps, or before the new name; whether it was in one of them."""
     child = os.fork()
     if child == 0:
         DyingFile.writes_left = num_writes
@@ -270,6 +283,7 @@ def build_and_die(output: Path, documents: list[np.ndarray], num_writes: int) ->
             mock.patch.object(builder.os, "fdopen", lambda descriptor, mode: DyingFile(io.FileIO(descriptor, mode))),
             mock.patch.object(Path, "replace", side_effect=lambda _: os._exit(8)),
             mock.patch.object(builder, "_CHUNK", 64),
+            mock.patch.object(builder._Builder, "_map", dying_map),
         ):
             try:
                 builder.build(output, documents, 6, TOKENIZER)

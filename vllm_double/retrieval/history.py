@@ -17,7 +17,7 @@ __all__ = ["HistoryRetriever"]
 
 # Room of a tenant's first generation, and what any is charged at least: otherwise a tenant for each request had no bound.
 _SMALLEST = 1 << 8
-_GROWTH = 8
+_GROWTH = 16
 # A tenant that has the whole history for itself loses a quarter of it at a time.
 _SHARE = 4
 _SHORTEST_TEXT = 2
@@ -69,7 +69,7 @@ class HistoryRetriever(ArraySource):
     other's texts, because the time that an answer takes would tell what they are.
 
     A tenant's texts lie in generations. A text goes to the newest one, which is closed when it is full; the first has room for
-    256 tokens (or its first text), later ones for eight times their predecessor's, up to a quarter of ``max_tokens``. While all
+    256 tokens (or its first text), later ones for 16 times their predecessor's, up to a quarter of ``max_tokens``. While all
     generations of all tenants together hold more than ``max_tokens``, each counted as 256 at least, the one that has waited
     longest for another text is given up, whole; so it is if the arena is full. Texts longer than a generation keep their end.
 
@@ -98,7 +98,7 @@ class HistoryRetriever(ArraySource):
         self.num_tokens = 0
         """Tokens that are indexed, a separator for each text among them."""
         self._share_unnamed = share_unnamed
-        self._largest = 1 << max(1, (max_tokens // _SHARE).bit_length() - 1)
+        self._largest = max(2, max_tokens // _SHARE)
         self._steps = history_steps()
         self._past = Past.empty(16, 16)
         self._tenants: dict[str | None, _Tenant] = {}
@@ -271,11 +271,11 @@ class HistoryRetriever(ArraySource):
                 self._generations.move_to_end(newest.serial)
                 return newest
             capacity = min(_GROWTH * newest.capacity, self._largest)
-        while capacity < num_tokens:
-            capacity *= 2
+        if capacity < num_tokens:
+            capacity = min(1 << num_tokens.bit_length(), self._largest)
         if len(tenant.generations) == MAX_GENERATIONS:
             self._evict(tenant.generations[-1])
-        while (slot := self.arena.open(capacity, self.max_match)) == NONE:
+        while (slot := self.arena.open(1 << (capacity - 1).bit_length(), self.max_match)) == NONE:
             if not self._generations:
                 return None
             self._evict(next(iter(self._generations.values())))
