@@ -11,7 +11,7 @@ from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-__all__ = ["compiled", "of_numbers", "part", "pointer"]
+__all__ = ["compiled", "machine_code", "of_numbers", "part", "pointer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,12 +40,13 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _sources() -> str:
-    """Digest of all compiled functions' files."""
-    files = [Path(__file__), *sorted(Path(__file__).parent.rglob("*_steps.py"))]
+    """Digest of all compiled functions' files, and of those beside them, whose constants they read."""
+    folders = {file.parent for file in Path(__file__).parent.rglob("*_steps.py")}
+    files = [Path(__file__), *sorted(file for folder in folders for file in folder.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def compiled(function: Callable[..., Any], signature: str) -> Any:
+def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...]) -> Any:
     """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
 
     numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
@@ -60,6 +61,16 @@ def compiled(function: Callable[..., Any], signature: str) -> Any:
         dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
+
+
+def machine_code(function: Function, *examples: Any) -> Function:
+    """The machine code of a function for arguments of the examples' types, past the dispatcher, whose look at the types of all
+    arguments takes longer than a short call. Nothing checks the arguments: they must have these types.
+
+    The code keeps the GIL: a call takes some microseconds, and a thread that takes the GIL meanwhile may keep it for 5 ms.
+    """
+    (only,) = compiled(function, tuple(numba.typeof(example) for example in examples)).overloads.values()
+    return cast(Function, only.entry_point)
 
 
 def of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:

@@ -86,6 +86,7 @@ class World:
                     break
             text.extend(sampled)
             rows.append(Row(name, np.array(text, np.int32), len(sampled), chain))
+        self.proposer.index(2048)
         for name, chain in zip(names, self.proposer.propose(rows), strict=True):
             self.chains[name] = chain
         self.proposer.check_integrity()
@@ -109,7 +110,7 @@ def test_the_text_is_the_targets_own_and_drafts_make_it_come_sooner() -> None:
         assert text == world.greedy([index + 1, 5], len(text))
     counters = world.proposer.counters
     assert counters.committed_tokens / counters.rows > 1.8
-    assert counters.hits / counters.harvests > 0.5
+    assert counters.hits / counters.lookups > 0.5
 
 
 def test_without_a_worker_nothing_is_proposed_and_nothing_breaks() -> None:
@@ -333,7 +334,7 @@ def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again()
     world.worker = world.make_worker()
     world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
     counters = world.proposer.counters
-    while counters.draft_rests == 0:
+    while counters.draft_pauses == 0:
         world.step()
     text = world.texts["r"]
     began = len(text)
@@ -352,7 +353,7 @@ def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again()
     while "draft" not in counters.accepted:
         world.step()
     assert request.tokens.tolist() == text[: request.length] and len(text) < 400
-    assert counters.draft_rests == 1
+    assert counters.draft_pauses == 1
 
 
 def test_a_draft_that_is_of_use_rests() -> None:
@@ -360,7 +361,7 @@ def test_a_draft_that_is_of_use_rests() -> None:
     world.admit("r", [1, 5], RequestParams(0.0, 400, frozenset()))
     while len(world.texts["r"]) < 390:
         world.step()
-    assert world.proposer.counters.draft_rests == 0
+    assert world.proposer.counters.draft_pauses == 0
 
 
 @pytest.mark.parametrize("was_there", [False, True])
@@ -373,14 +374,14 @@ def test_a_draft_that_is_not_there_is_judged_all_the_same(was_there: bool) -> No
     world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
     for _ in range(3):
         world.step()
-    (request,) = world.proposer._requests.values()
-    assert request.was_heard is was_there
+    (slot,) = world.proposer._slots.values()
+    assert world.proposer.table.tries.requests["has_drafted"][slot] == was_there
     world.turns = 0
     if was_there:
         world.worker_end.close()
     while len(world.texts["r"]) < 390:
         world.step()
-    assert world.proposer.counters.draft_rests == 0
+    assert world.proposer.counters.draft_pauses == 0
 
 
 def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
@@ -398,6 +399,7 @@ def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
 def _commit(proposer: Proposer, text: list[int], token: int) -> list[int]:
     """One token of the target's, without drafts verified; the next chain."""
     text.append(token)
+    proposer.index(2048)
     return proposer.propose([Row("r", np.array(text, np.int32), 1, ())])[0]
 
 
@@ -427,18 +429,20 @@ def test_an_answer_is_offered_to_its_tenants_next_request_only() -> None:
     for tenant, is_offered in (("a", False), ("b", False), ("a", True), (None, False)):
         params = RequestParams(0.0, 200, frozenset(), tenant=tenant)
         world.admit("r", [1, 2], params)
+        before = world.proposer.counters.offered.get("history", 0)
         for _ in range(12):
             world.step()
-        offered = world.proposer.counters.offered.pop("history", 0)
+        offered = world.proposer.counters.offered.get("history", 0) - before
         assert (offered > 0) == is_offered
         world.proposer.finish("r")
         world.texts.clear()
-        world.proposer.propose([])
+        world.proposer.index(2048)
     world.proposer.forget_history()
+    before = world.proposer.counters.offered["history"]
     world.admit("r", [1, 2], RequestParams(0.0, 200, frozenset(), tenant="a"))
     for _ in range(12):
         world.step()
-    assert "history" not in world.proposer.counters.offered
+    assert world.proposer.counters.offered["history"] == before
 
 
 def test_new_weights_clear_what_was_found_for_the_chains_to_come() -> None:
@@ -458,7 +462,7 @@ def test_new_weights_clear_what_was_found_for_the_chains_to_come() -> None:
             assert _commit(proposer, text, token) == []
             proposer.check_integrity()
         proposer.finish("r")
-        proposer.propose([])
+        proposer.index(2048)
 
 
 def test_new_weights_clear_the_workers_history_too() -> None:
@@ -545,6 +549,7 @@ def offered(world: World, reader: str | None) -> tuple[bool, bool]:
     """Whether a request that begins as the secret does is offered the rest: to the target, to the draft."""
     world.admit("s", [1, 2, *SECRET[:3]], RequestParams(0.0, 200, frozenset(), tenant=reader))
     world.texts["s"] = [1, 2, *SECRET[:4]]
+    world.proposer.index(2048)
     chain = world.proposer.propose([Row("s", np.array(world.texts["s"], np.int32), 1, ())])[0]
     for _ in range(8):
         world.worker.turn()
@@ -610,6 +615,7 @@ def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:
     for sources in ([ContextRetriever()], [ContextRetriever(), Faint()]):
         proposer = Proposer(8, None, sources, Ticks())
         proposer.admit("r", text[:-1], PARAMS)
+        proposer.index(2048)
         chains += proposer.propose([Row("r", text, 1, ())])
     assert chains[0] and chains[0] == chains[1]
 
@@ -622,7 +628,7 @@ def test_history_goes_on_behind_a_stop_token() -> None:
     proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8], np.int32), 5, ())])
     proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8, 9], np.int32), 1, ())])
     proposer.finish("r")
-    proposer.propose([])
+    proposer.index(2048)
     assert past.num_tokens == 4, "3, 4, 0 and a separator"
 
 
@@ -639,10 +645,10 @@ def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: boo
     if stops:
         del text[text.index(stop) + 1 :]
     world.admit("r", [1, 5], RequestParams(0.0, 12, frozenset({stop} if stops else ())))
-    request, send = world.proposer._requests["r"], world.target_end.send
+    request, send = world.proposer.table.tries.requests[world.proposer._slots["r"]], world.target_end.send
     if is_full:
-        monkeypatch.setattr(world.target_end, "send", lambda command: not request.finished and send(command))
-    while not request.finished:
+        monkeypatch.setattr(world.target_end, "send", lambda command: not request["finished"] and send(command))
+    while not request["finished"]:
         before = len(world.texts["r"])
         world.step()
     monkeypatch.undo()
@@ -661,9 +667,10 @@ def test_a_long_prompt_is_indexed_at_once() -> None:
     context = ContextRetriever()
     proposer = Proposer(8, None, [context], Ticks())
     proposer.admit("r", np.arange(10_000, dtype=np.int32), RequestParams(0.0, 20_000, frozenset()))
-    assert context.num_waiting == 10_000
     proposer.propose([])
-    assert 0 < context.num_waiting < 10_000
+    assert context.num_waiting == 10_000
+    proposer.index(64)
+    assert context.num_waiting == 10_000 - 64
 
 
 def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:
@@ -678,6 +685,7 @@ def test_ids_beyond_the_vocabulary_are_offered() -> None:
     proposer = Proposer(8, None, [ContextRetriever()], Ticks(), vocab_size=20)
     text = np.array([1, 2, 3, 4, 900, 901, 1, 2, 3], np.int32)
     proposer.admit("r", text[:-1], PARAMS)
+    proposer.index(2048)
     assert proposer.propose([Row("r", text, 1, ())]) == [[4]]
 
 

@@ -37,9 +37,10 @@ _COUNTERS = {
         "vllm:double_expected_tokens",
         "Draft tokens that should be accepted if the calibration is right.",
     ),
-    "harvests": ("vllm:double_harvests", "Times that a request asked for drafts."),
+    "lookups": ("vllm:double_harvests", "Times that a request asked for drafts."),
     "hits": ("vllm:double_hits", "Times that something was ready behind the last committed token."),
     "late_nodes": ("vllm:double_late_nodes", "Draft records that came after their place was committed."),
+    "nodes_evicted": ("vllm:double_nodes_evicted", "Draft records that were dropped for lack of room."),
     "rewinds": ("vllm:double_rewinds", "Texts that shrank."),
     "resynchronisations": (
         "vllm:double_resynchronisations",
@@ -47,7 +48,7 @@ _COUNTERS = {
     ),
     "rounds_without_worker": (
         "vllm:double_rounds_without_draft",
-        "Rounds that were ready without a draft worker.",
+        "Rounds in which no draft worker was connected.",
     ),
     "failures": (
         "vllm:double_failures",
@@ -57,7 +58,7 @@ _COUNTERS = {
         "vllm:double_losses",
         "Times that drafting paused because it cost more time than it saved.",
     ),
-    "draft_rests": (
+    "draft_pauses": (
         "vllm:double_draft_rests",
         "Times that the draft model rested for a request to which it had brought next to nothing.",
     ),

@@ -10,17 +10,19 @@ from typing import Final, Protocol
 
 from vllm_double.transport.base import TransportStats
 from vllm_double.transport.messages import (
+    NODE_DTYPE,
+    NODES,
     Command,
     MessageError,
     NodeArray,
     Nodes,
     Report,
     WorkerStats,
-    decode_command,
+    decode_commands,
     decode_reports,
     encode,
 )
-from vllm_double.transport.ring import Record
+from vllm_double.transport.ring import MergedRecord, Record
 
 __all__ = ["RecordTargetEnd", "RecordWorkerEnd", "new_session", "stamp"]
 
@@ -41,6 +43,8 @@ class _Consumer(Protocol):
     def pending(self) -> bool: ...
 
     def drain(self, max_bytes: int) -> list[Record]: ...
+
+    def drain_merged(self, max_bytes: int, kind: int, size: int) -> list[MergedRecord]: ...
 
 
 def stamp(session: int) -> int:
@@ -79,17 +83,18 @@ class RecordTargetEnd(ABC):
     def drain(self, max_bytes: int) -> list[Report]:
         if self._closed:
             return []
-        records = self._reports.drain(max_bytes)
+        records = self._reports.drain_merged(max_bytes, NODES, NODE_DTYPE.itemsize)
         # Read after the records: a worker takes its session before it writes its first one.
         # Without a worker it is 0, which no record carries.
         current = stamp(self.session)
-        fresh = [(kind, payload) for kind, of, payload in records if of == current]
+        fresh = [(kind, payload) for kind, of, payload, _ in records if of == current]
         reports, num_bad = decode_reports(fresh) if fresh else ([], 0)
         stats = self.stats
         stats.corrupt += num_bad + self._reports.corrupt
         self._reports.corrupt = 0
-        stats.stale += len(records) - len(fresh)
-        stats.drained += len(fresh) - num_bad
+        num_fresh = sum([count for _, of, _, count in records if of == current])
+        stats.stale += sum([count for _, _, _, count in records]) - num_fresh
+        stats.drained += num_fresh - num_bad
         return reports
 
 
@@ -131,7 +136,7 @@ class RecordWorkerEnd(ABC):
                 self.stats.stale += 1
                 continue
             try:
-                commands.append(decode_command(kind, payload))
+                commands.extend(decode_commands(kind, payload))
             except MessageError:
                 num_bad += 1
         if num_bad:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vllm_double.transport.ends import RecordTargetEnd, RecordWorkerEnd, new_session
-from vllm_double.transport.ring import HEADER_BYTES, Record, open_frame, seal_frame
+from vllm_double.transport.ring import HEADER_BYTES, MergedRecord, Record, open_frame, seal_frame
 
 __all__ = ["Channel", "Faults", "InProcessTargetEnd", "InProcessWorkerEnd", "in_process_pair"]
 
@@ -112,6 +112,10 @@ class Channel:
                 break
             records.append(record)
         return records
+
+    def drain_merged(self, max_bytes: int, kind: int, size: int) -> list[MergedRecord]:
+        """As `drain`: nothing is merged."""
+        return [(*record, 1) for record in self.drain(max_bytes)]
 
     def _flip(self, frame: bytes) -> bytes:
         damaged = bytearray(frame)

@@ -24,7 +24,7 @@ from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer
 
 __all__ = ["PROTOCOL_VERSION", "SharedTargetEnd", "SharedWorkerEnd"]
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Raised with every change of the control block, the rings or the messages."""
 
 _MAGIC: Final = int.from_bytes(b"vlldoubl", "little")
