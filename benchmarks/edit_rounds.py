@@ -20,7 +20,7 @@ from benchmarks import rows, workload
 from benchmarks.pair.data import EOS_ID, modules
 from benchmarks.scripted.edits import Edit, make_edits
 from benchmarks.stats import first_difference
-from vllm_double.retrieval import ContextRetriever, EditRetriever, Retriever
+from vllm_double.retrieval import ContextRetriever, EditRetriever, Source
 from vllm_double.retrieval.automaton import warm_up
 from vllm_double.target.proposer import Proposer, RequestParams
 from vllm_double.target.proposer import Row as ProposerRow
@@ -32,7 +32,7 @@ Chains = Callable[[int, list[int], int], list[int]]
 """(index of the edit, the text so far, tokens of it that are new) -> the chain to be verified."""
 
 
-def ours(retrievers: Sequence[Retriever], edits: Sequence[Edit], num_speculative_tokens: int) -> Chains:
+def ours(retrievers: Sequence[Source], edits: Sequence[Edit], num_speculative_tokens: int) -> Chains:
     """Chains of the real round without a draft model."""
     proposer = Proposer(num_speculative_tokens, None, retrievers, time.perf_counter)
     for num_tokens in range(1, 10):

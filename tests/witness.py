@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from vllm_double.draft.engine.base import Row
 from vllm_double.draft.engine.fake import FakeEngine
-from vllm_double.retrieval.base import Continuation, Retriever, Tokens
+from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.transport.inprocess import Channel, Faults, InProcessTargetEnd, _Link
 from vllm_double.transport.messages import NODE_DTYPE, NODES, Admit, Command, Commit, Release
 from vllm_double.transport.ring import Record
@@ -57,14 +57,14 @@ class Kept(NamedTuple):
     tokens: bytes
 
 
-class WitnessRetriever:
+class WitnessRetriever(Source):
     """The context or the history, each of whose answers must stand in a text that the asker may see.
 
     found: by key, texts with a token behind them that was retrieved there. texts, tenants: of the running requests, by key.
     kept: by tenant. These are the texts that *may* be found: the source gives up old ones.
     """
 
-    def __init__(self, source: Retriever) -> None:
+    def __init__(self, source: Source) -> None:
         self.name = source.name
         self.found: dict[int, set[bytes]] = {}
         self.texts: dict[int, bytearray] = {}
@@ -74,22 +74,22 @@ class WitnessRetriever:
         self._starts: dict[int, int] = {}  # where the output begins that will be kept
 
     def start(self, key: int, tokens: Tokens, tenant: str | None) -> None:
-        """See Retriever."""
+        """See Source."""
         self._source.start(key, tokens, tenant)
         self.texts[key], self.tenants[key], self.found[key] = bytearray(tokens.tolist()), tenant, set()
         self._starts[key] = len(tokens)
 
     def work(self, budget_tokens: int) -> None:
-        """See Retriever."""
+        """See Source."""
         self._source.work(budget_tokens)
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
-        """See Retriever."""
+        """See Source."""
         self._source.extend(key, tokens)
         self.texts[key].extend(tokens)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-        """See Retriever."""
+        """See Source."""
         found = self._source.lookup(key, tail, max_tokens)
         if found is None:
             return None
@@ -107,7 +107,7 @@ class WitnessRetriever:
         return found
 
     def stop(self, key: int, keep: bool) -> None:
-        """See Retriever."""
+        """See Source."""
         self._source.stop(key, keep)
         text, tenant, start = self.texts.pop(key), self.tenants.pop(key), self._starts.pop(key)
         del self.found[key]
@@ -115,7 +115,7 @@ class WitnessRetriever:
             self.kept.setdefault(tenant, []).append(Kept(key, start, bytes(text[start:])))
 
     def forget(self) -> None:
-        """See Retriever."""
+        """See Source."""
         self._source.forget()
         if self.name == "context":
             return

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.test_proposer import PARAMS, VOCAB, Ticks, World
 from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.target import guarded_proposer as guard
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import Proposer, RequestParams, Row
@@ -402,7 +402,7 @@ class Chaos:
 def test_exceptions_anywhere_in_the_proposer_leak_something_or_end_drafting(seed: int) -> None:
     world = Guarded(turns=4)
     chaos = Chaos(seed, 0.004)
-    sources: list[Retriever] = [ContextRetriever(), HistoryRetriever(1000, share_unnamed=True)]
+    sources: list[Source] = [ContextRetriever(), HistoryRetriever(1000, share_unnamed=True)]
     inner = Proposer(8, world.target_end, sources, Ticks())
     for source in sources:
         for name in ("start", "extend", "lookup", "work"):

@@ -12,7 +12,7 @@ from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.retrieval.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
@@ -48,7 +48,7 @@ class World:
 
         self.draft, self.k = draft, k
         self.worker = self.make_worker()
-        retrievers: list[Retriever] = [ContextRetriever()] if retrieval else []
+        retrievers: list[Source] = [ContextRetriever()] if retrieval else []
         self.proposer = Proposer(k, self.target_end if worker else None, retrievers, Ticks())
         self.turns = turns
         self.texts: dict[str, list[int]] = {}
@@ -527,7 +527,7 @@ def test_a_request_with_or_without_a_tenant_reaches_no_worker(tenant: str | None
 SECRET = [20, 21, 22, 23, 19, 18, 17, 16, 15]
 
 
-def secretive(side: str, sources: Callable[[], list[Retriever]]) -> World:
+def secretive(side: str, sources: Callable[[], list[Source]]) -> World:
     """A target that says the secret over and over, a draft that knows nothing of it, and sources on one side."""
     world = World()
 

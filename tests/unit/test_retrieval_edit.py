@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_double.retrieval import ContextRetriever, EditRetriever, Retriever
+from vllm_double.retrieval import ContextRetriever, EditRetriever, Source
 
 KEY = 0
 SHOWN = list(range(100, 160))
@@ -22,7 +22,7 @@ class Both:
         self.context.work(len(prompt))
 
     @property
-    def retrievers(self) -> list[Retriever]:
+    def retrievers(self) -> list[Source]:
         return [self.context, self.edit]
 
     def extend(self, *tokens: int) -> None:

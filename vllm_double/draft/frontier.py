@@ -17,7 +17,7 @@ from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, DraftEngine
 from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
 from vllm_double.draft.page_pool import PagePool
 from vllm_double.draft.request_tree import MAX_AHEAD, DraftRequest
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Forget, Release
 
 __all__ = ["MIN_ASKED_PROB", "Frontier", "FrontierLimits"]
@@ -51,7 +51,7 @@ class Frontier:
     """All admitted requests, their trees and the pages of one draft engine."""
 
     def __init__(
-        self, engine: DraftEngine, limits: FrontierLimits, retrievers: Sequence[Retriever] = (), prefix_caching: bool = True
+        self, engine: DraftEngine, limits: FrontierLimits, retrievers: Sequence[Source] = (), prefix_caching: bool = True
     ) -> None:
         if limits.children_per_node < 1:
             raise ValueError(f"children_per_node is {limits.children_per_node}, not at least 1")

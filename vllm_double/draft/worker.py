@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from vllm_double.draft.engine.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.transport.base import WorkerEnd
 from vllm_double.transport.messages import WorkerStats
 
@@ -24,7 +24,7 @@ class DraftWorker:
 
     def __init__(
         self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter,
-        retrievers: Sequence[Retriever] = (), prefix_caching: bool = True,
+        retrievers: Sequence[Source] = (), prefix_caching: bool = True,
     ) -> None:  # fmt: skip
         self.frontier = Frontier(engine, limits, retrievers, prefix_caching)
         self._limits = limits

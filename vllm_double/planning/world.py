@@ -17,7 +17,7 @@ from vllm_double.draft.forward_budget import SIZES, nodes_for
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.planning.script import NUM_LISTED, VOCAB_SIZE, Script, Tables, Text, Times, texts
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.target.step_cost import StepCost
 from vllm_double.transport.inprocess import in_process_pair
@@ -108,8 +108,8 @@ class _End:
     left: int
 
 
-class ScriptedRetriever:
-    """Retriever that knows what the script calls copied; each side has one."""
+class ScriptedRetriever(Source):
+    """Source that knows what the script calls copied; each side has one."""
 
     name = "scripted"
 
@@ -118,27 +118,27 @@ class ScriptedRetriever:
         self._ends: dict[int, _End] = {}
 
     def start(self, key: int, tokens: Tokens, tenant: str | None) -> None:
-        """See Retriever."""
+        """See Source."""
         prompt, *others = tokens.tolist()
         end = _End(self._tables.seed(prompt), 0, prompt, self._tables.copied_behind(prompt, 0))
         self._ends[key] = self._walk(end, others)
 
     def stop(self, key: int, keep: bool) -> None:
-        """See Retriever."""
+        """See Source."""
         del self._ends[key]
 
     def forget(self) -> None:
-        """See Retriever."""
+        """See Source."""
 
     def work(self, budget_tokens: int) -> None:
-        """See Retriever."""
+        """See Source."""
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
-        """See Retriever."""
+        """See Source."""
         self._ends[key] = self._walk(self._ends[key], tokens)
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-        """See Retriever. Behind a run's end it goes on with something else than the target does."""
+        """See Source. Behind a run's end it goes on with something else than the target does."""
         end = self._walk(self._ends[key], tail)
         if end.left == 0:
             return None

@@ -1,6 +1,6 @@
 """Retrieval: continuations of repeated text, with counts."""
 
-from vllm_double.retrieval.base import Continuation, Retriever, Tokens
+from vllm_double.retrieval.base import Continuation, Found, Queries, Source, Tokens
 from vllm_double.retrieval.context import ContextRetriever
 from vllm_double.retrieval.datastore import Datastore, DatastoreError, DatastoreRetriever
 from vllm_double.retrieval.edit import EditRetriever
@@ -13,7 +13,9 @@ __all__ = [
     "DatastoreError",
     "DatastoreRetriever",
     "EditRetriever",
+    "Found",
     "HistoryRetriever",
-    "Retriever",
+    "Queries",
+    "Source",
     "Tokens",
 ]

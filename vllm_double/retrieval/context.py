@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from vllm_double.retrieval.automaton import SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.retrieval.buffers import MAX_CONTINUATION, Buffer, Scratch
 
 __all__ = ["ContextRetriever"]
@@ -41,7 +41,7 @@ class _Request:
         self.indexed = end
 
 
-class ContextRetriever:
+class ContextRetriever(Source):
     """Continues a request with what followed the same words earlier in the same request.
 
     Let ``indexed`` be the part of the text that is indexed: all of it, except while a long prompt waits

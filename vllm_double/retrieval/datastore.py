@@ -49,7 +49,7 @@ from vllm_double.retrieval._datastore_steps import (
     TOKEN,
     lookup_step,
 )
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
 
 __all__ = ["Datastore", "DatastoreError", "DatastoreRetriever", "Header", "Section", "files_of", "fingerprint"]
@@ -329,7 +329,7 @@ class Datastore:
             yield tokens[start + 1 : end].tolist()
 
 
-class DatastoreRetriever:
+class DatastoreRetriever(Source):
     """Continues a request with what follows the same words in the corpus.
 
     A lookup answers from one file: that in which the longest suffix of text + tail occurs; of equally long ones that in which

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.retrieval.context import ContextRetriever
 
 __all__ = ["EditRetriever"]
@@ -155,7 +155,7 @@ class _Copying:
         return ([] if is_plain else tokens[:max_tokens]), run
 
 
-class EditRetriever:
+class EditRetriever(Source):
     """Continues a reply that repeats a text of its own request with changes, as edits of code do.
 
     Where at least ``_MIN_MATCH`` tokens are those of an earlier place, that place is being copied. Behind a token that departs
@@ -173,13 +173,13 @@ class EditRetriever:
         self._requests: dict[int, _Copying] = {}
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
-        """See Retriever."""
+        """See Source."""
         if key in self._requests:
             raise ValueError(f"request {key} is started already")
         self._requests[key] = _Copying(self._context.text(key), {}, True)
 
     def stop(self, key: int, keep: bool = False) -> None:
-        """See Retriever."""
+        """See Source."""
         del self._requests[key]
 
     def forget(self) -> None:
@@ -189,7 +189,7 @@ class EditRetriever:
         """Nothing waits."""
 
     def extend(self, key: int, tokens: Sequence[int]) -> None:
-        """See Retriever. The context has them already."""
+        """See Source. The context has them already."""
         copying = self._requests[key]
         copying.text = self._context.text(key)
         for token in tokens:
@@ -201,7 +201,7 @@ class EditRetriever:
                 copying.end = len(copying.text) - length
 
     def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-        """See Retriever. None: nothing is being copied."""
+        """See Source. None: nothing is being copied."""
         copying = self._requests[key]
         if copying.source < 0 or copying.is_plain_behind(tail):
             return None

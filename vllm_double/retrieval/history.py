@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_double.retrieval._steps import HEADER_LENGTH, SEPARATOR, steps
 from vllm_double.retrieval.automaton import SuffixAutomaton
-from vllm_double.retrieval.base import Continuation, Tokens
+from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.retrieval.buffers import MAX_CONTINUATION, Recent, Scratch
 
 __all__ = ["HistoryRetriever"]
@@ -77,7 +77,7 @@ class _Request:
         self.cursors_at = 0
 
 
-class HistoryRetriever:
+class HistoryRetriever(Source):
     """Continues a request with what followed the same words in outputs of earlier requests of its tenant.
 
     An output is indexed when its request stops: tokens that the target gave, nothing of the prompt. A request without a tenant

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_double.retrieval.automaton import warm_up
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.retrieval.context import ContextRetriever
 from vllm_double.retrieval.datastore import Datastore, DatastoreRetriever
 from vllm_double.retrieval.edit import EditRetriever
@@ -24,13 +24,13 @@ class Sources:
     share_history: bool = False
     datastores: tuple[tuple[str, str], ...] = ()
 
-    def open(self) -> list[Retriever]:
+    def open(self) -> list[Source]:
         """The sources, each empty but for what lies on disk, and compiled, so that no request waits for that.
 
         Raises DatastoreError.
         """
         warm_up()
-        sources: list[Retriever] = []
+        sources: list[Source] = []
         if self.context:
             context = ContextRetriever()
             sources.extend((context, EditRetriever(context)))

@@ -13,7 +13,7 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval.base import Retriever
+from vllm_double.retrieval.base import Source
 from vllm_double.target._trie_steps import NONE
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Calibration
@@ -44,7 +44,7 @@ class Proposer:
     """
 
     def __init__(
-        self, num_speculative_tokens: int, channel: TargetEnd | None, sources: Sequence[Retriever],
+        self, num_speculative_tokens: int, channel: TargetEnd | None, sources: Sequence[Source],
         clock: Callable[[], float], vocab_size: int = sys.maxsize, may_wait: bool = True,
     ) -> None:  # fmt: skip
         self.calibration = Calibration(source.name for source in sources)
