@@ -17,7 +17,17 @@ from vllm_double.draft.engine.base import Row
 from vllm_double.draft.engine.fake import FakeEngine
 from vllm_double.retrieval.base import Continuation, Source, Tokens
 from vllm_double.transport.inprocess import Channel, Faults, InProcessTargetEnd, _Link
-from vllm_double.transport.messages import NODE_DTYPE, NODES, Admit, Command, Commit, Release
+from vllm_double.transport.messages import (
+    NODE_DTYPE,
+    NODES,
+    Admit,
+    Command,
+    Commit,
+    Commits,
+    Release,
+    decode_commands,
+    encode,
+)  # fmt: skip
 from vllm_double.transport.ring import Record
 
 __all__ = ["Kept", "Wire", "WitnessEnd", "WitnessEngine", "WitnessRetriever"]
@@ -219,11 +229,13 @@ class WitnessEnd(InProcessTargetEnd):
             self.admitted.add(command.handle)
             self.epochs[command.handle] = self.num_resets
             self._texts[command.handle], self._chains[command.handle] = bytearray(command.tokens.tolist()), []
-        elif isinstance(command, Commit):
-            text = self._texts[command.handle]
-            assert command.keep == len(text)
-            text.extend(command.tokens.tolist())
-            self._chains[command.handle] = command.chain.tolist()
+        elif isinstance(command, Commit | Commits):
+            for commit in decode_commands(*encode(command)):
+                assert isinstance(commit, Commit)
+                text = self._texts[commit.handle]
+                assert commit.keep == len(text)
+                text.extend(commit.tokens.tolist())
+                self._chains[commit.handle] = commit.chain.tolist()
         elif isinstance(command, Release):
             self._texts.pop(command.handle, None)
             self._chains.pop(command.handle, None)

@@ -40,9 +40,8 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _sources() -> str:
-    """Digest of all compiled functions' files, and of those beside them, whose constants they read."""
-    folders = {file.parent for file in Path(__file__).parent.rglob("*_steps.py")}
-    files = [Path(__file__), *sorted(file for folder in folders for file in folder.glob("*.py"))]
+    """Digest of all compiled functions' files."""
+    files = [Path(__file__), *sorted(Path(__file__).parent.rglob("*_steps.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

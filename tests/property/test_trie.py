@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.references.trie import Edge, PathToken, TwinCalibration, TwinTrie
 from vllm_double.prefix_hash import mix, seed
+from vllm_double.retrieval.base import Found
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import NUM_BUCKETS, Tables
-from vllm_double.target.lookups import Found
 from vllm_double.target.means import Means
 from vllm_double.target.request_table import RequestParams, RequestTable
 from vllm_double.target.round_calls import calls
@@ -72,7 +72,9 @@ class Arena:
         tally = self.counters.tally
         self.calls.commit(self.table.tries, self.tables, tally, self.means, rows, self.live, SESSION)
 
-    def best_path(self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None) -> list[PathToken]:
+    def best_path(
+        self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None
+    ) -> list[PathToken]:
         """found: (source, tokens, beliefs), which are inserted behind the root first."""
         found = found or []
         sources = np.array([source for source, _, _ in found], np.int32)
@@ -151,7 +153,7 @@ def test_records_of_an_earlier_admission_and_of_nobody_are_dropped(arena: Arena)
 def test_if_sources_agree_the_better_probability_counts(arena: Arena) -> None:
     slot = arena.admit()
     arena.file(slot, arena.root(slot), 0, [1, 2], [0.3, 0.2])
-    path = arena.best_path(slot, K, [(CONTEXT, [1, 5], [0.8, 0.7])])
+    path = arena.best_path(slot, K, [(CONTEXT, [1, 5], [0.82, 0.72])])
     assert [(step.token, step.source) for step in path] == [(1, CONTEXT), (5, CONTEXT)]
     assert path[1].accept_prob == pytest.approx(0.825 * 0.725)
     arena.commit(slot, 1)
@@ -242,9 +244,10 @@ def test_arena_and_twin_say_the_same_of_several_requests(rng: random.Random, num
         if slot is None or (action < 0.1 and len(both.twins) < 4):
             both.admit(rng.randint(0, 3), rng.choice([0.0, 1.0]))
         elif action < 0.55:
-            path = [rng.randint(1, 3) for _ in range(rng.randint(0, 4))]
+            is_late = rng.random() < 0.1
+            path = [rng.randint(1, 3) for _ in range(0 if is_late else rng.randint(0, 4))]
             tokens = rng.sample([1, 2, 3], rng.randint(1, 3))
-            both.file(slot, path, -rng.randint(1, 3) if rng.random() < 0.1 else 0, tokens, distinct(rng, len(tokens)))
+            both.file(slot, path, -rng.randint(1, 3) if is_late else 0, tokens, distinct(rng, len(tokens)))
         elif action < 0.8:
             found = [
                 (source, [rng.randint(1, 3) for _ in range(length)], [rng.uniform(0.05, 0.99) for _ in range(length)])
@@ -264,17 +267,14 @@ def test_arena_and_twin_say_the_same_of_several_requests(rng: random.Random, num
         both.check()
 
 
-@settings(deadline=None, max_examples=50)
-@given(rng=st.randoms(use_true_random=False))
-def test_a_full_arena_drops_the_nodes_furthest_behind_their_roots_and_counts_them(rng: random.Random) -> None:
-    arena = Arena(num_nodes=32)
+@pytest.mark.parametrize("number", range(20))
+def test_a_full_arena_drops_the_nodes_furthest_behind_their_roots_and_counts_them(number: int) -> None:
+    rng, arena = random.Random(number), Arena(num_nodes=32)
     slots = [arena.admit() for _ in range(3)]
-    num_filed = 0
     for _ in range(60):
         slot = rng.choice(slots)
         path = [rng.randint(1, 9) for _ in range(rng.randint(0, 5))]
         arena.file(slot, hash_of(arena.root(slot), path), len(path), [1, 2], [0.6, 0.3])
-        num_filed += 1
         if rng.random() < 0.3:
             arena.best_path(slot, 4, [(CONTEXT, [rng.randint(1, 9) for _ in range(4)], [0.9] * 4)])
         arena.table.check_integrity()
@@ -335,9 +335,7 @@ def test_best_path_is_worth_as_much_as_the_best_of_all_paths_between_rivals(rng:
         both.check()
 
 
-def _grow(
-    rng: random.Random, path: tuple[int, ...], world: dict[tuple[int, ...], list[tuple[int, float]]], left: int
-) -> None:
+def _grow(rng: random.Random, path: tuple[int, ...], world: dict[tuple[int, ...], list[tuple[int, float]]], left: int) -> None:
     if left == 0 or (path and rng.random() < 0.4):
         return
     probs = sorted((rng.uniform(0.05, 0.9) for _ in range(rng.randint(1, 3))), reverse=True)

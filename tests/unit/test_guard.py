@@ -36,6 +36,10 @@ class Guarded(World):
     def switch(self, enabled: bool) -> None:
         self.guarded.switch(enabled, "somebody", "")
 
+    def index(self) -> None:
+        while self.guarded.index():
+            pass
+
     def run(self, rounds: int) -> None:
         for _ in range(rounds):
             self.step()
@@ -122,7 +126,7 @@ def test_switched_off_sources_are_still_kept_up() -> None:
 
     class Noting(ContextRetriever):
         def __getattribute__(self, name: str) -> Any:
-            if name in ("start", "extend", "lookup", "stop", "work"):
+            if name in ("start", "extend_many", "lookup_many", "stop", "work"):
                 calls.append(name)
             return super().__getattribute__(name)
 
@@ -130,7 +134,7 @@ def test_switched_off_sources_are_still_kept_up() -> None:
     world.protect(Proposer(8, None, [Noting()], Ticks()))
     world.admit("r", [1, 5])
     world.run(2)
-    assert {"start", "extend", "lookup", "work"} <= set(calls)
+    assert {"start", "extend_many", "lookup_many", "work"} <= set(calls)
     world.switch(False)
     world.step()
     assert calls[-1] == "stop"
@@ -405,12 +409,12 @@ def test_exceptions_anywhere_in_the_proposer_leak_something_or_end_drafting(seed
     sources: list[Source] = [ContextRetriever(), HistoryRetriever(1000, share_unnamed=True)]
     inner = Proposer(8, world.target_end, sources, Ticks())
     for source in sources:
-        for name in ("start", "extend", "lookup", "work"):
+        for name in ("start", "extend_many", "lookup_many", "work"):
             chaos.disturb(source, name)
         chaos.disturb(source, "stop", before=False)
     chaos.disturb(world.target_end, "send")
     chaos.disturb(world.target_end, "drain")
-    chaos.disturb(inner, "_graft")
+    chaos.disturb(inner, "_find_paths")
     chaos.disturb(inner, "_commit")
     world.protect(inner)
     prompts: dict[str, list[int]] = {}
@@ -469,7 +473,7 @@ def test_a_state_that_an_exception_left_behind_is_used_again() -> None:
 def test_a_reset_of_the_prefix_cache_stops_at_the_guard() -> None:
     world = Guarded()
     world.guarded.reset_prefix_cache()
-    assert world.inner._epoch == 1
+    assert world.inner.link._epoch == 1
 
 
 def test_a_request_that_cannot_be_admitted_takes_everybodys_drafts_for_ever() -> None:

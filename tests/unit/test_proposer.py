@@ -11,8 +11,8 @@ import pytest
 from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
-from vllm_double.retrieval.base import Source
+from vllm_double.retrieval import ContextRetriever, HistoryRetriever
+from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
@@ -86,11 +86,15 @@ class World:
                     break
             text.extend(sampled)
             rows.append(Row(name, np.array(text, np.int32), len(sampled), chain))
-        self.proposer.index(2048)
+        self.index()
         for name, chain in zip(names, self.proposer.propose(rows), strict=True):
             self.chains[name] = chain
         self.proposer.check_integrity()
         self.steps += 1
+
+    def index(self) -> None:
+        """What a thread does while the target computes."""
+        self.proposer.index(2048)
 
     def greedy(self, prompt: list[int], length: int) -> list[int]:
         text = list(prompt)
@@ -605,9 +609,9 @@ class Faint(ContextRetriever):
 
     name = "faint"
 
-    def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-        found = super().lookup(key, tail, max_tokens)
-        return found and Continuation.of(found.tokens, 1, [1] * len(found.tokens), [50] * len(found.tokens))
+    def lookup_many(self, queries: Queries, found: Found) -> None:
+        super().lookup_many(queries, found)
+        found.beliefs[...] *= 0.02
 
 
 def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:

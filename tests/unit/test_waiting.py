@@ -11,8 +11,8 @@ from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.planning.script import Script, Times
 from vllm_double.planning.world import simulate
-from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.target._round_steps import observe
+from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.target.waiting import Rates, WaitRule
 from vllm_double.transport.inprocess import in_process_pair
 

@@ -27,7 +27,6 @@ from vllm_double.target._trie_steps import (
     reserve,
     was_refused,
 )
-from vllm_double.transport.messages import MAX_CHILDREN
 
 SLOT_BITS = 20
 """The low bits of a handle are the slot of its request."""
@@ -44,7 +43,6 @@ HEADER_WORDS = 6
 def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
     """Take in what the worker has drafted: nodes (NODE_DTYPE [n]). What lies before its root is late, and dropped."""
     counts = tally.counts[0]
-    reserve(tries, len(nodes), 0)
     for index in range(len(nodes)):
         said = nodes[index]
         slot = np.int64(said.handle & np.uint64((1 << SLOT_BITS) - 1))
@@ -58,10 +56,12 @@ def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
         if not is_known or said.position < request.length:
             counts.late_nodes += 1
         elif said.count > 0 and request.use_drafts and not request.finished:
+            if tries.pool[0].num_free_nodes == 0:
+                reserve(tries, 1, 0)
             node = make_node(tries, slot, said.prefix_hash, np.int64(said.position))
             if node != NONE:
                 listed = tries.nodes[node]
-                listed.num_listed = min(np.int64(said.count), MAX_CHILDREN)
+                listed.num_listed = min(np.int64(said.count), len(listed.tokens))
                 for place in range(listed.num_listed):
                     listed.tokens[place], listed.probs[place] = said.tokens[place], said.probs[place]
 
@@ -270,7 +270,8 @@ def _price(tries: Any, curve: Any, slot: int, recent: Any, num_recent: int, toke
     recent: the text's end, behind which the tokens are written; accept_prob: of what they come behind.
     """
     for place in range(num_tokens):
-        prob = curve[source, tries.requests[slot].temperature, bucket_of(beliefs[place])]
+        said = curve[source, tries.requests[slot].temperature]
+        prob = said[bucket_of(said, beliefs[place])]
         accept_prob *= prob
         recent[num_recent + place] = tokens[place]
         if accept_prob < _MIN_ACCEPT_PROB or tokens[place] >= tries.limits[0].vocab_size:

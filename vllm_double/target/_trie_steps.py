@@ -1,7 +1,7 @@
 """Speculation tries of all requests in one arena: parts that are compiled into the steps of the round.
 
 ``tries`` is a `speculation_trie.Tries`. A node stands for a prefix of a request's text and is named by the prefix's hash. It
-holds what the draft listed behind the prefix (at most MAX_CHILDREN tokens) and a list of inserted edges, which are retrieved
+holds what the draft listed behind the prefix (a few tokens) and a list of inserted edges, which are retrieved
 tokens. Nodes of one request and position form a list, so that a commit drops them together.
 """
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from vllm_double.jit import part
-from vllm_double.target.calibration import NUM_BUCKETS
 
 DRAFT = 0
 """Index of the draft among the sources."""
@@ -30,24 +29,25 @@ _DECAY_AT = 4000.0  # trials in a bucket beyond which old ones count half
 
 
 @part
-def bucket_of(belief: float) -> int:
-    """Of a source's own probability: 0 .. NUM_BUCKETS."""
-    return min(max(int(belief * NUM_BUCKETS), 0), NUM_BUCKETS)
+def bucket_of(curve: Any, belief: float) -> int:
+    """Entry of a calibration curve for a source's own probability; the last one is that of certainty."""
+    return min(max(int(belief * (len(curve) - 1)), 0), len(curve) - 1)
 
 
 @part
 def learn(calibration: Any, source: int, temperature: int, belief: float, is_right: bool) -> None:
     """Count one example: whether the target continued with the token."""
     curve, hits, trials = calibration
-    bucket = min(bucket_of(belief), NUM_BUCKETS - 1)
+    last = hits.shape[2] - 1
+    bucket = min(bucket_of(curve[source, temperature], belief), last)
     tried = trials[source, temperature, bucket] + 1.0
     hit = hits[source, temperature, bucket] + (1.0 if is_right else 0.0)
     if tried > _DECAY_AT:
         tried, hit = tried / 2, hit / 2
     trials[source, temperature, bucket], hits[source, temperature, bucket] = tried, hit
     curve[source, temperature, bucket] = min(max(hit / tried, 1e-4), 0.995)
-    if bucket == NUM_BUCKETS - 1:
-        curve[source, temperature, NUM_BUCKETS] = curve[source, temperature, bucket]
+    if bucket == last:
+        curve[source, temperature, last + 1] = curve[source, temperature, bucket]
 
 
 # ---- nodes ----------------------------------------------------------------------------------------------------------
@@ -217,10 +217,10 @@ def was_refused(tries: Any, slot: int, tokens: Any, end: int) -> bool:
         return False
     name = _place_hash(request.key, tokens, max(0, end - 1 - tries.limits[0].place_tokens), end)
     line = tries.refusals[np.int64(name & np.uint64(len(tries.refusals) - 1))]
-    for place in range(NUM_REFUSED):
-        if line[place] == name:
-            return True
-    return False
+    place = 0
+    while place < NUM_REFUSED and line[place] != name:
+        place += 1
+    return place < NUM_REFUSED
 
 
 # ---- the best path --------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def _collect_ways(tries: Any, curve: Any, node: int, frame: Any, ways: Any) -> N
     num_ways = 0
     floor = 0.0
     for place in range(listed.num_listed):
-        prob = curve[bucket_of(listed.probs[place])]
+        prob = curve[bucket_of(curve, listed.probs[place])]
         if place == 0:
             floor = prob * _RIVAL_SHARE
         elif prob < floor:
@@ -268,9 +268,7 @@ def _sort_ways(ways: Any, num_ways: int) -> float:
     for end in range(1, num_ways):
         token, source, prob = ways[end].token, ways[end].source, ways[end].prob
         place = end
-        while place > 0 and (
-            ways[place - 1].prob < prob or (ways[place - 1].prob == prob and ways[place - 1].token < token)
-        ):
+        while place > 0 and (ways[place - 1].prob < prob or (ways[place - 1].prob == prob and ways[place - 1].token < token)):
             before = ways[place - 1]
             ways[place].token, ways[place].source, ways[place].prob = before.token, before.source, before.prob
             place -= 1

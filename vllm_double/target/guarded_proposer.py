@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.operations.circuit_breaker import CircuitBreaker
-from vllm_double.target.calibration import Calibration
 from vllm_double.target.batch import Batch, Row
+from vllm_double.target.calibration import Calibration
+from vllm_double.target.indexer import Turnstile
 from vllm_double.target.proposer import Proposer
 from vllm_double.target.request_table import RequestParams
 from vllm_double.target.stats import Counters
@@ -28,6 +29,7 @@ __all__ = ["GuardedProposer"]
 _logger = logging.getLogger(__name__)
 
 _WAKE_TOKENS_PER_ROUND = 65536
+_INDEX_TOKENS = 64  # for each source, in a slice
 _JUDGED_ROUNDS = 256  # what they gave and cost decides whether drafting goes on
 _LEAST_SPEED_UP = 0.99
 
@@ -76,10 +78,21 @@ class GuardedProposer:
             try:
                 yield
             except Exception:
-                self.counters.failures += 1
-                pause_s = self.breaker.failed("after an exception")
-                _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
-                self._stop()
+                self._fail()
+
+    def _fail(self) -> None:
+        self.counters.failures += 1
+        pause_s = self.breaker.failed("after an exception")
+        _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
+        self._stop()
+
+    def index(self) -> bool:
+        """Index a slice of what waits; whether more may wait. For an `Indexer`, which has the turnstile's lock."""
+        try:
+            return self._is_drafting and self._proposer.index(_INDEX_TOKENS)
+        except Exception:
+            self._fail()
+            return False
 
     # ---- the proposer's methods -------------------------------------------------------------------------------
 

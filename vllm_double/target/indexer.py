@@ -1,4 +1,4 @@
-"""Indexing of prompts and finished answers beside the target's steps."""
+"""Indexing of prompts and finished answers beside the target's forwards."""
 
 from __future__ import annotations
 
@@ -7,63 +7,54 @@ from collections.abc import Callable
 
 __all__ = ["Indexer", "Turnstile"]
 
-_IDLE_S = 0.02  # between two looks if nobody calls
-
 
 class Turnstile:
-    """A lock for two threads, the first of which is waited for by a GPU: the second gets it only while the first stays away."""
+    """A lock of the thread for whose steps a device waits, and of an `Indexer`, which gets it while that thread is away."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._is_clear = threading.Event()
-        self._is_clear.set()
+        self.lock = threading.RLock()
+        self.was_left = threading.Event()
+        self.is_wanted = False
         self._depth = 0
 
     def __enter__(self) -> None:
-        self._is_clear.clear()
-        self._lock.acquire()
+        self.is_wanted = True
+        self.lock.acquire()
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._is_clear.set()
-        self._lock.release()
-
-    def run_behind(self, work: Callable[[], bool]) -> bool:
-        """Run ``work``, which is short, for the second thread; returns what it returns."""
-        self._is_clear.wait()
-        with self._lock:
-            return work()
+            self.is_wanted = False
+            self.was_left.set()
+        self.lock.release()
 
 
 class Indexer:
-    """A thread that indexes in short slices as long as something waits to be indexed.
+    """A thread that indexes slice by slice whenever the other thread has left the turnstile, until nothing is left.
 
-    ``work`` indexes a slice and returns whether there may be more; it never raises. ``turnstile`` keeps it out of the round.
+    ``index``: indexes a slice, in some 50 us, and returns whether more may wait. It must not raise.
     """
 
-    def __init__(self, work: Callable[[], bool], turnstile: Turnstile) -> None:
-        self._work = work
+    def __init__(self, index: Callable[[], bool], turnstile: Turnstile) -> None:
+        self._index = index
         self._turnstile = turnstile
-        self._has_ended = threading.Event()
-        self._news = threading.Event()
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="vllm-double-indexer", daemon=True)
         self._thread.start()
 
-    def wake(self) -> None:
-        """There is something to index."""
-        self._news.set()
-
     def stop(self) -> None:
         """End the thread."""
-        self._has_ended.set()
-        self._news.set()
+        self._has_ended = True
+        self._turnstile.was_left.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._has_ended.is_set():
-            self._news.wait()
-            self._news.clear()
-            while not self._has_ended.is_set() and self._turnstile.run_behind(self._work):
-                pass
+        turnstile = self._turnstile
+        while not self._has_ended:
+            turnstile.was_left.wait()
+            turnstile.was_left.clear()
+            goes_on = True
+            while goes_on and not turnstile.is_wanted and not self._has_ended:
+                with turnstile.lock:
+                    goes_on = self._index()

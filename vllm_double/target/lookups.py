@@ -2,53 +2,27 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval.base import Retriever, Tokens
+from vllm_double.retrieval.base import Found, Queries, Source, Tokens
 
-__all__ = ["Found", "Lookups", "Queries"]
+__all__ = ["Lookups"]
 
+_HOUSEKEEPING_TOKENS = 1024  # behind each round, for what sources put off until they are called
 Ints = npt.NDArray[np.int32]
-
-
-class Queries(NamedTuple):
-    """A row for each query: the text of ``keys[i]`` + ``tails[i, :tail_lengths[i]]`` is to be continued."""
-
-    keys: Ints
-    """[n]"""
-    tails: Ints
-    """[n, any width]"""
-    tail_lengths: Ints
-    """[n]"""
-    max_tokens: Ints
-    """[n]; 0: nothing is wanted."""
-
-
-class Found(NamedTuple):
-    """Row i continues the text of query i with ``tokens[i, :lengths[i]]``; length 0: nothing was found.
-
-    Those of all sources together have another dimension in front.
-    """
-
-    lengths: Ints
-    """[n]"""
-    tokens: Ints
-    """[n, width]"""
-    beliefs: npt.NDArray[np.float32]
-    """[n, width]: see `retrieval.base.beliefs`."""
 
 
 class Lookups:
     """The sources. Keys are the requests' slots."""
 
-    def __init__(self, sources: Sequence[Retriever], indices: Sequence[int], max_tokens: int) -> None:
+    def __init__(self, sources: Sequence[Source], indices: Sequence[int], max_tokens: int) -> None:
         """indices: of the sources' names, see `Calibration`. max_tokens: of an answer."""
         self.sources = list(sources)
         self.indices = np.array(indices, np.int32)
         self._max_tokens = max_tokens
+        self._num_waiting = 0  # tokens that may not be indexed yet, at most
         self.found = self._room(1)
         self._no_tails = np.zeros((1, 0), np.int32), np.zeros(1, np.int32)
 
@@ -58,11 +32,13 @@ class Lookups:
 
     def start(self, slot: int, tokens: Tokens, tenant: str | None) -> None:
         """A request begins; its prompt is indexed by `index`."""
+        self._num_waiting += len(tokens)
         for source in self.sources:
             source.start(slot, tokens, tenant)
 
-    def stop(self, slot: int, keep: bool) -> None:
-        """A request ends. keep: later requests of its tenant may be offered its output."""
+    def stop(self, slot: int, length: int, keep: bool) -> None:
+        """A request ends with a text of so many tokens. keep: later requests of its tenant may be offered its output."""
+        self._num_waiting += length
         for source in self.sources:
             source.stop(slot, keep)
 
@@ -77,15 +53,18 @@ class Lookups:
         for source in self.sources:
             source.forget()
 
-    def index(self, budget_tokens: int) -> None:
-        """Index at most so many tokens for each source."""
+    def index(self, budget_tokens: int) -> bool:
+        """Index at most so many tokens for each source; whether more may wait."""
         for source in self.sources:
             source.work(budget_tokens)
+        self._num_waiting = max(0, self._num_waiting - budget_tokens)
+        return self._num_waiting > 0
 
     def extend(self, slots: Ints, tokens: Ints, starts: Ints) -> None:
         """Texts go on with ``tokens[starts[i] : starts[i + 1]]``."""
+        self._num_waiting = max(self._num_waiting, _HOUSEKEEPING_TOKENS)
         for source in self.sources:
-            _extend_many(source, slots, tokens, starts)
+            source.extend_many(slots, tokens, starts)
 
     def ask(self, slots: Ints, max_tokens: Ints) -> Found:
         """What follows these texts, by each source."""
@@ -100,20 +79,5 @@ class Lookups:
         if num_queries > self.found.lengths.shape[1]:
             self.found = self._room(2 * num_queries)
         for source, lengths, tokens, beliefs in zip(self.sources, *self.found, strict=True):
-            _lookup_many(source, queries, Found(lengths[:num_queries], tokens[:num_queries], beliefs[:num_queries]))
+            source.lookup_many(queries, Found(lengths, tokens, beliefs))
         return self.found
-
-
-def _lookup_many(source: Retriever, queries: Queries, found: Found) -> None:
-    for index, (key, max_tokens) in enumerate(zip(queries.keys.tolist(), queries.max_tokens.tolist(), strict=True)):
-        tail = queries.tails[index, : queries.tail_lengths[index]].tolist()
-        one = source.lookup(key, tail, max_tokens) if max_tokens > 0 else None
-        found.lengths[index] = length = 0 if one is None else len(one.tokens)
-        if one is not None:
-            found.tokens[index, :length], found.beliefs[index, :length] = one.tokens, one.beliefs
-
-
-def _extend_many(source: Retriever, slots: Ints, tokens: Ints, starts: Ints) -> None:
-    flat, bounds = tokens.tolist(), starts.tolist()
-    for index, slot in enumerate(slots.tolist()):
-        source.extend(slot, flat[bounds[index] : bounds[index + 1]])

@@ -13,12 +13,12 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval.base import Source
+from vllm_double.retrieval.base import Queries, Source
 from vllm_double.target._trie_steps import NONE
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Calibration
 from vllm_double.target.draft_link import DraftLink
-from vllm_double.target.lookups import Lookups, Queries
+from vllm_double.target.lookups import Lookups
 from vllm_double.target.request_table import RequestParams, RequestTable
 from vllm_double.target.round_calls import calls
 from vllm_double.target.speculation_trie import Search
@@ -84,14 +84,17 @@ class Proposer:
         if slot is None:
             return
         if self.table.params[slot].use_drafts:
-            self.lookups.stop(slot, keep=True)
+            self.lookups.stop(slot, self._length(slot), keep=True)
             self.link.release(slot, keep=True)
         del self._slots[request_id]
         self.table.remove(slot)
 
-    def index(self, budget_tokens: int) -> None:
-        """Index at most so many tokens of prompts and finished answers, for each source."""
-        self.lookups.index(budget_tokens)
+    def index(self, budget_tokens: int) -> bool:
+        """Index at most so many tokens of prompts and finished answers, for each source; whether more may wait."""
+        return self.lookups.index(budget_tokens)
+
+    def _length(self, slot: int) -> int:
+        return int(self.table.tries.requests["length"][slot])
 
     def forget_history(self) -> None:
         """The target's weights changed: nothing that it said before is offered again, by either side."""
@@ -212,7 +215,7 @@ class Proposer:
         request, params = self.table.tries.requests[slot], self.table.params[slot]
         request["finished"], request["chain_length"] = False, 0
         if params.use_drafts:
-            self.lookups.stop(slot, keep=False)
+            self.lookups.stop(slot, 0, keep=False)
             self.lookups.start(slot, tokens, params.tenant)
             self.link.release(slot)
         self.table.restart(slot, int(request["key"]), len(tokens))
@@ -223,7 +226,7 @@ class Proposer:
         return self.waiting.rule.rates(*self.step_cost.estimate(), len(live.slots))
 
     def _awaited(self, live: Live, everyone: Ints) -> Ints:
-        """The live rows with nothing to verify for whose first draft tokens the target waits: all that may get some, or none."""
+        """The live rows with nothing to verify for whose draft tokens the target waits: all that may get some, or none."""
         missed = everyone[live.path_lengths[: len(everyone)] == 0]
         nobody = missed[:0]
         if not len(missed):

@@ -55,7 +55,9 @@ class RequestTable:
 
     def clear(self) -> None:
         """Forget everything, sound or not."""
-        self.tries = Tries.empty(_NUM_SLOTS, self.max_chain, _NUM_NODES, _NUM_EDGES, self._vocab_size)
+        least = 1 << (4 * self.max_chain).bit_length()  # a path must find room
+        num_nodes, num_edges = max(_NUM_NODES, least), max(_NUM_EDGES, least)
+        self.tries = Tries.empty(_NUM_SLOTS, self.max_chain, num_nodes, num_edges, self._vocab_size)
         self.params: dict[int, RequestParams] = {}
         self._free = list(range(_NUM_SLOTS - 1, -1, -1))
         self._stops: dict[frozenset[int], tuple[int, int]] = {}  # sets that stand in ``tries.stops``, and where

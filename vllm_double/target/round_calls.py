@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_double.jit import machine_code
+from vllm_double.retrieval.base import Found
 from vllm_double.target import _round_steps as steps
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Tables
-from vllm_double.target.lookups import Found
 from vllm_double.target.means import Means
 from vllm_double.target.speculation_trie import Search, Tries
 from vllm_double.target.stats import Counters

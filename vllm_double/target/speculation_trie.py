@@ -114,9 +114,7 @@ class Tries(NamedTuple):
     """LIMITS [1]"""
 
     @classmethod
-    def empty(
-        cls, num_slots: int, max_chain: int, num_nodes: int, num_edges: int, vocab_size: int = sys.maxsize
-    ) -> "Tries":
+    def empty(cls, num_slots: int, max_chain: int, num_nodes: int, num_edges: int, vocab_size: int = sys.maxsize) -> "Tries":
         """num_nodes: a power of two. vocab_size: tokens beyond it are not offered."""
         pool = np.zeros(1, POOL)
         limits = (_TRIAL_TOKENS, _LEAST_SHARE, _FIRST_PAUSE, _LONGEST_PAUSE, _PLACE_TOKENS, vocab_size)
@@ -171,7 +169,7 @@ def num_depths(max_chain: int) -> int:
 
 
 def check_integrity(tries: Tries) -> None:
-    """Assert that each node is filed once, at a position that is not committed yet, and that nothing was lost. Slow: for tests."""
+    """Assert that each node is filed once, at a position that is not committed yet, and that none was lost. Slow: for tests."""
     nodes, num_depth = tries.nodes, tries.at_position.shape[1]
     seen: set[int] = set()
     num_edges = 0

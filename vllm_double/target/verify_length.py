@@ -13,8 +13,8 @@ def speed_up(
     """Tokens per second of some rounds over those of plain decoding, as far as the target's process can tell.
 
     rounds: target forwards, over ``rows`` > 0 rows in all, which gave ``committed`` tokens. proposed: tokens to verify.
-    propose_seconds: time that proposing took. fixed, per_token: the target's step time in seconds without and per query token. What the draft takes from a target
-    that shares its machine is in ``fixed`` either way, and not seen.
+    propose_seconds: time that proposing took. fixed, per_token: the target's step time in seconds without and per query token.
+    What the draft takes from a target that shares its machine is in ``fixed`` either way, and not seen.
     """
     plain = fixed * rounds + per_token * rows
     return committed / rows * plain / (plain + per_token * proposed + propose_seconds)

@@ -170,7 +170,9 @@ class Waiting:
         self.rule.step_s = self._counters.worker.get("step_seconds", 0.0)
         return self._link.all_have_drafted()
 
-    def wait(self, look: Callable[[], tuple[int, list[float]]], temperatures: Sequence[int], rates: Rates) -> Generator[None, None, float]:
+    def wait(
+        self, look: Callable[[], tuple[int, list[float]]], temperatures: Sequence[int], rates: Rates
+    ) -> Generator[None, None, float]:
         """Wait for the first draft tokens of some rows, while that pays; returns the seconds.
 
         look: takes in what has come; returns how many tokens are known, and for each row the probability that all of its tokens

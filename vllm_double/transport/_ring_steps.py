@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from vllm_double.jit import part
-from vllm_double.transport.messages import MAX_CHILDREN
 
 _HEADER_BYTES, _CRC_BYTES = 24, 4  # see ring._HEADER
 
@@ -121,8 +120,8 @@ def keep_sound(nodes: Any) -> int:
     num_kept = 0
     for index in range(len(nodes)):
         node = nodes[index]
-        is_sound = node.count <= MAX_CHILDREN
-        for place in range(min(np.int64(node.count), MAX_CHILDREN)):
+        is_sound = node.count <= len(node.probs)
+        for place in range(min(np.int64(node.count), len(node.probs))):
             is_sound = is_sound and 0.0 <= node.probs[place] < np.inf
         if is_sound:
             if num_kept != index:
