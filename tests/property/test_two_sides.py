@@ -28,7 +28,7 @@ from vllm_double.target import draft_link, request_table, speculation_trie
 from vllm_double.target.calibration import DRAFT_NAME
 from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.transport import messages
-from vllm_double.transport.ends import stamp
+from vllm_double.transport.base import stamp
 from vllm_double.transport.messages import Forget, Release
 
 K = 5

@@ -286,7 +286,7 @@ def test_a_full_log_means_no_drafts_and_a_later_admission() -> None:
         assert text == world.greedy([index + 1] * 60, len(text))
 
 
-def test_seeded_requests_get_no_drafts_and_reach_no_worker() -> None:
+def test_requests_that_declined_drafts_get_none_and_reach_no_worker() -> None:
     world = World(retrieval=True)
     world.admit("r", [1, 5] * 6, RequestParams(0.8, 200, frozenset(), use_drafts=False))
     for _ in range(5):
@@ -296,7 +296,7 @@ def test_seeded_requests_get_no_drafts_and_reach_no_worker() -> None:
     world.proposer.finish("r")
 
 
-def test_drafts_that_do_not_pay_are_verified_for_ever_or_never_again() -> None:
+def test_chains_fade_while_drafts_do_not_pay_and_come_back_when_they_do() -> None:
     """By what is learnt of the draft and of the step's cost, chains fade to nothing, and come back."""
     world = World(turns=10)
     is_right = False
@@ -325,7 +325,7 @@ def test_drafts_that_do_not_pay_are_verified_for_ever_or_never_again() -> None:
     assert min(proposed[-10:]) > 0
 
 
-def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again() -> None:
+def test_a_draft_that_brings_nothing_beside_retrieval_pauses_and_is_tried_again() -> None:
     world = World(retrieval=True)
     period = [3, 4, 5, 6, 7]
     is_periodic = True
@@ -360,7 +360,7 @@ def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again()
     assert counters.draft_pauses == 1
 
 
-def test_a_draft_that_is_of_use_rests() -> None:
+def test_a_draft_that_is_of_use_does_not_pause() -> None:
     world = World(retrieval=True)
     world.admit("r", [1, 5], RequestParams(0.0, 400, frozenset()))
     while len(world.texts["r"]) < 390:
@@ -369,7 +369,7 @@ def test_a_draft_that_is_of_use_rests() -> None:
 
 
 @pytest.mark.parametrize("was_there", [False, True])
-def test_a_draft_that_is_not_there_is_judged_all_the_same(was_there: bool) -> None:
+def test_a_draft_that_is_not_there_is_not_judged(was_there: bool) -> None:
     world = World(retrieval=True, turns=12 * was_there)
     period = [3, 4, 5, 6, 7]
     world.target = lambda context: np.eye(VOCAB)[period[len(context) % 5]]
@@ -488,7 +488,7 @@ def test_new_weights_clear_the_workers_history_too() -> None:
 
 
 @pytest.mark.parametrize(("call", "num_hits"), [(None, 20), ("reset_prefix_cache", 0), ("forget_history", 0)])
-def test_a_reset_or_new_weights_leave_the_draft_what_it_read_before(call: str | None, num_hits: int) -> None:
+def test_a_reset_and_new_weights_take_what_the_draft_read_before(call: str | None, num_hits: int) -> None:
     world = World()
     world.admit("r", [index % 7 for index in range(21)])
     world.step()
@@ -504,7 +504,7 @@ def test_a_reset_or_new_weights_leave_the_draft_what_it_read_before(call: str | 
     assert world.worker.frontier.num_prefix_hits == num_hits + 20, "and finds what it has read since"
 
 
-def test_history_is_kept_when_the_weights_change() -> None:
+def test_every_source_forgets_history_when_the_weights_change() -> None:
     class Remembering(ContextRetriever):
         forgot = 0
 
@@ -521,7 +521,7 @@ def test_history_is_kept_when_the_weights_change() -> None:
 
 
 @pytest.mark.parametrize("tenant", [None, "a"])
-def test_a_request_with_or_without_a_tenant_reaches_no_worker(tenant: str | None) -> None:
+def test_requests_with_and_without_a_tenant_reach_the_worker(tenant: str | None) -> None:
     world = World()
     world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(), tenant=tenant))
     world.step()
@@ -583,7 +583,7 @@ def offered(world: World, reader: str | None) -> tuple[bool, bool]:
         (True, "a", "b", False),
     ],
 )
-def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
+def test_a_secret_is_offered_to_its_own_tenant_alone(
     share: bool, owner: str | None, reader: str | None, is_offered: bool, side: str
 ) -> None:
     world = secretive(side, Sources(history_tokens=1000, share_history=share).open)
@@ -597,7 +597,7 @@ def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])
-def test_a_datastore_is_read_by_no_side(side: str, tmp_path: Path) -> None:
+def test_a_datastore_is_read_by_both_sides(side: str, tmp_path: Path) -> None:
     build(tmp_path / "store", [np.array([5, 6, 7], np.int32), np.array(SECRET, np.int32)], VOCAB, bytes(32))
     store = (str(tmp_path / "store"), bytes(32).hex())
     world = secretive(side, Sources(context=False, datastores=(store,)).open)
@@ -614,7 +614,7 @@ class Faint(ContextRetriever):
         found.beliefs[...] *= 0.02
 
 
-def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:
+def test_a_faint_source_that_agrees_does_not_spoil_a_sure_one() -> None:
     text, chains = np.array([3, 4, 5, 6, 7] * 4, np.int32), []
     for sources in ([ContextRetriever()], [ContextRetriever(), Faint()]):
         proposer = Proposer(8, None, sources, Ticks())
@@ -624,7 +624,7 @@ def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:
     assert chains[0] and chains[0] == chains[1]
 
 
-def test_history_goes_on_behind_a_stop_token() -> None:
+def test_history_ends_with_a_stop_token() -> None:
     past = HistoryRetriever(1000)
     proposer = Proposer(8, None, [past], Ticks())
     params = RequestParams(0.0, 200, frozenset({0}), tenant="a")
@@ -638,7 +638,7 @@ def test_history_goes_on_behind_a_stop_token() -> None:
 
 @pytest.mark.parametrize("stops", [False, True], ids=["by length", "by a stop token"])
 @pytest.mark.parametrize("is_full", [False, True], ids=["", "without room to say how"])
-def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drafts_history_has_the_end_of_an_answer_if_there_was_room_to_send_it(stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     world, past = World(), HistoryRetriever(1000, share_unnamed=True)
     engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
     world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [past])
@@ -667,7 +667,7 @@ def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: boo
     assert past.num_tokens == (before if is_full else len(text)) - 2 + 1, "the answer and a separator"
 
 
-def test_a_long_prompt_is_indexed_at_once() -> None:
+def test_a_long_prompt_is_indexed_in_slices_and_not_in_the_round() -> None:
     context = ContextRetriever()
     proposer = Proposer(8, None, [context], Ticks())
     proposer.admit("r", np.arange(10_000, dtype=np.int32), RequestParams(0.0, 20_000, frozenset()))
@@ -677,7 +677,7 @@ def test_a_long_prompt_is_indexed_at_once() -> None:
     assert context.num_waiting == 10_000 - 64
 
 
-def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:
+def test_a_request_with_very_many_stop_tokens_has_drafts() -> None:
     world = World()
     world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(range(VOCAB, 100_000))))
     world.step()
@@ -685,7 +685,7 @@ def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:
     assert len(world.worker.frontier) == 1 and world.chains["r"]
 
 
-def test_ids_beyond_the_vocabulary_are_offered() -> None:
+def test_ids_beyond_the_vocabulary_are_not_offered() -> None:
     proposer = Proposer(8, None, [ContextRetriever()], Ticks(), vocab_size=20)
     text = np.array([1, 2, 3, 4, 900, 901, 1, 2, 3], np.int32)
     proposer.admit("r", text[:-1], PARAMS)
@@ -693,7 +693,7 @@ def test_ids_beyond_the_vocabulary_are_offered() -> None:
     assert proposer.propose([Row("r", text, 1, ())]) == [[4]]
 
 
-def test_a_worker_that_comes_in_the_middle_of_an_admission_leaves_a_request_without_drafts() -> None:
+def test_a_worker_that_comes_in_the_middle_of_an_admission_gets_the_request() -> None:
     world = World()
     send = world.target_end.send
     world.admit("r", [1, 5])
@@ -723,7 +723,7 @@ class Heard:
         return [command for command in self._worker.receive() if isinstance(command, Admit)]
 
 
-def test_the_worker_is_told_what_the_target_draws_from() -> None:
+def test_the_worker_is_sent_what_the_target_draws_from() -> None:
     heard = Heard()
     proposer = Proposer(4, heard.target, [], Ticks())
     params = replace(PARAMS, temperature=0.7, seed=-(1 << 63), top_k=40, top_p=0.95, min_p=0.05)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_double.target import _choose_steps as choosing
 from vllm_double.target import _round_steps as steps
 from vllm_double.target._trie_steps import learn
 from vllm_double.target.calibration import NUM_BUCKETS, Calibration
@@ -18,7 +19,7 @@ from vllm_double.target.verify_length import speed_up
 def chain_lengths(accept_probs: list[list[float]], fixed: float, per_token: float) -> list[int]:
     """As the compiled choice does it."""
     flat = np.array([prob for row in accept_probs for prob in row])
-    threshold = steps.pay_threshold(flat, len(accept_probs), fixed, per_token)
+    threshold = choosing.pay_threshold(flat, len(accept_probs), fixed, per_token)
     return [sum(prob > threshold for prob in row) for row in accept_probs]
 
 
@@ -97,7 +98,7 @@ def test_calibration_takes_certainty_without_falling_off_the_table() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_speed_up_is_not_that_of_the_two_clocks(seed: int) -> None:
+def test_the_speed_up_is_that_of_the_two_clocks(seed: int) -> None:
     """Steps are added up one by one, with drafts and then without for the same tokens."""
     rng = random.Random(seed)
     fixed, per_token, batch, steps = 0.03, rng.uniform(0.0001, 0.01), rng.randint(1, 8), 50
@@ -121,7 +122,7 @@ def observe_use(requests, limits, num_committed, num_accepted):  # type: ignore[
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=400))
-def test_the_draft_rests_twice_as_long_each_time_until_it_is_of_use(rounds: list[tuple[int, int]]) -> None:
+def test_the_draft_pauses_twice_as_long_each_time_until_it_is_of_use(rounds: list[tuple[int, int]]) -> None:
     """Against a slow twin that looks at all rounds since the last judgement."""
     tries = Tries.empty(1, 1, 1, 1)
     request, limits = tries.requests, tries.limits

@@ -63,7 +63,7 @@ def test_one_path_with_retrieval_stays_below_pearls_cap() -> None:
     assert found.speedup > 1.5 * 3.0
 
 
-def test_a_gap_between_steps_costs_nothing() -> None:
+def test_a_gap_between_steps_costs_its_time() -> None:
     def seconds_of_a_step(gap: float) -> float:
         found = simulate(Script(0.5), Times(8e-3, 1e-3, gap=gap), num_tokens=300, may_wait=False)
         return 8e-3 * 299 / found.speedup / found.rounds
@@ -72,7 +72,7 @@ def test_a_gap_between_steps_costs_nothing() -> None:
     assert seconds_of_a_step(2e-3) == pytest.approx(10e-3, rel=0.01)
 
 
-def test_a_verified_token_costs_nothing() -> None:
+def test_chains_are_shorter_if_verified_tokens_cost() -> None:
     free = simulate(Script(0.65), Times(8e-3, 1e-3), num_tokens=400)
     dear = simulate(Script(0.65), Times(8e-3, 1e-3, token=1.6e-3), num_tokens=400)
     assert dear.chain_length < 0.8 * free.chain_length
@@ -103,7 +103,7 @@ def test_the_draft_is_as_right_as_it_says(acceptance: float, tail: float) -> Non
     assert listed / 4000 == pytest.approx(1 - (1 - acceptance) * 32**-tail, abs=0.04)
 
 
-def test_one_token_is_drafted_otherwise_than_many() -> None:
+def test_one_token_is_drafted_as_many_are() -> None:
     """Scalars go through the same hash as arrays, and siblings are distinct."""
     tables = Tables(Script(0.6, seed=3))
     tokens = np.arange(50, dtype=np.uint64) * np.uint64(99991)
@@ -115,12 +115,12 @@ def test_one_token_is_drafted_otherwise_than_many() -> None:
 
 
 @pytest.mark.parametrize(("copied", "copy_length"), [(0.3, 12.0), (0.8, 5.0), (0.4, 1.0)])
-def test_the_copied_share_is_not_the_scripts(copied: float, copy_length: float) -> None:
+def test_the_copied_share_is_the_scripts(copied: float, copy_length: float) -> None:
     [text] = texts(Tables(Script(0.5, copied=copied, copy_length=copy_length)), 1, 20_000)
     assert np.mean(np.array(text.copied) > 0) == pytest.approx(copied, abs=0.02)
 
 
-def test_texts_say_something_else_than_the_tables() -> None:
+def test_texts_say_what_the_tables_say() -> None:
     tables = Tables(Script(0.6, copied=0.3))
     first, second = texts(tables, 2, 300)
     assert first.tokens[0] != second.tokens[0]
@@ -135,7 +135,7 @@ def test_texts_say_something_else_than_the_tables() -> None:
             assert text.agreed[place] == agreed
 
 
-def test_retrieval_knows_more_or_less_than_the_copied_run() -> None:
+def test_retrieval_knows_exactly_the_copied_run() -> None:
     tables = Tables(Script(0.5, copied=0.5, copy_length=6.0))
     [text] = texts(tables, 1, 400)
     retriever = ScriptedRetriever(tables)

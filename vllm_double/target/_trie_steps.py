@@ -50,6 +50,22 @@ def learn(calibration: Any, source: int, temperature: int, belief: float, is_rig
         curve[source, temperature, last + 1] = curve[source, temperature, bucket]
 
 
+# ---- stop tokens ----------------------------------------------------------------------------------------------------
+
+
+@part
+def is_stop(tries: Any, request: Any, token: int) -> bool:
+    """Whether a token ends the request's text."""
+    first, last = request.stops_start, request.stops_end
+    while first < last:
+        middle = (first + last) // 2
+        if tries.stops[middle] < token:
+            first = middle + 1
+        else:
+            last = middle
+    return first < request.stops_end and tries.stops[first] == token  # type: ignore[no-any-return]
+
+
 # ---- nodes ----------------------------------------------------------------------------------------------------------
 
 

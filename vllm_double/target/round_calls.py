@@ -8,6 +8,7 @@ import numpy as np
 
 from vllm_double.jit import machine_code
 from vllm_double.retrieval.base import Found
+from vllm_double.target import _choose_steps as choosing
 from vllm_double.target import _round_steps as steps
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Tables
@@ -20,7 +21,7 @@ __all__ = ["RoundCalls", "calls"]
 
 
 class RoundCalls(NamedTuple):
-    """See `_round_steps`."""
+    """See `_round_steps` and `_choose_steps`."""
 
     file_nodes: Callable[..., None]
     first_rewound: Callable[..., int]
@@ -48,9 +49,9 @@ def calls() -> RoundCalls:
         file_nodes=machine_code(steps.file_nodes, tries, tally, np.zeros(1, NODE_DTYPE)),
         first_rewound=machine_code(steps.first_rewound, tries, rows, 0),
         commit=machine_code(steps.commit, tries, tables, tally, means, rows, live, session),
-        find_paths=machine_code(steps.find_paths, *paths),
-        extend_paths=machine_code(steps.extend_paths, *paths),
-        cut_chains=machine_code(steps.cut_chains, tries, live, ints, floats, 0.5, 0.5),
+        find_paths=machine_code(choosing.find_paths, *paths),
+        extend_paths=machine_code(choosing.extend_paths, *paths),
+        cut_chains=machine_code(choosing.cut_chains, tries, live, ints, floats, 0.5, 0.5),
         count_proposed=machine_code(steps.count_proposed, tries, tally, live),
         pack_commits=machine_code(
             steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, words, words.view(np.float32), ints

@@ -1,7 +1,7 @@
 """What verifying draft tokens costs and gives.
 
 A token is verified while it pays for what it costs the target: tokens are taken in falling order of their probability to be
-accepted, as long as each raises the batch's expected tokens per second. `_round_steps.pay_threshold` finds where that ends.
+accepted, as long as each raises the batch's expected tokens per second. `_choose_steps.pay_threshold` finds where that ends.
 """
 
 __all__ = ["speed_up"]

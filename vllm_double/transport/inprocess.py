@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from vllm_double.transport.ends import RecordTargetEnd, RecordWorkerEnd, new_session
+from vllm_double.transport.base import TargetEnd, WorkerEnd, new_session
 from vllm_double.transport.ring import HEADER_BYTES, MergedRecord, Record, open_frame, seal_frame
 
 __all__ = ["Channel", "Faults", "InProcessTargetEnd", "InProcessWorkerEnd", "in_process_pair"]
@@ -136,7 +136,7 @@ class _Link:
     open: bool = True
 
 
-class InProcessTargetEnd(RecordTargetEnd):
+class InProcessTargetEnd(TargetEnd):
     """TargetEnd without a process boundary. ``commands`` and ``reports`` are its channels, to inject faults
     into."""
 
@@ -166,7 +166,7 @@ class InProcessTargetEnd(RecordTargetEnd):
         self._link.session = 0
 
 
-class InProcessWorkerEnd(RecordWorkerEnd):
+class InProcessWorkerEnd(WorkerEnd):
     """WorkerEnd without a process boundary."""
 
     def __init__(self, link: _Link) -> None:
