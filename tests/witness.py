@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vllm_double.draft.engine.base import Row
 from vllm_double.draft.engine.fake import FakeEngine
 from vllm_double.retrieval.base import Continuation, Source, Tokens
-from vllm_double.transport.inprocess import Channel, Faults, InProcessTargetEnd, _Link
+from vllm_double.transport.inprocess import Channel, InProcessTargetEnd, Link
 from vllm_double.transport.messages import (
     NODE_DTYPE,
     NODES,
@@ -146,7 +146,7 @@ class Wire(Channel):
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(capacity, Faults(), 0)
+        super().__init__(capacity)
         self.late: list[bytes] = []
         self.on_push: Callable[[npt.NDArray[np.void]], None] = lambda nodes: None
         self.on_drain: Callable[[int, npt.NDArray[np.void]], None] = lambda session, nodes: None
@@ -194,7 +194,7 @@ class WitnessEnd(InProcessTargetEnd):
     reports: Wire
 
     def __init__(self, commands: Wire, reports: Wire) -> None:
-        super().__init__(_Link(commands, reports, random.Random(0), lambda seconds: None))
+        super().__init__(Link(commands, reports, random.Random(0), lambda seconds: None))
         self.room: int | None = None
         self.refused = False
         self.admitted: set[int] = set()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.faults import Faults, faulty_pair
 from vllm_double.draft.engine.fake import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
@@ -16,7 +17,7 @@ from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.transport.inprocess import Faults, in_process_pair
+from vllm_double.transport.inprocess import InProcessTargetEnd, InProcessWorkerEnd, in_process_pair
 from vllm_double.transport.messages import Admit
 
 VOCAB = 24
@@ -37,9 +38,10 @@ class World:
     """A greedy target over hashed logits; the draft sees the same logits with noise, so that it is often right."""
 
     def __init__(
-        self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0
-    ) -> None:
-        self.target_end, self.worker_end = in_process_pair(capacity=1 << 20)
+        self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0,
+        pair: tuple[InProcessTargetEnd, InProcessWorkerEnd] | None = None,
+    ) -> None:  # fmt: skip
+        self.target_end, self.worker_end = pair or in_process_pair(capacity=1 << 20)
         target, other = hashed_logits(VOCAB, seed=1, spread=6.0), hashed_logits(VOCAB, seed=2)
         self.target = target
 
@@ -245,9 +247,7 @@ def test_a_new_worker_gets_all_live_requests_and_drafts_come_back() -> None:
 
 @pytest.mark.parametrize("fault", ["drop", "duplicate", "delay", "corrupt"])
 def test_lost_late_and_repeated_records_never_change_the_text(fault: str) -> None:
-    world = World()
-    world.target_end.commands.inject(Faults(**{fault: 0.3}))
-    world.target_end.reports.inject(Faults(**{fault: 0.3}))
+    world = World(pair=faulty_pair(capacity=1 << 20, commands=Faults(**{fault: 0.3}), reports=Faults(**{fault: 0.3})))
     for index in range(3):
         world.admit(f"r{index}", [index + 1, 5])
     for _ in range(20):
@@ -638,7 +638,9 @@ def test_history_ends_with_a_stop_token() -> None:
 
 @pytest.mark.parametrize("stops", [False, True], ids=["by length", "by a stop token"])
 @pytest.mark.parametrize("is_full", [False, True], ids=["", "without room to say how"])
-def test_the_drafts_history_has_the_end_of_an_answer_if_there_was_room_to_send_it(stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drafts_history_has_the_end_of_an_answer_if_there_was_room_to_send_it(
+    stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world, past = World(), HistoryRetriever(1000, share_unnamed=True)
     engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
     world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [past])

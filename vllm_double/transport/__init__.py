@@ -1,7 +1,7 @@
 """The data plane between the target and the draft worker: messages, rings, and two transports."""
 
 from vllm_double.transport.base import AttachError, TargetEnd, TransportStats, WorkerEnd
-from vllm_double.transport.inprocess import Faults, in_process_pair
+from vllm_double.transport.inprocess import in_process_pair
 from vllm_double.transport.messages import (
     MAX_CHILDREN,
     MAX_TOKENS,
@@ -29,7 +29,6 @@ __all__ = [
     "Command",
     "Commit",
     "Commits",
-    "Faults",
     "Forget",
     "MessageError",
     "Nodes",
