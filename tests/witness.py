@@ -18,8 +18,18 @@ from tests.references.automaton import check_context, check_history
 from vllm_double.draft.engine.base import Row
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Continuation, Source, Tokens
-from vllm_double.transport.inprocess import Channel, Faults, InProcessTargetEnd, _Link
-from vllm_double.transport.messages import NODE_DTYPE, NODES, Admit, Command, Commit, Release
+from vllm_double.transport.inprocess import Channel, InProcessTargetEnd, Link
+from vllm_double.transport.messages import (
+    NODE_DTYPE,
+    NODES,
+    Admit,
+    Command,
+    Commit,
+    Commits,
+    Release,
+    decode_commands,
+    encode,
+)  # fmt: skip
 from vllm_double.transport.ring import Record
 
 __all__ = ["Kept", "Wire", "WitnessEnd", "WitnessEngine", "WitnessRetriever"]
@@ -141,7 +151,7 @@ class Wire(Channel):
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(capacity, Faults(), 0)
+        super().__init__(capacity)
         self.late: list[bytes] = []
         self.on_push: Callable[[npt.NDArray[np.void]], None] = lambda nodes: None
         self.on_drain: Callable[[int, npt.NDArray[np.void]], None] = lambda session, nodes: None
@@ -189,7 +199,7 @@ class WitnessEnd(InProcessTargetEnd):
     reports: Wire
 
     def __init__(self, commands: Wire, reports: Wire) -> None:
-        super().__init__(_Link(commands, reports, random.Random(0), lambda seconds: None))
+        super().__init__(Link(commands, reports, random.Random(0), lambda seconds: None))
         self.room: int | None = None
         self.refused = False
         self.admitted: set[int] = set()
@@ -224,11 +234,13 @@ class WitnessEnd(InProcessTargetEnd):
             self.admitted.add(command.handle)
             self.epochs[command.handle] = self.num_resets
             self._texts[command.handle], self._chains[command.handle] = bytearray(command.tokens.tolist()), []
-        elif isinstance(command, Commit):
-            text = self._texts[command.handle]
-            assert command.keep == len(text)
-            text.extend(command.tokens.tolist())
-            self._chains[command.handle] = command.chain.tolist()
+        elif isinstance(command, Commit | Commits):
+            for commit in decode_commands(*encode(command)):
+                assert isinstance(commit, Commit)
+                text = self._texts[commit.handle]
+                assert commit.keep == len(text)
+                text.extend(commit.tokens.tolist())
+                self._chains[commit.handle] = commit.chain.tolist()
         elif isinstance(command, Release):
             self._texts.pop(command.handle, None)
             self._chains.pop(command.handle, None)

@@ -1,6 +1,7 @@
 """Method double on vLLM's V2 model runner, whose Triton kernels are interpreted here (`make test` says how)."""
 
 import importlib
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -166,9 +167,12 @@ class FakeProposer:
     def guard(self) -> Any:
         return nullcontext()
 
-    def propose(self, rows: Any) -> list[list[int]]:
-        self.rows = [(row.request_id, row.tokens.tolist(), row.num_sampled, list(row.verified)) for row in rows]
-        return [[int(row.tokens[-1])] * (len(row.tokens) % 2) for row in rows]
+    def propose(self, batch: Any) -> list[list[int]]:
+        rows, texts = batch.rows, [batch.text(row).tolist() for row in range(len(batch.request_ids))]
+        starts = rows.verified_starts.tolist()
+        verified = [rows.verified[start:end].tolist() for start, end in itertools.pairwise(starts)]
+        self.rows = list(zip(batch.request_ids, texts, rows.num_sampled.tolist(), verified, strict=True))
+        return [[text[-1]] * (len(text) % 2) for text in texts]
 
 
 def speculator(module: Any, proposer: Any) -> Any:
@@ -176,7 +180,7 @@ def speculator(module: Any, proposer: Any) -> Any:
 
     made = object.__new__(module.DoubleSpeculator)
     made.__dict__.update(
-        _proposer=proposer, _num_resets=0, _max_model_len=64, _seeds={}, _num_tokens=3, _texts={}, _step=None,
+        _proposer=proposer, _num_resets=0, _max_model_len=64, _seeds={}, _num_tokens=3, _texts=module._Texts(), _step=None,
         _drafts=None, _step_started=0.0, _device=torch.device("cpu"),
     )  # fmt: skip
     assert isinstance(made, TargetRank)
@@ -248,22 +252,33 @@ def test_a_request_that_was_preempted_is_admitted_anew_only_with_another_text(v2
     made.follow_step(runner, scheduled({"a": [1, 2, 8]}, {}))
     assert proposer.admitted == {"a": [1, 2, 8]}
     made.follow_step(runner, scheduled({}, {}, finished=("a",)))
-    assert proposer.finished == ["a"] and made._texts == {}
+    assert proposer.finished == ["a"] and made._texts.rows == {}
 
 
 def test_a_rank_that_does_not_propose_keeps_no_texts_and_verifies_the_same(v2: Any) -> None:
     made, device = speculator(v2, None), states("a")
     made.follow_step(runner_with(device), scheduled({"a": [1, 2]}, {"a": [5]}))
-    assert device.draft_tokens[0].tolist() == [5, 0, 0] and made._texts == {}
+    assert device.draft_tokens[0].tolist() == [5, 0, 0] and made._texts.rows == {}
     assert made.propose_rows(output(a=[7])).draft_token_ids == [[]]
 
 
-def test_long_texts_are_kept_whole(v2: Any) -> None:
-    text, expected = v2._Text([1, 2]), [1, 2]
-    for number in range(400):
-        text.extend([number] * (number % 5))
-        expected += [number] * (number % 5)
-    assert text.tokens.dtype == np.int32 and text.tokens.tolist() == expected
+def test_texts_come_whole_however_many_and_long_they_are(v2: Any) -> None:
+    texts, expected = v2._Texts(), {}
+    for number in range(600):
+        name = str(number % 29)
+        if name not in expected:
+            texts.start(name, [1, 2])
+            expected[name] = [1, 2]
+        elif number % 97 == 5:
+            texts.stop(name)
+            del expected[name]
+            continue
+        new = [number] * (number % 300)
+        texts.extend(name, new)
+        expected[name] += new
+    assert texts.buffer.flags.c_contiguous and texts.lengths.dtype == np.int32
+    assert {name: texts.tokens(name).tolist() for name in expected} == expected
+    texts.stop("never seen")
 
 
 def test_our_own_runner_alone_is_changed(v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:

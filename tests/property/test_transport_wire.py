@@ -13,9 +13,15 @@ from vllm_double.transport.messages import (
     Forget,
     MessageError,
     Release,
-    decode_command,
+    decode_commands,
     decode_reports,
 )
+
+
+def only(kind, payload):
+    [command] = decode_commands(kind, payload)
+    return command
+
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -33,7 +39,7 @@ SAMPLING = st.tuples(I64, U32, FRACTION.filter(lambda top_p: top_p > 0), FRACTIO
 @given(U64, U32, TOKENS, st.floats(0, 1e6), U32, st.lists(I32, max_size=20), TEXT, U32, SAMPLING)
 def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops, tenant, epoch, sampling):
     sent = Admit(handle, base, tokens, temperature, max_length, tuple(stops), tenant, epoch, *sampling)
-    got = decode_command(*messages.encode(sent))
+    got = only(*messages.encode(sent))
     for field in dataclasses.fields(Admit):
         if field.name != "tokens":
             assert getattr(got, field.name) == getattr(sent, field.name)
@@ -44,7 +50,7 @@ def test_any_admit_survives(handle, base, tokens, temperature, max_length, stops
 def test_any_commit_survives(handle, keep, tokens, chain):
     chain_tokens = np.array([token for token, _ in chain], np.int32)
     probs = np.array([prob for _, prob in chain], np.float32)
-    got = decode_command(*messages.encode(Commit(handle, keep, tokens, chain_tokens, probs)))
+    got = only(*messages.encode(Commit(handle, keep, tokens, chain_tokens, probs)))
     assert (got.handle, got.keep) == (handle, keep)
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_array_equal(got.chain, chain_tokens)
@@ -54,7 +60,7 @@ def test_any_commit_survives(handle, keep, tokens, chain):
 @given(st.integers(0, 7), st.binary(max_size=300))
 def test_garbage_is_refused_or_is_a_command(kind, payload):
     try:
-        command = decode_command(kind, payload)
+        command = only(kind, payload)
     except MessageError:
         return
     assert isinstance(command, Admit | Commit | Release | Forget)

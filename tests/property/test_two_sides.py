@@ -24,12 +24,11 @@ from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, context
 from vllm_double.retrieval.sources import warm_up
-from vllm_double.target import control
-from vllm_double.target import proposer as proposer_module
+from vllm_double.target import draft_link, request_table, speculation_trie
+from vllm_double.target.calibration import DRAFT_NAME
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.target.speculation_trie import DRAFT
 from vllm_double.transport import messages
-from vllm_double.transport.ends import stamp
+from vllm_double.transport.base import stamp
 from vllm_double.transport.messages import Forget, Release
 
 K = 5
@@ -40,11 +39,11 @@ PHRASES = {"a": [0, 1, 2, 3, 4, 5], "b": [6, 7, 8, 9, 10, 11], None: [0, 6, 3, 9
 
 # Bounds that no example of a few dozen steps would reach otherwise.
 SMALL = {
-    proposer_module: {
-        "_INDEX_TOKENS_PER_ROUND": 16, "_ADMIT_TOKENS_PER_COMMAND": 8, "_ADMIT_TOKENS_PER_ROUND": 40,
-        "_DRAIN_BYTES_PER_ROUND": 3000, "_PLACE_TOKENS": 3, "_MAX_REFUSED": 4,
+    draft_link: {
+        "_ADMIT_TOKENS_PER_COMMAND": 8, "_ADMIT_TOKENS_PER_ROUND": 40, "_DRAIN_BYTES_PER_ROUND": 1700, "_COMMIT_WORDS": 64,
     },
-    control: {"_TRIAL_TOKENS": 4, "_FIRST_REST": 2, "_LONGEST_REST": 3},
+    request_table: {"_NUM_SLOTS": 1, "_NUM_NODES": 64, "_NUM_EDGES": 32},
+    speculation_trie: {"_TRIAL_TOKENS": 4, "_FIRST_PAUSE": 2, "_LONGEST_PAUSE": 3, "_PLACE_TOKENS": 3},
     messages: {"MAX_TOKENS": 16},  # a command behind a rest is the longest
     frontier_module: {"_INDEX_TOKENS_PER_ITERATION": 16, "_MIN_BELIEF": 0.05},
     context: {"_AT_ONCE": 4, "_SLICE": 4},
@@ -189,6 +188,7 @@ class TwoSides(RuleBasedStateMachine):
         rows = [self.row(name, self.live[name], plan) for name, plan in plans.items() if plan.verified != "absent"]
         rows.append(Row("a stranger", np.array([1, 2], np.int32), 1, [3]))
         self.end.refused = False
+        self.proposer.index(16)
         chains = self.proposer.propose(rows)
         assert chains.pop() == []
         for row, chain in zip(rows, chains, strict=False):
@@ -198,7 +198,7 @@ class TwoSides(RuleBasedStateMachine):
             else:
                 self.follow(live, row)
                 self.check_chain(row.request_id, live, chain)
-                self.check_told(row.request_id, live, chain)
+                self.check_sent(row.request_id, live, chain)
             row.tokens.fill(-1)  # the batch's buffer holds something else by the next step
         assert self.proposer.counters.late_nodes == self.num_late
         self.both_sides_agree_on_who_is_there()
@@ -229,35 +229,43 @@ class TwoSides(RuleBasedStateMachine):
 
     def check_chain(self, name: str, live: Live, chain: list[int]) -> None:
         """Each token was drafted or retrieved for exactly the text before it."""
-        params, request = live.params, self.proposer._requests[name]
+        params, slot, tries = live.params, self.proposer._slots[name], self.proposer.table.tries
         live.chain = chain
-        assert [token.token for token in request.chain] == chain
+        steps = tries.chains[slot, : tries.requests["chain_length"][slot]]
+        assert steps["token"].tolist() == chain
         if not params.use_drafts or live.finished:
             assert chain == []
         assert len(chain) <= K and (not chain or live.length + len(chain) < params.max_length)
         assert params.stop_token_ids.isdisjoint(chain[:-1])
-        reach, path = 1.0, bytes(live.text)
-        for token in request.chain:
-            path += bytes([token.token])
-            said = live.drafted if token.source == DRAFT else self.sources[token.source].found[request.key]
-            assert path in said, f"{token.source} did not say {path[-1]} behind {path[:-1]!r}"
-            assert 0.0 < token.reach <= reach
-            reach = token.reach
+        accept_prob, path = 1.0, bytes(live.text)
+        for token, index, _, next_accept_prob in steps.tolist():
+            path += bytes([token])
+            source = self.proposer.calibration.sources[index]
+            said = live.drafted if source == DRAFT_NAME else self.sources[source].found[slot]
+            assert path in said, f"{source} did not say {path[-1]} behind {path[:-1]!r}"
+            assert 0.0 < next_accept_prob <= accept_prob
+            accept_prob = next_accept_prob
 
-    def check_told(self, name: str, live: Live, chain: list[int]) -> None:
-        """The worker was told what was committed and what is being verified, if there was room for it."""
-        request = self.proposer._requests[name]
+    def request(self, name: str) -> np.void:
+        """Its record."""
+        record: np.void = self.proposer.table.tries.requests[self.proposer._slots[name]]
+        return record
+
+    def check_sent(self, name: str, live: Live, chain: list[int]) -> None:
+        """The worker was sent what was committed and what is being verified, if there was room for it."""
+        request = self.request(name)
         if not live.params.use_drafts or not live.params.use_worker:
-            assert request.session == 0
+            assert request["session"] == 0
         elif not live.finished:
-            if request.use.is_resting:
-                told = self.end.texts.get(request.handle, b"") if request.session == self.end.session else b""
-                assert bytes(live.text).startswith(told), "it was told something else before it rested"
-            elif request.session != 0:
-                assert request.session == self.end.session
-                assert self.end.texts[request.handle] == bytes(live.text) and self.end.chains[request.handle] == chain
+            handle = int(request["handle"])
+            if request["pause"] > 0:
+                sent = self.end.texts.get(handle, b"") if request["session"] == self.end.session else b""
+                assert bytes(live.text).startswith(sent), "it was sent something else before it paused"
+            elif request["session"] != 0:
+                assert request["session"] == self.end.session
+                assert self.end.texts[handle] == bytes(live.text) and self.end.chains[handle] == chain
             else:
-                assert self.end.session == 0 or self.end.refused or self.proposer._admit_budget < 0
+                assert self.end.session == 0 or self.end.refused or self.proposer.link._admit_budget < 0
 
     # ---- the worker -------------------------------------------------------------------------------------------
 
@@ -287,7 +295,7 @@ class TwoSides(RuleBasedStateMachine):
         for handle, text in texts.items():
             # A request is given up where pages ran out, or where the draft does not know a token.
             assert handle in frontier._requests or self.starved or VOCAB in text
-        if Forget() not in self.proposer._to_say and not self.worker_end.superseded:
+        if Forget() not in self.proposer.link._unsent and not self.worker_end.superseded:
             for kept in itertools.chain(*self.worker_sources["history"].kept.values()):
                 assert kept.start >= self.end.outdated.get(kept.key, 0), "said with weights that the target has no more"
 
@@ -391,7 +399,7 @@ class TwoSides(RuleBasedStateMachine):
             self.attach()
         self.proposer.propose([])
         self.turn()
-        assert not self.proposer._to_say and not self.proposer._by_handle and not self.end.texts
+        assert not self.proposer.link._unsent and not self.proposer.link._handles and not self.end.texts
         assert len(self.worker.frontier) == 0
         assert self.worker.frontier._pool.num_free == self.num_pages - 1
         for source in (*self.sources.values(), *self.worker_sources.values()):
@@ -403,21 +411,23 @@ class TwoSides(RuleBasedStateMachine):
     def both_sides_agree_on_who_is_there(self) -> None:
         proposer = self.proposer
         proposer.check_integrity()
-        assert proposer._requests.keys() == self.live.keys()
+        assert proposer._slots.keys() == self.live.keys()
         for name, live in self.live.items():
-            request = proposer._requests[name]
-            handle = request.handle if request.session != 0 else None
+            request = self.request(name)
+            handle = int(request["handle"]) if request["session"] != 0 else None
             if handle is not None and handle != live.handle:
                 live.drafted = set()
             live.handle = handle
             for source in self.sources.values() if live.params.use_drafts else ():
-                assert source.tenants[request.key] == live.params.tenant
-        released = {command.handle for command in proposer._to_say if isinstance(command, Release)}
+                assert source.tenants[proposer._slots[name]] == live.params.tenant
+        released = {command.handle for command in proposer.link._unsent if isinstance(command, Release)}
         assert released <= self.end.admitted, "a request is to be released that never was admitted"
         for handle in self.end.texts:
-            assert handle in proposer._by_handle or handle in released, "the worker keeps a request that is gone"
-        for handle, request in proposer._by_handle.items():
-            assert request.session != self.end.session or handle in self.end.texts
+            assert handle in proposer.link._handles or handle in released, "the worker keeps a request that is gone"
+        for name in self.live:
+            request = self.request(name)
+            is_known = request["session"] != 0 and request["session"] == self.end.session
+            assert not is_known or int(request["handle"]) in self.end.texts
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from tests.fakes.engine import FakeEngine, hashed_logits
+from tests.faults import Faults, faulty_pair
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
-from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
-from vllm_double.retrieval.base import Source
+from vllm_double.retrieval import ContextRetriever, HistoryRetriever
+from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.datastore.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.transport.inprocess import Faults, in_process_pair
+from vllm_double.transport.inprocess import InProcessTargetEnd, InProcessWorkerEnd, in_process_pair
 from vllm_double.transport.messages import Admit
 
 VOCAB = 24
@@ -37,9 +38,10 @@ class World:
     """A greedy target over hashed logits; the draft sees the same logits with noise, so that it is often right."""
 
     def __init__(
-        self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0
-    ) -> None:
-        self.target_end, self.worker_end = in_process_pair(capacity=1 << 20)
+        self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0,
+        pair: tuple[InProcessTargetEnd, InProcessWorkerEnd] | None = None,
+    ) -> None:  # fmt: skip
+        self.target_end, self.worker_end = pair or in_process_pair(capacity=1 << 20)
         target, other = hashed_logits(VOCAB, seed=1, spread=6.0), hashed_logits(VOCAB, seed=2)
         self.target = target
 
@@ -86,10 +88,15 @@ class World:
                     break
             text.extend(sampled)
             rows.append(Row(name, np.array(text, np.int32), len(sampled), chain))
+        self.index()
         for name, chain in zip(names, self.proposer.propose(rows), strict=True):
             self.chains[name] = chain
         self.proposer.check_integrity()
         self.steps += 1
+
+    def index(self) -> None:
+        """What a thread does while the target computes."""
+        self.proposer.index(2048)
 
     def greedy(self, prompt: list[int], length: int) -> list[int]:
         text = list(prompt)
@@ -109,7 +116,7 @@ def test_the_text_is_the_targets_own_and_drafts_make_it_come_sooner() -> None:
         assert text == world.greedy([index + 1, 5], len(text))
     counters = world.proposer.counters
     assert counters.committed_tokens / counters.rows > 1.8
-    assert counters.hits / counters.harvests > 0.5
+    assert counters.hits / counters.lookups > 0.5
 
 
 def test_without_a_worker_nothing_is_proposed_and_nothing_breaks() -> None:
@@ -240,9 +247,7 @@ def test_a_new_worker_gets_all_live_requests_and_drafts_come_back() -> None:
 
 @pytest.mark.parametrize("fault", ["drop", "duplicate", "delay", "corrupt"])
 def test_lost_late_and_repeated_records_never_change_the_text(fault: str) -> None:
-    world = World()
-    world.target_end.commands.inject(Faults(**{fault: 0.3}))
-    world.target_end.reports.inject(Faults(**{fault: 0.3}))
+    world = World(pair=faulty_pair(capacity=1 << 20, commands=Faults(**{fault: 0.3}), reports=Faults(**{fault: 0.3})))
     for index in range(3):
         world.admit(f"r{index}", [index + 1, 5])
     for _ in range(20):
@@ -281,7 +286,7 @@ def test_a_full_log_means_no_drafts_and_a_later_admission() -> None:
         assert text == world.greedy([index + 1] * 60, len(text))
 
 
-def test_seeded_requests_get_no_drafts_and_reach_no_worker() -> None:
+def test_requests_that_declined_drafts_get_none_and_reach_no_worker() -> None:
     world = World(retrieval=True)
     world.admit("r", [1, 5] * 6, RequestParams(0.8, 200, frozenset(), use_drafts=False))
     for _ in range(5):
@@ -291,7 +296,7 @@ def test_seeded_requests_get_no_drafts_and_reach_no_worker() -> None:
     world.proposer.finish("r")
 
 
-def test_drafts_that_do_not_pay_are_verified_for_ever_or_never_again() -> None:
+def test_chains_fade_while_drafts_do_not_pay_and_come_back_when_they_do() -> None:
     """By what is learnt of the draft and of the step's cost, chains fade to nothing, and come back."""
     world = World(turns=10)
     is_right = False
@@ -320,7 +325,7 @@ def test_drafts_that_do_not_pay_are_verified_for_ever_or_never_again() -> None:
     assert min(proposed[-10:]) > 0
 
 
-def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again() -> None:
+def test_a_draft_that_brings_nothing_beside_retrieval_pauses_and_is_tried_again() -> None:
     world = World(retrieval=True)
     period = [3, 4, 5, 6, 7]
     is_periodic = True
@@ -333,7 +338,7 @@ def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again()
     world.worker = world.make_worker()
     world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
     counters = world.proposer.counters
-    while counters.draft_rests == 0:
+    while counters.draft_pauses == 0:
         world.step()
     text = world.texts["r"]
     began = len(text)
@@ -352,19 +357,19 @@ def test_a_draft_that_brings_nothing_beside_retrieval_rests_and_is_tried_again()
     while "draft" not in counters.accepted:
         world.step()
     assert request.tokens.tolist() == text[: request.length] and len(text) < 400
-    assert counters.draft_rests == 1
+    assert counters.draft_pauses == 1
 
 
-def test_a_draft_that_is_of_use_rests() -> None:
+def test_a_draft_that_is_of_use_does_not_pause() -> None:
     world = World(retrieval=True)
     world.admit("r", [1, 5], RequestParams(0.0, 400, frozenset()))
     while len(world.texts["r"]) < 390:
         world.step()
-    assert world.proposer.counters.draft_rests == 0
+    assert world.proposer.counters.draft_pauses == 0
 
 
 @pytest.mark.parametrize("was_there", [False, True])
-def test_a_draft_that_is_not_there_is_judged_all_the_same(was_there: bool) -> None:
+def test_a_draft_that_is_not_there_is_not_judged(was_there: bool) -> None:
     world = World(retrieval=True, turns=12 * was_there)
     period = [3, 4, 5, 6, 7]
     world.target = lambda context: np.eye(VOCAB)[period[len(context) % 5]]
@@ -373,14 +378,14 @@ def test_a_draft_that_is_not_there_is_judged_all_the_same(was_there: bool) -> No
     world.admit("r", period * 3, RequestParams(0.0, 400, frozenset()))
     for _ in range(3):
         world.step()
-    (request,) = world.proposer._requests.values()
-    assert request.was_heard is was_there
+    (slot,) = world.proposer._slots.values()
+    assert world.proposer.table.tries.requests["has_drafted"][slot] == was_there
     world.turns = 0
     if was_there:
         world.worker_end.close()
     while len(world.texts["r"]) < 390:
         world.step()
-    assert world.proposer.counters.draft_rests == 0
+    assert world.proposer.counters.draft_pauses == 0
 
 
 def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
@@ -398,6 +403,7 @@ def test_a_prompt_longer_than_one_command_arrives_whole() -> None:
 def _commit(proposer: Proposer, text: list[int], token: int) -> list[int]:
     """One token of the target's, without drafts verified; the next chain."""
     text.append(token)
+    proposer.index(2048)
     return proposer.propose([Row("r", np.array(text, np.int32), 1, ())])[0]
 
 
@@ -427,18 +433,20 @@ def test_an_answer_is_offered_to_its_tenants_next_request_only() -> None:
     for tenant, is_offered in (("a", False), ("b", False), ("a", True), (None, False)):
         params = RequestParams(0.0, 200, frozenset(), tenant=tenant)
         world.admit("r", [1, 2], params)
+        before = world.proposer.counters.offered.get("history", 0)
         for _ in range(12):
             world.step()
-        offered = world.proposer.counters.offered.pop("history", 0)
+        offered = world.proposer.counters.offered.get("history", 0) - before
         assert (offered > 0) == is_offered
         world.proposer.finish("r")
         world.texts.clear()
-        world.proposer.propose([])
+        world.proposer.index(2048)
     world.proposer.forget_history()
+    before = world.proposer.counters.offered["history"]
     world.admit("r", [1, 2], RequestParams(0.0, 200, frozenset(), tenant="a"))
     for _ in range(12):
         world.step()
-    assert "history" not in world.proposer.counters.offered
+    assert world.proposer.counters.offered["history"] == before
 
 
 def test_new_weights_clear_what_was_found_for_the_chains_to_come() -> None:
@@ -458,7 +466,7 @@ def test_new_weights_clear_what_was_found_for_the_chains_to_come() -> None:
             assert _commit(proposer, text, token) == []
             proposer.check_integrity()
         proposer.finish("r")
-        proposer.propose([])
+        proposer.index(2048)
 
 
 def test_new_weights_clear_the_workers_history_too() -> None:
@@ -480,7 +488,7 @@ def test_new_weights_clear_the_workers_history_too() -> None:
 
 
 @pytest.mark.parametrize(("call", "num_hits"), [(None, 20), ("reset_prefix_cache", 0), ("forget_history", 0)])
-def test_a_reset_or_new_weights_leave_the_draft_what_it_read_before(call: str | None, num_hits: int) -> None:
+def test_a_reset_and_new_weights_take_what_the_draft_read_before(call: str | None, num_hits: int) -> None:
     world = World()
     world.admit("r", [index % 7 for index in range(21)])
     world.step()
@@ -496,7 +504,7 @@ def test_a_reset_or_new_weights_leave_the_draft_what_it_read_before(call: str | 
     assert world.worker.frontier.num_prefix_hits == num_hits + 20, "and finds what it has read since"
 
 
-def test_history_is_kept_when_the_weights_change() -> None:
+def test_every_source_forgets_history_when_the_weights_change() -> None:
     class Remembering(ContextRetriever):
         forgot = 0
 
@@ -513,7 +521,7 @@ def test_history_is_kept_when_the_weights_change() -> None:
 
 
 @pytest.mark.parametrize("tenant", [None, "a"])
-def test_a_request_with_or_without_a_tenant_reaches_no_worker(tenant: str | None) -> None:
+def test_requests_with_and_without_a_tenant_reach_the_worker(tenant: str | None) -> None:
     world = World()
     world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(), tenant=tenant))
     world.step()
@@ -545,6 +553,7 @@ def offered(world: World, reader: str | None) -> tuple[bool, bool]:
     """Whether a request that begins as the secret does is offered the rest: to the target, to the draft."""
     world.admit("s", [1, 2, *SECRET[:3]], RequestParams(0.0, 200, frozenset(), tenant=reader))
     world.texts["s"] = [1, 2, *SECRET[:4]]
+    world.proposer.index(2048)
     chain = world.proposer.propose([Row("s", np.array(world.texts["s"], np.int32), 1, ())])[0]
     for _ in range(8):
         world.worker.turn()
@@ -574,7 +583,7 @@ def offered(world: World, reader: str | None) -> tuple[bool, bool]:
         (True, "a", "b", False),
     ],
 )
-def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
+def test_a_secret_is_offered_to_its_own_tenant_alone(
     share: bool, owner: str | None, reader: str | None, is_offered: bool, side: str
 ) -> None:
     world = secretive(side, Sources(history_tokens=1000, share_history=share).open)
@@ -588,7 +597,7 @@ def test_one_tenants_secret_is_offered_to_another_by_a_source_of_this_side(
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])
-def test_a_datastore_is_read_by_no_side(side: str, tmp_path: Path) -> None:
+def test_a_datastore_is_read_by_both_sides(side: str, tmp_path: Path) -> None:
     build(tmp_path / "store", [np.array([5, 6, 7], np.int32), np.array(SECRET, np.int32)], VOCAB, bytes(32))
     store = (str(tmp_path / "store"), bytes(32).hex())
     world = secretive(side, Sources(context=False, datastores=(store,)).open)
@@ -600,21 +609,22 @@ class Faint(ContextRetriever):
 
     name = "faint"
 
-    def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
-        found = super().lookup(key, tail, max_tokens)
-        return found and Continuation.of(found.tokens, 1, [1] * len(found.tokens), [50] * len(found.tokens))
+    def lookup_many(self, queries: Queries, found: Found) -> None:
+        super().lookup_many(queries, found)
+        found.beliefs[...] *= 0.02
 
 
-def test_a_faint_source_that_agrees_spoils_a_sure_one() -> None:
+def test_a_faint_source_that_agrees_does_not_spoil_a_sure_one() -> None:
     text, chains = np.array([3, 4, 5, 6, 7] * 4, np.int32), []
     for sources in ([ContextRetriever()], [ContextRetriever(), Faint()]):
         proposer = Proposer(8, None, sources, Ticks())
         proposer.admit("r", text[:-1], PARAMS)
+        proposer.index(2048)
         chains += proposer.propose([Row("r", text, 1, ())])
     assert chains[0] and chains[0] == chains[1]
 
 
-def test_history_goes_on_behind_a_stop_token() -> None:
+def test_history_ends_with_a_stop_token() -> None:
     past = HistoryRetriever(1000)
     proposer = Proposer(8, None, [past], Ticks())
     params = RequestParams(0.0, 200, frozenset({0}), tenant="a")
@@ -622,13 +632,15 @@ def test_history_goes_on_behind_a_stop_token() -> None:
     proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8], np.int32), 5, ())])
     proposer.propose([Row("r", np.array([1, 2, 3, 4, 0, 7, 8, 9], np.int32), 1, ())])
     proposer.finish("r")
-    proposer.propose([])
+    proposer.index(2048)
     assert past.num_tokens == 4, "3, 4, 0 and a separator"
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["by length", "by a stop token"])
 @pytest.mark.parametrize("is_full", [False, True], ids=["", "without room to say how"])
-def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drafts_history_has_the_end_of_an_answer_if_there_was_room_to_send_it(
+    stops: bool, is_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world, past = World(), HistoryRetriever(1000, share_unnamed=True)
     engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
     world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [past])
@@ -639,10 +651,10 @@ def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: boo
     if stops:
         del text[text.index(stop) + 1 :]
     world.admit("r", [1, 5], RequestParams(0.0, 12, frozenset({stop} if stops else ())))
-    request, send = world.proposer._requests["r"], world.target_end.send
+    request, send = world.proposer.table.tries.requests[world.proposer._slots["r"]], world.target_end.send
     if is_full:
-        monkeypatch.setattr(world.target_end, "send", lambda command: not request.finished and send(command))
-    while not request.finished:
+        monkeypatch.setattr(world.target_end, "send", lambda command: not request["finished"] and send(command))
+    while not request["finished"]:
         before = len(world.texts["r"])
         world.step()
     monkeypatch.undo()
@@ -657,16 +669,17 @@ def test_the_drafts_history_lacks_the_end_of_an_answer(stops: bool, is_full: boo
     assert past.num_tokens == (before if is_full else len(text)) - 2 + 1, "the answer and a separator"
 
 
-def test_a_long_prompt_is_indexed_at_once() -> None:
+def test_a_long_prompt_is_indexed_in_slices_and_not_in_the_round() -> None:
     context = ContextRetriever()
     proposer = Proposer(8, None, [context], Ticks())
     proposer.admit("r", np.arange(10_000, dtype=np.int32), RequestParams(0.0, 20_000, frozenset()))
-    assert context.num_waiting == 10_000
     proposer.propose([])
-    assert 0 < context.num_waiting < 10_000
+    assert context.num_waiting == 10_000
+    proposer.index(64)
+    assert context.num_waiting == 10_000 - 64
 
 
-def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:
+def test_a_request_with_very_many_stop_tokens_has_drafts() -> None:
     world = World()
     world.admit("r", [1, 5], RequestParams(0.0, 200, frozenset(range(VOCAB, 100_000))))
     world.step()
@@ -674,14 +687,15 @@ def test_a_request_with_very_many_stop_tokens_has_no_draft() -> None:
     assert len(world.worker.frontier) == 1 and world.chains["r"]
 
 
-def test_ids_beyond_the_vocabulary_are_offered() -> None:
+def test_ids_beyond_the_vocabulary_are_not_offered() -> None:
     proposer = Proposer(8, None, [ContextRetriever()], Ticks(), vocab_size=20)
     text = np.array([1, 2, 3, 4, 900, 901, 1, 2, 3], np.int32)
     proposer.admit("r", text[:-1], PARAMS)
+    proposer.index(2048)
     assert proposer.propose([Row("r", text, 1, ())]) == [[4]]
 
 
-def test_a_worker_that_comes_in_the_middle_of_an_admission_leaves_a_request_without_drafts() -> None:
+def test_a_worker_that_comes_in_the_middle_of_an_admission_gets_the_request() -> None:
     world = World()
     send = world.target_end.send
     world.admit("r", [1, 5])
@@ -711,7 +725,7 @@ class Heard:
         return [command for command in self._worker.receive() if isinstance(command, Admit)]
 
 
-def test_the_worker_is_told_what_the_target_draws_from() -> None:
+def test_the_worker_is_sent_what_the_target_draws_from() -> None:
     heard = Heard()
     proposer = Proposer(4, heard.target, [], Ticks())
     params = replace(PARAMS, temperature=0.7, seed=-(1 << 63), top_k=40, top_p=0.95, min_p=0.05)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from vllm_double.transport import NODE_DTYPE, Commit, Faults, Release, WorkerStats, in_process_pair
+from tests.faults import Faults, faulty_pair, inject
+from vllm_double.transport import NODE_DTYPE, Commit, Release, WorkerStats
 
 
 def commit(handle):
@@ -20,7 +21,7 @@ def handles(reports):
 
 def run(num=200, **arguments):
     """Handles that arrive when ``num`` records are published, each followed by a drain; ten more drains."""
-    target, worker = in_process_pair(**arguments)
+    target, worker = faulty_pair(**arguments)
     got = []
     for number in range(num):
         assert worker.publish(nodes(number))
@@ -34,7 +35,7 @@ def test_without_faults_everything_arrives_in_order():
     got, stats = run()
     assert got == list(range(200))
     assert (stats.drained, stats.corrupt, stats.stale) == (200, 0, 0)
-    target, worker = in_process_pair()
+    target, worker = faulty_pair()
     for number in range(5):
         assert target.send(commit(number))
     assert target.send(Release(9))
@@ -47,7 +48,7 @@ def test_without_faults_everything_arrives_in_order():
 
 
 def test_messages_are_copies_as_they_are_between_processes():
-    target, worker = in_process_pair()
+    target, worker = faulty_pair()
     records = nodes(1)
     worker.publish(records)
     records["handle"] = 2
@@ -74,7 +75,7 @@ def test_delayed_records_are_overtaken_and_arrive_in_the_end():
 
 
 def test_delay_counts_drains():
-    target, worker = in_process_pair(reports=Faults(delay=1.0, max_delay=1))
+    target, worker = faulty_pair(reports=Faults(delay=1.0, max_delay=1))
     worker.publish(nodes(1))
     assert handles(target.drain(1 << 20)) == []
     assert handles(target.drain(1 << 20)) == [1]
@@ -88,13 +89,13 @@ def test_corrupt_records_are_counted_and_nothing_wrong_arrives():
 
 
 def test_a_corrupt_command_ends_the_session_as_over_shared_memory():
-    target, worker = in_process_pair(commands=Faults(corrupt=1.0))
+    target, worker = faulty_pair(commands=Faults(corrupt=1.0))
     target.send(commit(1))
     assert worker.receive() == []
     assert worker.superseded
     assert target.session == 0
     assert worker.stats.corrupt == 1
-    target.commands.inject(Faults())
+    inject(target.commands, Faults())
     successor = target.attach()
     target.send(commit(2))
     assert [command.handle for command in successor.receive()] == [2]
@@ -108,11 +109,11 @@ def test_the_same_seed_gives_the_same_faults():
 
 
 def test_faults_can_be_changed_on_the_way():
-    target, worker = in_process_pair()
+    target, worker = faulty_pair()
     worker.publish(nodes(1))
-    target.reports.inject(Faults(drop=1.0))
+    inject(target.reports, Faults(drop=1.0))
     worker.publish(nodes(2))
-    target.reports.inject(Faults())
+    inject(target.reports, Faults())
     worker.publish(nodes(3))
     assert handles(target.drain(1 << 20)) == [1, 3]
 
@@ -124,7 +125,7 @@ def test_impossible_faults_are_refused(bad):
 
 
 def test_a_full_channel_refuses_and_has_room_again_after_a_drain():
-    target, worker = in_process_pair(capacity=500)
+    target, worker = faulty_pair(capacity=500)
     sent = 0
     while worker.publish(nodes(sent)):
         sent += 1
@@ -137,7 +138,7 @@ def test_a_full_channel_refuses_and_has_room_again_after_a_drain():
 
 
 def test_drain_is_bounded_but_never_stuck():
-    target, worker = in_process_pair()
+    target, worker = faulty_pair()
     for number in range(10):
         worker.publish(nodes(number))
     assert handles(target.drain(0)) == [0]
@@ -146,7 +147,7 @@ def test_drain_is_bounded_but_never_stuck():
 
 
 def test_a_new_worker_supersedes_the_old_one_and_gets_nothing_of_it():
-    target, old = in_process_pair()
+    target, old = faulty_pair()
     target.send(commit(1))
     old.publish(nodes(1))
     session = target.session
@@ -171,7 +172,7 @@ def test_a_new_worker_supersedes_the_old_one_and_gets_nothing_of_it():
 
 
 def test_closing_the_target_sends_the_worker_away():
-    target, worker = in_process_pair()
+    target, worker = faulty_pair()
     assert worker.target_alive()
     target.close()
     target.close()
@@ -185,7 +186,7 @@ def test_closing_the_target_sends_the_worker_away():
 
 def test_waiting_uses_the_given_sleep_and_no_clock():
     naps = []
-    target, worker = in_process_pair(sleep=naps.append)
+    target, worker = faulty_pair(sleep=naps.append)
     worker.wait(5.0)
     assert sum(naps) == pytest.approx(5.0)
     naps.clear()

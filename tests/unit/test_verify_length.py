@@ -1,14 +1,30 @@
 import itertools
 import random
 
+import numba
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_double.target import _choose_steps as choosing
+from vllm_double.target import _round_steps as steps
+from vllm_double.target._trie_steps import learn
 from vllm_double.target.calibration import NUM_BUCKETS, Calibration
-from vllm_double.target.draft_use import DraftUse
+from vllm_double.target.speculation_trie import Tries
 from vllm_double.target.step_cost import StepCost
-from vllm_double.target.verify_length import chain_lengths, speed_up
+from vllm_double.target.verify_length import speed_up
+
+
+def chain_lengths(accept_probs: list[list[float]], fixed: float, per_token: float) -> list[int]:
+    """As the compiled choice does it."""
+    flat = np.array([prob for row in accept_probs for prob in row])
+    threshold = choosing.pay_threshold(flat, len(accept_probs), fixed, per_token)
+    return [sum(prob > threshold for prob in row) for row in accept_probs]
+
+
+def observe(calibration: Calibration, source: str, belief: float, temperature: int, is_right: bool) -> None:
+    learn(calibration.tables, calibration.sources.index(source), temperature, belief, is_right)
 
 
 def rate(reaches: list[list[float]], lengths: tuple[int, ...], fixed: float, per_token: float) -> float:
@@ -61,14 +77,14 @@ def test_step_cost_of_steps_of_one_size_stays_sane() -> None:
 
 
 def test_calibration_learns_how_often_the_target_agrees_and_keeps_sources_apart() -> None:
-    calibration = Calibration()
+    calibration = Calibration(["context"])
     rng = random.Random(1)
     greedy, sampled = calibration.curve("draft", 0), calibration.curve("draft", 3)
     bucket = int(0.42 * NUM_BUCKETS)
     assert greedy[bucket] == pytest.approx(0.425)
     for _ in range(3000):
-        calibration.observe("draft", 0.42, 0, rng.random() < 0.8)
-        calibration.observe("draft", 0.42, 3, rng.random() < 0.3)
+        observe(calibration, "draft", 0.42, 0, rng.random() < 0.8)
+        observe(calibration, "draft", 0.42, 3, rng.random() < 0.3)
     assert greedy[bucket] == pytest.approx(0.8, abs=0.04)
     assert sampled[bucket] == pytest.approx(0.3, abs=0.04)
     assert calibration.curve("context", 0)[bucket] == pytest.approx(0.425)
@@ -77,12 +93,12 @@ def test_calibration_learns_how_often_the_target_agrees_and_keeps_sources_apart(
 
 def test_calibration_takes_certainty_without_falling_off_the_table() -> None:
     calibration = Calibration()
-    calibration.observe("draft", 1.0, 0, True)
+    observe(calibration, "draft", 1.0, 0, True)
     assert 0.9 < calibration.curve("draft", 0)[int(1.0 * NUM_BUCKETS)] < 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_speed_up_is_not_that_of_the_two_clocks(seed: int) -> None:
+def test_the_speed_up_is_that_of_the_two_clocks(seed: int) -> None:
     """Steps are added up one by one, with drafts and then without for the same tokens."""
     rng = random.Random(seed)
     fixed, per_token, batch, steps = 0.03, rng.uniform(0.0001, 0.01), rng.randint(1, 8), 50
@@ -100,10 +116,17 @@ def test_the_speed_up_is_not_that_of_the_two_clocks(seed: int) -> None:
     assert found == pytest.approx(plain_seconds / drafted_seconds)
 
 
+@numba.njit
+def observe_use(requests, limits, num_committed, num_accepted):  # type: ignore[no-untyped-def]
+    return steps.observe_use(requests[0], limits[0], num_committed, num_accepted)
+
+
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=400))
-def test_the_draft_rests_twice_as_long_each_time_until_it_is_of_use(rounds: list[tuple[int, int]]) -> None:
+def test_the_draft_pauses_twice_as_long_each_time_until_it_is_of_use(rounds: list[tuple[int, int]]) -> None:
     """Against a slow twin that looks at all rounds since the last judgement."""
-    use = DraftUse()
+    tries = Tries.empty(1, 1, 1, 1)
+    request, limits = tries.requests, tries.limits
+    request["next_pause"] = 256
     trial: list[tuple[int, int]] = []
     rest, failed = 0, 0
     for committed, brought in ((n, min(b, n) if b < 3 else 0) for n, b in rounds):
@@ -118,5 +141,5 @@ def test_the_draft_rests_twice_as_long_each_time_until_it_is_of_use(rounds: list
                 failed = failed + 1 if begins else 0
                 rest = min(1024, 128 * 2**failed) if begins else 0
                 trial = []
-        assert use.observe(committed, brought) is begins
-        assert use.is_resting is (rest > 0)
+        assert observe_use(request, limits, committed, brought) is begins
+        assert (request["pause"][0] > 0) is (rest > 0)

@@ -11,6 +11,7 @@ from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.planning.script import Script, Times
 from vllm_double.planning.world import simulate
+from vllm_double.target._round_steps import observe
 from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.target.waiting import Rates, WaitRule
 from vllm_double.transport.inprocess import in_process_pair
@@ -18,12 +19,18 @@ from vllm_double.transport.inprocess import in_process_pair
 VOCAB, STEP_S, TARGET_S = 24, 0.001, 0.016
 
 
+def observe_token(rule: WaitRule, accepted: bool) -> None:
+    """As the commit does if the draft's first token behind a miss was the target's, or not."""
+    observe(rule.means.accepted, 0, float(accepted))
+    observe(rule.means.accepted_after_miss, 0, float(accepted))
+
+
 def rule(accepted: float = 0.7, step_s: float = STEP_S) -> WaitRule:
     """One that has seen how often the draft is right after a miss."""
     made = WaitRule()
     made.step_s = step_s
     for place in range(400):
-        made.observe_token(0, True, place * accepted % 1 < accepted)
+        observe_token(made, place * accepted % 1 < accepted)
     return made
 
 
@@ -53,9 +60,10 @@ def test_a_forward_that_verifies_nothing_is_preferred_where_the_next_outcome_is_
     either, rates = rule(0.5), Rates(150.0, 0.0)
     assert either.pays_to_begin([0.5], rates)
     for _ in range(200):
-        either.observe_forward(False, 0, False, 1, True)
-        either.observe_forward(True, 2, False, 2, False)
-        either.observe_forward(False, 4, True, 4, False)
+        observe(either.means.hits_after_nothing, 0, 1.0)
+        observe(either.means.hits_after_wait, 0, 0.0)
+        observe(either.means.hits_after_chain, 0, 0.0)
+        observe(either.means.tokens_of_hit, 0, 4.0)
     assert not either.pays_to_begin([0.5], rates)
 
 
@@ -125,7 +133,7 @@ def warm(world: World, names: Sequence[str] = ("a",)) -> None:
         world.step()
     world.prepares = False
     for _ in range(100):
-        world.proposer.wait_rule.observe_token(0, True, True)
+        observe_token(world.proposer.waiting.rule, True)
 
 
 def test_after_an_outcome_that_was_not_prepared_the_target_waits_for_the_drafts_tokens() -> None:

@@ -20,6 +20,7 @@ from vllm_double.operations.control_socket import Address, Endpoint
 from vllm_double.operations.metrics import snapshot
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.guarded_proposer import GuardedProposer
+from vllm_double.target.indexer import Indexer
 from vllm_double.target.proposer import Proposer
 from vllm_double.transport.shared import SharedTargetEnd
 
@@ -58,6 +59,7 @@ class Launch:
             config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, double.wait_for_draft
         )
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic), _nap)
+        self._indexer = Indexer(self.proposer.index, self.proposer.turnstile)
         # Not its rank: engines of a dense model count themselves as the only one.
         engine = vllm_config.parallel_config.data_parallel_index
         self._generation = max(len(processes) - 1, 0)  # how far this process is below the launcher

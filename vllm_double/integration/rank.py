@@ -17,8 +17,9 @@ from vllm_double.config import ConfigError
 from vllm_double.integration.engine_core import RESETS_ATTRIBUTE, SALT_ATTRIBUTE
 from vllm_double.integration.launch import Launch
 from vllm_double.integration.request_args import RequestArgs, digest
+from vllm_double.target.batch import Batch
 from vllm_double.target.guarded_proposer import GuardedProposer
-from vllm_double.target.proposer import RequestParams, Row
+from vllm_double.target.request_table import RequestParams
 from vllm_double.wrap import then, wrap_once
 
 __all__ = ["TargetRank", "as_int64", "wrap_worker"]
@@ -98,7 +99,7 @@ class TargetRank:
                     proposer.admit(new.req_id, text, self._params(new, seed_of(new)))
         self._step_started = time.perf_counter()
 
-    def end_step(self, scheduler_output: Any, num_rows: int, rows_of: Callable[[], list[Row]]) -> list[list[int]]:
+    def end_step(self, scheduler_output: Any, num_rows: int, batch_of: Callable[[], Batch]) -> list[list[int]]:
         """After a target forward and its sampling: the chains to verify next, one per row of the batch."""
         proposer = self._proposer
         chains: list[list[int]] = [[] for _ in range(num_rows)]
@@ -109,7 +110,7 @@ class TargetRank:
             num_tokens = scheduler_output.total_num_scheduled_tokens
             if num_tokens == num_rows + sum(map(len, verified.values())):
                 proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
-            chains = proposer.propose(rows_of())
+            chains = proposer.propose(batch_of())
         return chains
 
     def _params(self, new: Any, seed: int) -> RequestParams:

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
 from vllm_double.integration.rank import TargetRank, as_int64
 from vllm_double.integration.v1_sampling import Draws, share_noise
-from vllm_double.target.proposer import Row
+from vllm_double.target.batch import Batch
 from vllm_double.wrap import wrap_once
 
 __all__ = ["DoubleProposer"]
@@ -115,16 +115,15 @@ class DoubleProposer(TargetRank):
         """After a target forward: the chains to verify next, one per row of the batch."""
         batch, verified = runner.input_batch, scheduler_output.scheduled_spec_decode_tokens
 
-        def rows() -> list[Row]:
-            lengths = batch.num_tokens_no_spec
-            return [
-                Row(
-                    request_id,
-                    batch.token_ids_cpu[index, : lengths[index]],
-                    len(sampled[index]),
-                    verified.get(request_id, ()),
-                )
-                for index, request_id in enumerate(batch.req_ids)
-            ]
+        def rows() -> Batch:
+            names = batch.req_ids
+            return Batch.at(
+                names,
+                batch.token_ids_cpu,
+                np.arange(len(names), dtype=np.int32),
+                batch.num_tokens_no_spec[: len(names)],
+                [len(tokens) for tokens in sampled],
+                [verified.get(name, ()) for name in names],
+            )
 
         return self.end_step(scheduler_output, len(sampled), rows)

@@ -24,33 +24,59 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
 from vllm_double.integration.rank import TargetRank
-from vllm_double.target.proposer import Row
+from vllm_double.target.batch import Batch
 from vllm_double.wrap import wrap_once
 
 __all__ = ["DoubleSpeculator"]
 
 
-class _Text:
-    """The tokens of a request on the host, where the V2 runner keeps none."""
+class _Texts:
+    """The tokens of live requests on the host, where the V2 runner keeps none. ``buffer``: int32 [rows, tokens]."""
 
-    __slots__ = ("_buffer", "_length")
+    def __init__(self) -> None:
+        self.buffer = np.zeros((8, 1024), np.int32)
+        self.rows: dict[str, int] = {}
+        self.lengths = np.zeros(8, np.int32)
+        self._free = list(range(8))
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._length = len(tokens)
-        self._buffer = np.empty(1 << (self._length + 64).bit_length(), np.int32)
-        self._buffer[: self._length] = tokens
+    def start(self, request_id: str, tokens: Sequence[int]) -> None:
+        """A request enters, or its text is another one."""
+        if request_id not in self.rows:
+            if not self._free:
+                self._free = list(range(len(self.buffer), 2 * len(self.buffer)))
+                self._reserve(2 * len(self.buffer), 0)
+            self.rows[request_id] = self._free.pop()
+        self.lengths[self.rows[request_id]] = 0
+        self.extend(request_id, tokens)
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        end = self._length + len(tokens)
-        if end > len(self._buffer):
-            self._buffer = np.concatenate([self.tokens, np.empty(end, np.int32)])
-        self._buffer[self._length : end] = tokens
-        self._length = end
+    def stop(self, request_id: str) -> None:
+        """A request leaves; unknown ids are ignored."""
+        if request_id in self.rows:
+            self._free.append(self.rows.pop(request_id))
 
-    @property
-    def tokens(self) -> npt.NDArray[np.int32]:
-        """int32 [n], a view that is good until the next ``extend``."""
-        return self._buffer[: self._length]
+    def extend(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Its text goes on."""
+        row = self.rows[request_id]
+        start = int(self.lengths[row])
+        end = start + len(tokens)
+        if end > self.buffer.shape[1]:
+            self._reserve(len(self.buffer), 1 << end.bit_length())
+        self.buffer[row, start:end] = tokens
+        self.lengths[row] = end
+
+    def tokens(self, request_id: str) -> npt.NDArray[np.int32]:
+        """int32 [n], a view that is good until a text begins or goes on."""
+        row = self.rows[request_id]
+        return self.buffer[row, : self.lengths[row]]
+
+    def _reserve(self, num_rows: int, num_tokens: int) -> None:
+        """What is not written yet takes no memory."""
+        buffer, lengths = np.zeros((num_rows, max(num_tokens, self.buffer.shape[1])), np.int32), np.zeros(num_rows, np.int32)
+        lengths[: len(self.lengths)] = self.lengths
+        for row in self.rows.values():
+            if row < len(self.buffer):
+                buffer[row, : lengths[row]] = self.buffer[row, : lengths[row]]
+        self.buffer, self.lengths = buffer, lengths
 
 
 class DoubleSpeculator(TargetRank, BaseSpeculator):
@@ -63,7 +89,7 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         super().__init__(vllm_config)
         self._num_tokens = vllm_config.speculative_config.num_speculative_tokens
         self._device = device
-        self._texts: dict[str, _Text] = {}  # of live requests, on the output rank
+        self._texts = _Texts()  # on the output rank
         self._step: Any = None  # the scheduler's output of the step that is being computed
         self._drafts: DraftTokenIds | None = None
         self._seeds: dict[str, int] = {}  # of live requests, on the output rank
@@ -122,7 +148,7 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
             fresh = self._follow_texts(scheduler_output) | self._follow_seeds(scheduler_output, runner)
         self.begin_step(
             scheduler_output,
-            lambda new: self._texts[new.req_id].tokens.copy() if new.req_id in fresh else None,
+            lambda new: self._texts.tokens(new.req_id).copy() if new.req_id in fresh else None,
             lambda new: self._seeds[new.req_id],
         )
         self._write_drafts(runner.req_states, scheduler_output.scheduled_spec_decode_tokens)
@@ -134,11 +160,11 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         """
         texts, fresh = self._texts, set()
         for request_id in scheduler_output.finished_req_ids:
-            texts.pop(request_id, None)
+            texts.stop(request_id)
         for new in scheduler_output.scheduled_new_reqs:
-            known = texts.get(new.req_id)
-            if known is None or not np.array_equal(known.tokens, new.prefill_token_ids):
-                texts[new.req_id] = _Text(new.prefill_token_ids)
+            is_known = new.req_id in texts.rows
+            if not is_known or not np.array_equal(texts.tokens(new.req_id), new.prefill_token_ids):
+                texts.start(new.req_id, new.prefill_token_ids)
                 fresh.add(new.req_id)
         return fresh
 
@@ -173,13 +199,19 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         verified = scheduler_output.scheduled_spec_decode_tokens
         if self._proposer is not None:
             for request_id, tokens in zip(output.req_ids, sampled, strict=True):
-                texts[request_id].extend(tokens)
+                texts.extend(request_id, tokens)
 
-        def rows() -> list[Row]:
-            return [
-                Row(request_id, texts[request_id].tokens, len(tokens), verified.get(request_id, ()))
-                for request_id, tokens in zip(output.req_ids, sampled, strict=True)
-            ]
+        def rows() -> Batch:
+            names = output.req_ids
+            places = np.array([texts.rows[name] for name in names], np.int32)
+            return Batch.at(
+                names,
+                texts.buffer,
+                places,
+                texts.lengths[places],
+                [len(tokens) for tokens in sampled],
+                [verified.get(name, ()) for name in names],
+            )
 
         self._drafts = DraftTokenIds(output.req_ids, self.end_step(scheduler_output, len(sampled), rows))
         return self._drafts

@@ -193,7 +193,7 @@ def simulate(
     return Outcome(
         speedup=times.step(batch) * (num_tokens - 1) / target.ended_at,
         tokens_per_forward=counters.committed_tokens / counters.rows,
-        hit_rate=counters.hits / max(counters.harvests, 1),
+        hit_rate=counters.hits / max(counters.lookups, 1),
         chain_length=counters.proposed_tokens / counters.rows,
         nodes_per_step=engine.num_nodes / counters.rounds,
         rounds=counters.rounds,

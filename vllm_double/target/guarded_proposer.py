@@ -1,7 +1,7 @@
 """What stands between a target's step and the proposer: a switch, and a circuit breaker.
 
 The breaker opens after an exception of ours, and where drafting has cost more than it gave. All ways of being off are the
-same: the state of all requests is dropped, on both sides, nothing is indexed, grafted or told, and requests go on in plain
+same: the state of all requests is dropped, on both sides, nothing is indexed, inserted or sent, and requests go on in plain
 decoding. When it ends, each request is admitted again with its text as it then is, so that nothing has to be right about the
 state that an exception leaves behind.
 """
@@ -15,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.operations.circuit_breaker import CircuitBreaker
+from vllm_double.target.batch import Batch, Row
 from vllm_double.target.calibration import Calibration
-from vllm_double.target.proposer import Proposer, RequestParams, Row
+from vllm_double.target.indexer import Turnstile
+from vllm_double.target.proposer import Proposer
+from vllm_double.target.request_table import RequestParams
 from vllm_double.target.stats import Counters
 from vllm_double.target.step_cost import StepCost
 from vllm_double.target.verify_length import speed_up
@@ -26,6 +29,7 @@ __all__ = ["GuardedProposer"]
 _logger = logging.getLogger(__name__)
 
 _WAKE_TOKENS_PER_ROUND = 65536
+_INDEX_TOKENS = 64  # for each source, in a slice
 _JUDGED_ROUNDS = 256  # what they gave and cost decides whether drafting goes on
 _LEAST_SPEED_UP = 0.99
 
@@ -33,13 +37,15 @@ _LEAST_SPEED_UP = 0.99
 class GuardedProposer:
     """A proposer that can be switched off, and whose exceptions end nobody's request: no method raises.
 
-    All methods but `switch` belong to the thread of the target's steps.
+    All methods but `switch` and `index` belong to the thread of the target's steps. ``turnstile``: who else comes near the
+    proposer.
     """
 
     def __init__(self, proposer: Proposer, breaker: CircuitBreaker, nap: Callable[[], None] = lambda: None) -> None:
         """nap: see Proposer.propose."""
         self.enabled = True
         self._nap = nap
+        self.turnstile = Turnstile()
         self.breaker = breaker
         self._proposer = proposer
         self._is_drafting = True
@@ -68,13 +74,25 @@ class GuardedProposer:
     @contextmanager
     def guard(self) -> Iterator[None]:
         """An exception inside ends here, and drafting pauses. For what is done for the proposer's sake."""
+        with self.turnstile:
+            try:
+                yield
+            except Exception:
+                self._fail()
+
+    def _fail(self) -> None:
+        self.counters.failures += 1
+        pause_s = self.breaker.failed("after an exception")
+        _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
+        self._stop()
+
+    def index(self) -> bool:
+        """Index a slice of what waits; whether more may wait. For an `Indexer`, which has the turnstile's lock."""
         try:
-            yield
+            return self._is_drafting and self._proposer.index(_INDEX_TOKENS)
         except Exception:
-            self.counters.failures += 1
-            pause_s = self.breaker.failed("after an exception")
-            _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
-            self._stop()
+            self._fail()
+            return False
 
     # ---- the proposer's methods -------------------------------------------------------------------------------
 
@@ -106,13 +124,14 @@ class GuardedProposer:
         """See Proposer.reset_prefix_cache."""
         self._proposer.reset_prefix_cache()
 
-    def propose(self, rows: Sequence[Row]) -> list[list[int]]:
+    def propose(self, rows: Batch | Sequence[Row]) -> list[list[int]]:
         """See Proposer.propose; all chains are empty while there is no drafting."""
-        chains: list[list[int]] = [[] for _ in rows]
+        batch = rows if isinstance(rows, Batch) else Batch.of(rows)
+        chains: list[list[int]] = [[] for _ in batch.request_ids]
         with self.guard():
             if self._goes_on():
-                self._wake_all(rows)
-                chains = self._proposer.propose(rows, self._nap)
+                self._wake_all(batch)
+                chains = self._proposer.propose(batch, self._nap)
                 if self.breaker.succeeded():
                     _logger.info("Drafting is tried again, having paused %s.", self.breaker.why)
                 self._judge()
@@ -133,7 +152,7 @@ class GuardedProposer:
         elif self._is_drafting:
             self._stop()
         elif is_closed:
-            self._proposer.rest()
+            self._proposer.pause()
         return self._is_drafting
 
     def _stop(self) -> None:
@@ -156,15 +175,16 @@ class GuardedProposer:
         counters = self.counters
         return counters.rounds, counters.rows, counters.committed_tokens, counters.proposed_tokens, counters.propose_seconds
 
-    def _wake_all(self, rows: Sequence[Row]) -> None:
+    def _wake_all(self, batch: Batch) -> None:
         """Admit requests that the proposer does not know, with what their texts were before this step."""
         if not self._dormant:
             return
         budget = _WAKE_TOKENS_PER_ROUND
-        for row in rows:
-            if row.request_id in self._dormant and budget > 0:
-                budget -= len(row.tokens)
-                self._wake(row.request_id, row.tokens[: len(row.tokens) - row.num_sampled])
+        for row, request_id in enumerate(batch.request_ids):
+            if request_id in self._dormant and budget > 0:
+                text = batch.text(row)
+                budget -= len(text)
+                self._wake(request_id, text[: len(text) - batch.rows.num_sampled[row]])
 
     def _wake(self, request_id: str, tokens: npt.NDArray[np.int32]) -> None:
         params = self._dormant[request_id]

@@ -1,74 +1,93 @@
 """What the target's side counts; the metrics page shows it. Plain numbers, added to on the hot path."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from vllm_double.target.speculation_trie import PathToken
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["PROPOSE_BUCKETS_S", "Counters"]
+__all__ = ["PROPOSE_BUCKETS_S", "Counters", "Tally"]
 
 PROPOSE_BUCKETS_S = (50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+_COUNTS = np.dtype(
+    [
+        ("rows", "i8"),
+        ("rows_without_drafts", "i8"),
+        ("committed_tokens", "i8"),
+        ("lookups", "i8"),
+        ("hits", "i8"),
+        ("late_nodes", "i8"),
+        ("nodes_evicted", "i8"),  # for lack of room
+        ("draft_pauses", "i8"),
+        ("draft_first_examples", "i8"),
+        ("draft_first_accepted", "i8"),
+        ("draft_listed_accepted", "i8"),
+        ("proposed_tokens", "i8"),
+        ("expected_tokens", "f8"),  # of the proposed ones, those that should be accepted if the calibration is right
+    ]
+)
+
+
+class Tally(NamedTuple):
+    """What compiled steps count."""
+
+    counts: npt.NDArray[np.void]
+    """[1]"""
+    offered: npt.NDArray[np.int64]
+    """[sources]: verified draft tokens."""
+    accepted: npt.NDArray[np.int64]
+    """[sources]"""
 
 
 @dataclass(slots=True)
 class Counters:
     """Monotone counts since the start, but for ``worker``, which is the worker's own last report.
 
+    Those of ``tally`` are attributes, too: rows are request rows that a target forward sampled for, those without draft tokens
+    included. A *lookup* is a row that wanted drafts; it is a *hit* if something was ready behind its last token.
     draft_first_examples: committed tokens for which it is known what the draft had listed; of these draft_first_accepted were
-    the first of the list, draft_listed_accepted among the three that the target reads of it.
-
-    rows: request rows that a target forward sampled for, those without draft tokens included. A *harvest* is a row that
-    asked for drafts; it is a *hit* when something was ready behind its new last token.
+    the first of the list, draft_listed_accepted among the three that are sent.
     """
 
+    sources: tuple[str, ...] = ("draft",)
     rounds: int = 0
-    rows: int = 0
-    rows_without_drafts: int = 0
-    committed_tokens: int = 0
-    harvests: int = 0
-    hits: int = 0
-    late_nodes: int = 0
     rewinds: int = 0
     resynchronisations: int = 0
     rounds_without_worker: int = 0
     failures: int = 0
     losses: int = 0
-    draft_rests: int = 0
-    draft_first_examples: int = 0
-    draft_first_accepted: int = 0
-    draft_listed_accepted: int = 0
     waits: int = 0
     waits_missed: int = 0
     wait_seconds: float = 0.0
-    offered: dict[str, int] = field(default_factory=dict)
-    accepted: dict[str, int] = field(default_factory=dict)
-    proposed_tokens: int = 0
-    expected_tokens: float = 0.0  # of the proposed ones, those that should be accepted if the calibration is right
     propose_seconds: float = 0.0
     propose_max_seconds: float = 0.0
     propose_buckets: list[int] = field(default_factory=lambda: [0] * (len(PROPOSE_BUCKETS_S) + 1))
     worker: dict[str, float] = field(default_factory=dict)
+    tally: Tally = field(init=False)
 
-    def committed(self, num_new: int, num_accepted: int, verified: Sequence[int], chain: Sequence[PathToken]) -> None:
-        """One sampled row: ``num_accepted`` of ``verified`` were accepted; ``chain`` is what was proposed."""
-        self.rows += 1
-        self.committed_tokens += num_new
-        if not verified:
-            self.rows_without_drafts += 1
-            return
-        # The scheduler may cut a chain, or schedule tokens that nobody proposed.
-        for place, (step, token) in enumerate(zip(chain, verified, strict=False)):
-            if step.token != token:
-                break
-            self.offered[step.source] = self.offered.get(step.source, 0) + 1
-            if place < num_accepted:
-                self.accepted[step.source] = self.accepted.get(step.source, 0) + 1
+    def __post_init__(self) -> None:
+        num_sources = len(self.sources)
+        self.tally = Tally(np.zeros(1, _COUNTS), np.zeros(num_sources, np.int64), np.zeros(num_sources, np.int64))
 
-    def harvested(self, hit: bool) -> None:
-        """A row asked for drafts."""
-        self.harvests += 1
-        self.hits += hit
+    def __getattr__(self, name: str) -> Any:
+        if name not in (_COUNTS.names or ()):
+            raise AttributeError(name)
+        return self.tally.counts[name][0].item()
+
+    @property
+    def offered(self) -> dict[str, int]:
+        """Verified draft tokens by source."""
+        return self._by_source(self.tally.offered)
+
+    @property
+    def accepted(self) -> dict[str, int]:
+        """Those of them that were accepted."""
+        return self._by_source(self.tally.accepted)
+
+    def _by_source(self, counts: Iterable[int]) -> dict[str, int]:
+        return {source: int(count) for source, count in zip(self.sources, counts, strict=True) if count}
 
     def waited(self, seconds: float, has_come: bool) -> None:
         """The target waited for the draft, and something came or not."""
@@ -76,12 +95,9 @@ class Counters:
         self.waits_missed += not has_come
         self.wait_seconds += seconds
 
-    def proposed(self, seconds: float, chains: Iterable[Sequence[PathToken]]) -> None:
-        """One round took ``seconds`` and gave ``chains``."""
+    def proposed(self, seconds: float) -> None:
+        """One round took ``seconds``."""
         self.rounds += 1
-        for chain in chains:
-            self.proposed_tokens += len(chain)
-            self.expected_tokens += sum([step.reach for step in chain])
         self.propose_seconds += seconds
         self.propose_max_seconds = max(self.propose_max_seconds, seconds)
         self.propose_buckets[bisect_left(PROPOSE_BUCKETS_S, seconds)] += 1

@@ -1,7 +1,7 @@
 """The data plane between the target and the draft worker: messages, rings, and two transports."""
 
 from vllm_double.transport.base import AttachError, TargetEnd, TransportStats, WorkerEnd
-from vllm_double.transport.inprocess import Faults, in_process_pair
+from vllm_double.transport.inprocess import in_process_pair
 from vllm_double.transport.messages import (
     MAX_CHILDREN,
     MAX_TOKENS,
@@ -9,6 +9,7 @@ from vllm_double.transport.messages import (
     Admit,
     Command,
     Commit,
+    Commits,
     Forget,
     MessageError,
     Nodes,
@@ -27,7 +28,7 @@ __all__ = [
     "AttachError",
     "Command",
     "Commit",
-    "Faults",
+    "Commits",
     "Forget",
     "MessageError",
     "Nodes",

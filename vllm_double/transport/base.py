@@ -1,18 +1,39 @@
-"""The two ends of the data plane between the target's process and the draft worker.
+"""The two ends of the data plane between the target's process and the draft worker, whatever carries their records.
 
 Nobody ever blocks on the other side. A full, damaged or deserted transport means "no drafts", never an error.
-An end belongs to one thread.
+An end belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Final, Protocol
 
-if TYPE_CHECKING:
-    from vllm_double.transport.messages import Command, NodeArray, Report, WorkerStats
+from vllm_double.transport.messages import (
+    NODE_DTYPE,
+    NODES,
+    Command,
+    MessageError,
+    NodeArray,
+    Nodes,
+    Report,
+    WorkerStats,
+    decode_commands,
+    decode_reports,
+    encode,
+)
+from vllm_double.transport.ring import MergedRecord, Record
 
-__all__ = ["AttachError", "TargetEnd", "TransportStats", "WorkerEnd"]
+__all__ = ["AttachError", "TargetEnd", "TransportStats", "WorkerEnd", "new_session", "stamp"]
+
+_RECEIVE_BYTES: Final = 1 << 20
+_SHORTEST_NAP_S: Final = 50e-6
+_LONGEST_NAP_S: Final = 1e-3
+_LONGEST_NAP_SHARE: Final = 0.1  # of a wait, where that is more
 
 
 class AttachError(RuntimeError):
@@ -34,69 +55,184 @@ class TransportStats:
     stale: int = 0
 
 
-class TargetEnd(Protocol):
-    """The target's end. Everything that was said to an earlier session is lost to the next one."""
+class _Producer(Protocol):
+    def push(self, kind: int, session: int, payload: bytes) -> bool: ...
+
+
+class _Consumer(Protocol):
+    corrupt: int
 
     @property
+    def pending(self) -> bool: ...
+
+    def drain(self, max_bytes: int) -> list[Record]: ...
+
+    def drain_merged(self, max_bytes: int, kind: int, size: int) -> list[MergedRecord]: ...
+
+
+def stamp(session: int) -> int:
+    """What a record carries of its session: the low 32 bits."""
+    return session & 0xFFFF_FFFF
+
+
+def new_session(previous: int, random_bits: Callable[[int], int] = secrets.randbits) -> int:
+    """A random 64-bit session that neither is 0 nor shares its stamp with the previous one."""
+    while True:
+        session = random_bits(64)
+        if stamp(session) not in (0, stamp(previous)):
+            return session
+
+
+class TargetEnd(ABC):
+    """The target's end: a producer of commands and a consumer of reports. What was sent to an earlier session is lost to the
+    next one. ``_closed`` guards everything that is mapped."""
+
+    def __init__(self, commands: _Producer, reports: _Consumer) -> None:
+        self.stats = TransportStats()
+        self._commands = commands
+        self._reports = reports
+        self._closed = False
+
+    @property
+    @abstractmethod
     def session(self) -> int:
         """0 while no worker is attached; another value after each attachment."""
 
     @property
+    @abstractmethod
     def heartbeat(self) -> int:
         """A counter that the worker raises at every turn of its loop."""
 
-    @property
-    def stats(self) -> TransportStats:
-        """Counters of this end."""
+    @abstractmethod
+    def close(self) -> None:
+        """Send the worker away and give everything back. May be called twice."""
 
     def send(self, command: Command) -> bool:
-        """Write a command. False: no worker, or no room; nothing was written. Raises MessageError (caller's
-        mistake)."""
+        """Write a command. False: no worker, or no room; nothing was written. Raises MessageError (caller's mistake)."""
+        session = self.session
+        if not session:
+            return False
+        return _push(self._commands, session, command, self.stats)
 
     def drain(self, max_bytes: int) -> list[Report]:
         """What the attached worker published, at most so many bytes of it (but at least one record).
 
         All nodes come first, in one Nodes message. Damaged and stale records are counted and skipped.
         """
+        if self._closed:
+            return []
+        records = self._reports.drain_merged(max_bytes, NODES, NODE_DTYPE.itemsize)
+        # Read after the records: a worker takes its session before it writes its first one.
+        # Without a worker it is 0, which no record carries.
+        current = stamp(self.session)
+        fresh = [(kind, payload) for kind, of, payload, _ in records if of == current]
+        reports, num_bad = decode_reports(fresh) if fresh else ([], 0)
+        stats = self.stats
+        stats.corrupt += num_bad + self._reports.corrupt
+        self._reports.corrupt = 0
+        num_fresh = sum([count for _, of, _, count in records if of == current])
+        stats.stale += sum([count for _, _, _, count in records]) - num_fresh
+        stats.drained += num_fresh - num_bad
+        return reports
 
-    def close(self) -> None:
-        """Send the worker away and give everything back. May be called twice."""
 
+class WorkerEnd(ABC):
+    """The worker's end: a consumer of commands and a producer of reports."""
 
-class WorkerEnd(Protocol):
-    """The worker's end."""
+    def __init__(
+        self,
+        session: int,
+        commands: _Consumer,
+        reports: _Producer,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.stats = TransportStats()
+        self._session: Final = session
+        self._commands = commands
+        self._reports = reports
+        self._sleep = sleep
+        self._nap_s = _SHORTEST_NAP_S
 
     @property
+    @abstractmethod
     def superseded(self) -> bool:
-        """This end is over and the worker must stop: another worker attached, the target closed, a command
-        was lost."""
+        """This end is over and the worker must stop: another worker attached, the target closed, a command was lost."""
 
-    @property
-    def stats(self) -> TransportStats:
-        """Counters of this end."""
-
+    @abstractmethod
     def target_alive(self) -> bool:
         """Whether the target's process still runs. An orphan must leave."""
+
+    @abstractmethod
+    def beat(self) -> None:
+        """Raise the heartbeat."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Detach: the target sees session 0, unless another worker has taken over. May be called twice."""
+
+    @abstractmethod
+    def _give_up(self) -> None:
+        """End the session if it is still ours."""
 
     def receive(self) -> list[Command]:
         """The commands that have come in, in order.
 
-        A damaged command cannot be made up for, so it ends the session (``superseded``): with the next one
-        the target admits everything anew.
+        A damaged command cannot be made up for, so it ends the session (``superseded``): with the next one the target admits
+        everything anew.
         """
+        if self.superseded:
+            return []
+        records = self._commands.drain(_RECEIVE_BYTES)
+        num_bad = self._commands.corrupt
+        self._commands.corrupt = 0
+        current = stamp(self._session)
+        commands: list[Command] = []
+        for kind, of, payload in records:
+            if of != current:
+                self.stats.stale += 1
+                continue
+            try:
+                commands.extend(decode_commands(kind, payload))
+            except MessageError:
+                num_bad += 1
+        if num_bad:
+            self.stats.corrupt += num_bad
+            self._give_up()
+            return []
+        if commands:
+            self.stats.drained += len(commands)
+            self._nap_s = _SHORTEST_NAP_S
+        return commands
 
     def publish(self, records: NodeArray) -> bool:
         """Write nodes (NODE_DTYPE [n]) as one record. False: no room or superseded; nothing was written."""
+        return self._write(Nodes(records))
 
     def report(self, stats: WorkerStats) -> bool:
         """Write statistics; as ``publish``."""
+        return self._write(stats)
 
-    def beat(self) -> None:
-        """Raise the heartbeat."""
+    def _write(self, message: Report) -> bool:
+        return not self.superseded and _push(self._reports, self._session, message, self.stats)
 
     def wait(self, timeout_s: float) -> None:
         """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the end is
         superseded, or the naps add up."""
+        # Polling, because "sleep unless the head moved" can lose the wake-up. Naps grow while nothing
+        # happens, over many calls too: quick answers to a busy target, two hundred cheap looks a second for an idle one, whose
+        # first request reads a prompt for longer than a nap.
+        left, longest = timeout_s, max(_LONGEST_NAP_S, _LONGEST_NAP_SHARE * timeout_s)
+        while left > 0 and not self.superseded and not self._commands.pending:
+            nap = min(self._nap_s, left)
+            self._sleep(nap)
+            left -= nap
+            self._nap_s = min(2 * self._nap_s, longest)
 
-    def close(self) -> None:
-        """Detach: the target sees session 0, unless another worker has taken over. May be called twice."""
+
+def _push(producer: _Producer, session: int, message: Command | Report, stats: TransportStats) -> bool:
+    kind, payload = encode(message)
+    if producer.push(kind, stamp(session), payload):
+        stats.sent += 1
+        return True
+    stats.full += 1
+    return False

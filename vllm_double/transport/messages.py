@@ -7,10 +7,11 @@ whether a token lies in the vocabulary is for the end that knows the vocabulary.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -24,18 +25,20 @@ __all__ = [
     "Admit",
     "Command",
     "Commit",
+    "Commits",
     "Forget",
     "MessageError",
     "Nodes",
     "Release",
     "Report",
     "WorkerStats",
-    "decode_command",
+    "decode_commands",
     "decode_reports",
     "encode",
 ]
 
-MAX_CHILDREN: Final = 8
+MAX_CHILDREN: Final = 3
+"""Tokens that are sent of a node: a less probable one is never on the target's best path."""
 MAX_TOKENS: Final = 8192
 """Most tokens in one array of one command; a longer text is sent as an Admit followed by Commits."""
 
@@ -49,7 +52,7 @@ NODE_DTYPE: Final = np.dtype(
         ("probs", "<f4", (MAX_CHILDREN,)),
     ]
 )
-"""One expanded node, 88 bytes: after the prefix with this hash, of length ``position``, the draft model's
+"""One expanded node, 48 bytes: after the prefix with this hash, of length ``position``, the draft model's
 best ``count`` next tokens by falling probability. Entries from ``count`` on mean nothing."""
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -67,12 +70,11 @@ FORGET: Final = 6
 # Each is followed by its arrays in the order of the counts.
 # handle, base, max_length, epoch, temperature, seed, top_k, top_p, min_p, #tokens, #stop tokens, #bytes of the tenant
 _ADMIT: Final = struct.Struct("<QIIIdqIddIHH")
-_COMMIT: Final = struct.Struct("<QIIIB")  # handle, keep, #tokens, #chain, waits (0 or 1)
+_COMMIT: Final = struct.Struct("<QIIII")  # handle, keep, #tokens, #chain, waits (0 or 1); many commits may follow each other
 _RELEASE: Final = struct.Struct("<QB")  # handle, keep (0 or 1)
 
 _INT: Final = np.dtype("<i4")
 _FLOAT: Final = np.dtype("<f4")
-_CHILD: Final = np.arange(MAX_CHILDREN, dtype=np.uint32)
 
 
 class MessageError(ValueError):
@@ -119,6 +121,18 @@ class Commit:
     chain_probs: FloatArray
     waits: bool = False
 
+    @classmethod
+    def of(cls, handle: int, keep: int, tokens: IntArray) -> Commit:
+        """Without a chain."""
+        return cls(handle, keep, tokens, np.empty(0, _INT), np.empty(0, _FLOAT))
+
+
+@dataclass(frozen=True, slots=True)
+class Commits:
+    """Commits of several requests, encoded by the sender: each as `Commit` is encoded, one behind the other."""
+
+    payload: bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Release:
@@ -147,7 +161,7 @@ class WorkerStats:
     values: dict[str, float]
 
 
-Command: TypeAlias = "Admit | Commit | Release | Forget"
+Command: TypeAlias = "Admit | Commit | Commits | Release | Forget"
 Report: TypeAlias = "Nodes | WorkerStats"
 
 
@@ -157,6 +171,8 @@ def encode(message: Command | Report) -> tuple[int, bytes]:
     try:
         if isinstance(message, Commit):
             return COMMIT, _encode_commit(message)
+        if isinstance(message, Commits):
+            return COMMIT, message.payload
         if isinstance(message, Nodes):
             return NODES, _raw(message.records, NODE_DTYPE, None)
         if isinstance(message, Admit):
@@ -170,27 +186,27 @@ def encode(message: Command | Report) -> tuple[int, bytes]:
         raise MessageError(f"cannot encode {type(message).__name__}: {error}") from error
 
 
-def decode_command(kind: int, payload: Buffer) -> Command:
-    """The command in ``payload``; its arrays own their memory. Raises MessageError."""
+def decode_commands(kind: int, payload: Buffer) -> list[Command]:
+    """The commands in one record's payload; their arrays own their memory. Raises MessageError."""
     try:
-        if kind == COMMIT:
-            return _decode_commit(payload)
+        if kind == COMMIT and len(payload):
+            return list(_decode_commits(payload))
         if kind == ADMIT:
-            return _decode_admit(payload)
+            return [_decode_admit(payload)]
         if kind == RELEASE:
             handle, keep = _RELEASE.unpack(payload)
             if keep > 1:
                 raise ValueError("a flag that is neither 0 nor 1")
-            return Release(handle, bool(keep))
+            return [Release(handle, bool(keep))]
         if kind == FORGET and len(payload) == 0:
-            return Forget()
+            return [Forget()]
     except (struct.error, ValueError, OverflowError) as error:
         raise MessageError(f"not a command of kind {kind}: {error}") from error
     raise MessageError(f"{kind} is no kind of command")
 
 
 def decode_reports(records: Iterable[tuple[int, Buffer]]) -> tuple[list[Report], int]:
-    """Reports in (kind, payload) records, and how many of the records were no reports.
+    """Reports in (kind, payload) records, and how many records, or nodes of a record, were damaged.
 
     All nodes come as one Nodes message, because what the reader pays is per message and not per node.
     """
@@ -205,15 +221,16 @@ def decode_reports(records: Iterable[tuple[int, Buffer]]) -> tuple[list[Report],
             reports.append(_decode_stats(kind, payload))
         except MessageError:
             num_bad += 1
-    if parts:
-        try:
-            nodes = _decode_nodes(parts)
-        except MessageError:
-            good = [part for part in parts if _is_nodes(part)]
-            num_bad += len(parts) - len(good)
-            nodes = _decode_nodes(good)
-        if nodes.records.size:
-            reports.insert(0, nodes)
+    whole = [part for part in parts if len(part) % NODE_DTYPE.itemsize == 0]
+    num_bad += len(parts) - len(whole)
+    if any(len(part) for part in whole):
+        # A bytearray, not bytes: the array over it is writable.
+        is_private = len(whole) == 1 and not memoryview(whole[0]).readonly
+        records = np.frombuffer(whole[0] if is_private else bytearray().join(whole), NODE_DTYPE)
+        num_sound = _keep_sound()(records)
+        num_bad += len(records) - num_sound
+        if num_sound:
+            reports.insert(0, Nodes(records[:num_sound]))
     return reports, num_bad
 
 
@@ -269,44 +286,31 @@ def _encode_commit(message: Commit) -> bytes:
     return b"".join((header, tokens, chain, _raw(message.chain_probs, _FLOAT, MAX_TOKENS)))
 
 
-def _decode_commit(payload: Buffer) -> Commit:
-    handle, keep, num_tokens, num_chain, waits = _COMMIT.unpack_from(payload)
-    size = _COMMIT.size + 4 * (num_tokens + 2 * num_chain)
-    if max(num_tokens, num_chain) > MAX_TOKENS or len(payload) != size:
-        raise ValueError("sizes do not add up")
-    if waits > 1:
-        raise ValueError("a flag that is neither 0 nor 1")
-    offset = _COMMIT.size
-    tokens = _array(payload, _INT, num_tokens, offset)
-    chain = _array(payload, _INT, num_chain, offset + 4 * num_tokens)
-    probs = _array(payload, _FLOAT, num_chain, offset + 4 * (num_tokens + num_chain))
-    if not np.isfinite(probs).all():
-        raise ValueError("chain_probs are not finite")
-    return Commit(handle, keep, tokens, chain, probs, bool(waits))
+def _decode_commits(payload: Buffer) -> Iterator[Commit]:
+    offset = 0
+    while offset < len(payload):
+        handle, keep, num_tokens, num_chain, waits = _COMMIT.unpack_from(payload, offset)
+        offset += _COMMIT.size
+        if max(num_tokens, num_chain) > MAX_TOKENS or len(payload) < offset + 4 * (num_tokens + 2 * num_chain):
+            raise ValueError("sizes do not add up")
+        if waits > 1:
+            raise ValueError("a flag that is neither 0 nor 1")
+        tokens = _array(payload, _INT, num_tokens, offset)
+        chain = _array(payload, _INT, num_chain, offset + 4 * num_tokens)
+        probs = _array(payload, _FLOAT, num_chain, offset + 4 * (num_tokens + num_chain))
+        if not np.isfinite(probs).all():
+            raise ValueError("chain_probs are not finite")
+        yield Commit(handle, keep, tokens, chain, probs, bool(waits))
+        offset += 4 * (num_tokens + 2 * num_chain)
 
 
-def _decode_nodes(parts: Sequence[Buffer]) -> Nodes:
-    if any(len(part) % NODE_DTYPE.itemsize for part in parts):
-        raise MessageError("no whole number of nodes")
-    if not any(len(part) for part in parts):
-        return Nodes(np.empty(0, NODE_DTYPE))
-    # A bytearray, not bytes: the array over it is writable, as compiled readers want it.
-    records = np.frombuffer(bytearray().join(parts), NODE_DTYPE)
-    count = records["count"]
-    probs = records["probs"]
-    if count.max() > MAX_CHILDREN:
-        raise MessageError("a node with too many children")
-    if not ((probs >= 0) & (probs < np.inf) | (count[:, None] <= _CHILD)).all():
-        raise MessageError("a node with a bad probability")
-    return Nodes(records)
+@functools.cache
+def _keep_sound() -> Callable[[NodeArray], int]:
+    """See `_ring_steps.keep_sound`. numba is imported late: in a process of vLLM it must not come before vLLM."""
+    from vllm_double.jit import machine_code
+    from vllm_double.transport import _ring_steps as steps
 
-
-def _is_nodes(part: Buffer) -> bool:
-    try:
-        _decode_nodes([part])
-    except MessageError:
-        return False
-    return True
+    return machine_code(steps.keep_sound, np.zeros(1, NODE_DTYPE))
 
 
 def _decode_stats(kind: int, payload: Buffer) -> WorkerStats:

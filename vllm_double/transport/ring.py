@@ -18,14 +18,19 @@ not delivered.
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from typing import Final, TypeAlias
+
+import numpy as np
 
 __all__ = [
     "HEADER_BYTES",
     "INDEX_BYTES",
+    "MergedRecord",
     "Record",
     "RingConsumer",
     "RingProducer",
@@ -44,6 +49,22 @@ HEADER_BYTES: Final = _HEADER.size
 
 Record: TypeAlias = tuple[int, int, memoryview]
 """(kind, session, payload); the payload is private memory of the reader."""
+MergedRecord: TypeAlias = tuple[int, int, memoryview, int]
+"""A Record, and how many records it was."""
+
+_MAX_ENTRIES: Final = 1024  # of one drain
+_ROOM_TO_ALIGN: Final = 8 * _MAX_ENTRIES
+ENTRY: Final = np.dtype([("kind", "u4"), ("session", "u4"), ("start", "i8"), ("end", "i8"), ("count", "i8")])
+
+
+@functools.cache
+def _read_records() -> Callable[..., tuple[int, int]]:
+    """See `_ring_steps.read_records`. numba is imported late: in a process of vLLM it must not come before vLLM."""
+    from vllm_double.jit import machine_code
+    from vllm_double.transport import _ring_steps as steps
+
+    some = np.zeros(1, np.uint8)
+    return machine_code(steps.read_records, some, np.uint64(0), 0, 0, 0, 1, some, np.zeros(1, ENTRY))
 
 
 def seal_frame(kind: int, session: int, sequence: int, payload: bytes) -> bytes:
@@ -137,6 +158,8 @@ class RingConsumer(_Ring):
     def __init__(self, buffer: memoryview) -> None:
         super().__init__(buffer)
         self._tail: int = self._indices[_TAIL]
+        self._bytes = np.frombuffer(self._data, np.uint8)
+        self._entries = np.zeros(_MAX_ENTRIES, ENTRY)
         self.corrupt = 0
 
     @property
@@ -154,14 +177,18 @@ class RingConsumer(_Ring):
         A damaged record, or damaged indices, end the drain: what lies between there and the producer's head
         is dropped.
         """
+        return [record[:3] for record in self.drain_merged(max_bytes, -1, 1)]
+
+    def drain_merged(self, max_bytes: int, kind: int, size: int) -> list[MergedRecord]:
+        """As `drain`; consecutive records of this kind and one session come as one, if ``size`` divides their lengths."""
         head = self._indices[_HEAD]
         tail = self._tail
         used = head - tail
-        records: list[Record] = []
+        records: list[MergedRecord] = []
         if used:
             if HEADER_BYTES <= used <= self.capacity:
                 self._fence()  # no byte of a record is read before the head that shows it
-                after = self._parse(self._copy(tail, used, max_bytes), tail, head, records)
+                after = self._read(tail, used, max_bytes, kind, size, records)
             else:
                 after = None
             if after is None:
@@ -172,42 +199,21 @@ class RingConsumer(_Ring):
         self._indices[_TAIL] = self._tail
         return records
 
-    def _copy(self, tail: int, used: int, max_bytes: int) -> bytes:
-        """Private copy of the stream from ``tail`` on: checking bytes that the other end can still change is
-        no check."""
-        size = min(used, max(max_bytes, HEADER_BYTES))
-        chunk = self._slice(tail, size)
-        first = HEADER_BYTES + _HEADER.unpack_from(chunk)[1]
-        return self._slice(tail, first) if size < first <= used else chunk
+    def _read(
+        self, tail: int, used: int, max_bytes: int, kind: int, size: int, records: list[MergedRecord]
+    ) -> int | None:  # fmt: skip
+        """Append private copies of the records behind ``tail``; the new tail, or None at a damaged record."""
+        # Copies, because checking bytes that the other end can still change is no check.
+        payloads = np.empty(used + _ROOM_TO_ALIGN, np.uint8)
+        num_read, num_entries = _read_records()(
+            self._bytes, tail, used, max_bytes, kind, size, payloads, self._entries
+        )  # fmt: skip
+        view = memoryview(payloads)
+        for entry_kind, session, start, end, count in self._entries[:num_entries].tolist():
+            records.append((entry_kind, session, view[start:end], count))
+        return tail + num_read if num_read >= 0 else None
 
-    def _slice(self, tail: int, size: int) -> bytes:
-        start = tail % self.capacity
-        room = self.capacity - start
-        if size <= room:
-            return bytes(self._data[start : start + size])
-        return b"".join((self._data[start:], self._data[: size - room]))
-
-    def _parse(self, chunk: bytes, tail: int, head: int, records: list[Record]) -> int | None:
-        """Append the records of ``chunk``, which starts at ``tail``; the new tail, or None at a damaged
-        record."""
-        view = memoryview(chunk)
-        last = len(chunk)
-        available = head - tail
-        unpack, crc32, header_bytes, crc_bytes = _HEADER.unpack_from, zlib.crc32, HEADER_BYTES, _CRC.size
-        offset = 0
-        while offset + header_bytes <= last:
-            crc, length, kind, session, sequence = unpack(chunk, offset)
-            payload = offset + header_bytes
-            end = payload + length
-            if sequence != tail + offset or end > available:
-                return None
-            if end > last:
-                break  # whole in the ring, but beyond max_bytes
-            if crc32(view[offset + crc_bytes : end]) != crc:
-                return None
-            records.append((kind, session, view[payload:end]))
-            offset = end
-        else:
-            if offset < last == available:
-                return None  # the producer never leaves less than a header
-        return tail + offset
+    def close(self) -> None:
+        """See _Ring."""
+        del self._bytes
+        super().close()

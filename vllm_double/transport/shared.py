@@ -18,13 +18,12 @@ import stat
 from typing import Final
 
 from vllm_double.hosting.process_care import ProcessWatch
-from vllm_double.transport.base import AttachError
-from vllm_double.transport.ends import RecordTargetEnd, RecordWorkerEnd, new_session
+from vllm_double.transport.base import AttachError, TargetEnd, WorkerEnd, new_session
 from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer
 
 __all__ = ["PROTOCOL_VERSION", "SharedTargetEnd", "SharedWorkerEnd"]
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Raised with every change of the control block, the rings or the messages."""
 
 _MAGIC: Final = int.from_bytes(b"vlldoubl", "little")
@@ -73,7 +72,7 @@ class _Region:
         self._map.close()
 
 
-class SharedTargetEnd(RecordTargetEnd):
+class SharedTargetEnd(TargetEnd):
     """TargetEnd on shared memory. ``address`` is what a worker of the same host and user attaches to."""
 
     def __init__(self, command_bytes: int, path_bytes: int) -> None:
@@ -136,7 +135,7 @@ class SharedTargetEnd(RecordTargetEnd):
         os.close(self._fd)
 
 
-class SharedWorkerEnd(RecordWorkerEnd):
+class SharedWorkerEnd(WorkerEnd):
     """WorkerEnd on shared memory. Made by ``attach``, which takes over from whoever was attached."""
 
     def __init__(self, region: _Region, watch: ProcessWatch) -> None:

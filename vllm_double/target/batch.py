@@ -1,0 +1,130 @@
+"""The rows of the target's batch, as the round's compiled steps read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_double.target.speculation_trie import CHAIN_TOKEN, Records
+
+__all__ = ["Batch", "Live", "Row", "Rows"]
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the target's batch after sampling.
+
+    tokens: int32 [n], the whole text with what was just sampled. num_sampled: how many of them were just sampled; 0 while
+    the prompt is being read. verified: the draft tokens that the target really verified in this step.
+    """
+
+    request_id: str
+    tokens: Ints
+    num_sampled: int
+    verified: Sequence[int]
+
+
+class Rows(NamedTuple):
+    """All rows of a batch; see `Row`."""
+
+    slots: Ints
+    """[n]: of the requests; written by the proposer."""
+    texts: Ints
+    """[any, any], in C order: where the texts lie. They are read during the round only."""
+    places: Ints
+    """[n]: row of ``texts``"""
+    lengths: Ints
+    """[n]"""
+    num_sampled: Ints
+    """[n]"""
+    verified: Ints
+    """Of all rows, one behind the other."""
+    verified_starts: Ints
+    """[n + 1]"""
+
+
+class Batch(NamedTuple):
+    """The rows and their requests' ids."""
+
+    request_ids: Sequence[str]
+    rows: Rows
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Batch:
+        """From single rows, whose texts are copied."""
+        lengths = [len(row.tokens) for row in rows]
+        texts = np.zeros((len(rows), max(lengths, default=0)), np.int32)
+        for text, row in zip(texts, rows, strict=True):
+            text[: len(row.tokens)] = row.tokens
+        places = np.arange(len(rows), dtype=np.int32)
+        verified = [row.verified for row in rows]
+        return cls.at([row.request_id for row in rows], texts, places, lengths, [row.num_sampled for row in rows], verified)
+
+    @classmethod
+    def at(
+        cls, request_ids: Sequence[str], texts: Ints, places: Ints, lengths: Ints | Sequence[int], num_sampled: Sequence[int],
+        verified: Sequence[Sequence[int]],
+    ) -> Batch:  # fmt: skip
+        """Texts as they lie with the model runner."""
+        starts = np.zeros(len(request_ids) + 1, np.int32)
+        np.cumsum([len(tokens) for tokens in verified], out=starts[1:])
+        flat = np.array([token for tokens in verified for token in tokens], np.int32)
+        return cls(
+            request_ids,
+            Rows(
+                np.empty(len(request_ids), np.int32), texts, np.ascontiguousarray(places, np.int32),
+                np.ascontiguousarray(lengths, np.int32), np.array(num_sampled, np.int32), flat, starts,
+            ),
+        )  # fmt: skip
+
+    def text(self, row: int) -> Ints:
+        """The whole text of a row, a view."""
+        return self.rows.texts[self.rows.places[row], : self.rows.lengths[row]]
+
+
+class Live(NamedTuple):
+    """What a round finds out of its rows. The first arrays are by live row, which is one that wants drafts.
+
+    Arrays are reused from round to round, and longer than what is in them, but for ``slots`` after the commit.
+    """
+
+    slots: Ints
+    rows: Ints
+    """Which row of the batch."""
+    limits: Ints
+    """Most tokens of its chain."""
+    paths: Records
+    """CHAIN_TOKEN [live rows, most tokens of a chain]: the best path."""
+    path_lengths: Ints
+    tails: Ints
+    """[queries, most tokens of a chain]: what to ask the sources for is behind these tokens."""
+    tail_lengths: Ints
+    tail_limits: Ints
+    grown_slots: Ints
+    """Of requests whose text went on, with the tokens that count in ``new_tokens[new_starts[i] : new_starts[i + 1]]``."""
+    new_tokens: Ints
+    new_starts: Ints
+    ended: Ints
+    """Rows whose text has ended, and in ``ends`` where."""
+    ended_slots: Ints
+    ends: Ints
+
+    @classmethod
+    def empty(cls, num_rows: int, max_chain: int, num_new: int) -> Live:
+        """Room for so many rows, and for so many new tokens in all."""
+
+        def ints(*shape: int) -> Ints:
+            return np.zeros(shape, np.int32)
+
+        n = num_rows
+        return cls(
+            slots=ints(n), rows=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN), path_lengths=ints(n),
+            tails=ints(n, max_chain), tail_lengths=ints(n), tail_limits=ints(n), grown_slots=ints(n), new_tokens=ints(num_new),
+            new_starts=ints(n + 1), ended=ints(n), ended_slots=ints(n), ends=ints(n),
+        )  # fmt: skip

@@ -1,0 +1,83 @@
+"""What the round asks of the sources of repeated text, for all rows at once."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_double.retrieval.base import Found, Queries, Source, Tokens
+
+__all__ = ["Lookups"]
+
+_HOUSEKEEPING_TOKENS = 1024  # behind each round, for what sources put off until they are called
+Ints = npt.NDArray[np.int32]
+
+
+class Lookups:
+    """The sources. Keys are the requests' slots."""
+
+    def __init__(self, sources: Sequence[Source], indices: Sequence[int], max_tokens: int) -> None:
+        """indices: of the sources' names, see `Calibration`. max_tokens: of an answer."""
+        self.sources = list(sources)
+        self.indices = np.array(indices, np.int32)
+        self._max_tokens = max_tokens
+        self._num_waiting = 0  # tokens that may not be indexed yet, at most
+        self.found = self._room(1)
+        self._no_tails = np.zeros((1, 0), np.int32), np.zeros(1, np.int32)
+
+    def _room(self, num_queries: int) -> Found:
+        shape = (len(self.sources), num_queries, self._max_tokens)
+        return Found(np.zeros(shape[:2], np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+
+    def start(self, slot: int, tokens: Tokens, tenant: str | None) -> None:
+        """A request begins; its prompt is indexed by `index`."""
+        self._num_waiting += len(tokens)
+        for source in self.sources:
+            source.start(slot, tokens, tenant)
+
+    def stop(self, slot: int, length: int, keep: bool) -> None:
+        """A request ends with a text of so many tokens. keep: later requests of its tenant may be offered its output."""
+        self._num_waiting += length
+        for source in self.sources:
+            source.stop(slot, keep)
+
+    def drop(self, slot: int) -> None:
+        """A request ends that may not be sound."""
+        for source in self.sources:
+            with suppress(Exception):
+                source.stop(slot, False)
+
+    def forget(self) -> None:
+        """Nothing of requests that ended is offered again."""
+        for source in self.sources:
+            source.forget()
+
+    def index(self, budget_tokens: int) -> bool:
+        """Index at most so many tokens for each source; whether more may wait."""
+        for source in self.sources:
+            source.work(budget_tokens)
+        self._num_waiting = max(0, self._num_waiting - budget_tokens)
+        return self._num_waiting > 0
+
+    def extend(self, slots: Ints, tokens: Ints, starts: Ints) -> None:
+        """Texts go on with ``tokens[starts[i] : starts[i + 1]]``."""
+        self._num_waiting = max(self._num_waiting, _HOUSEKEEPING_TOKENS)
+        for source in self.sources:
+            source.extend_many(slots, tokens, starts)
+
+    def ask(self, slots: Ints, max_tokens: Ints) -> Found:
+        """What follows these texts, by each source."""
+        num_queries = len(slots)
+        if num_queries > len(self._no_tails[1]):
+            self._no_tails = np.zeros((num_queries, 0), np.int32), np.zeros(num_queries, np.int32)
+        return self.ask_behind(Queries(slots, self._no_tails[0][:num_queries], self._no_tails[1][:num_queries], max_tokens))
+
+    def ask_behind(self, queries: Queries) -> Found:
+        """What follows texts with tails, by each source. The answer is good until the next question."""
+        num_queries = len(queries.keys)
+        if num_queries > self.found.lengths.shape[1]:
+            self.found = self._room(2 * num_queries)
+        for source, lengths, tokens, beliefs in zip(self.sources, *self.found, strict=True):
+            source.lookup_many(queries, Found(lengths, tokens, beliefs))
+        return self.found

@@ -1,0 +1,61 @@
+"""The steps of a round, compiled: one call each for the whole batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vllm_double.jit import machine_code
+from vllm_double.retrieval.base import Found
+from vllm_double.target import _choose_steps as choosing
+from vllm_double.target import _round_steps as steps
+from vllm_double.target.batch import Batch, Live, Row
+from vllm_double.target.calibration import Tables
+from vllm_double.target.means import Means
+from vllm_double.target.speculation_trie import Search, Tries
+from vllm_double.target.stats import Counters
+from vllm_double.transport.messages import NODE_DTYPE
+
+__all__ = ["RoundCalls", "calls"]
+
+
+class RoundCalls(NamedTuple):
+    """See `_round_steps` and `_choose_steps`."""
+
+    file_nodes: Callable[..., None]
+    first_rewound: Callable[..., int]
+    commit: Callable[..., tuple[int, int, int]]
+    find_paths: Callable[..., None]
+    extend_paths: Callable[..., None]
+    cut_chains: Callable[..., None]
+    count_proposed: Callable[..., None]
+    pack_commits: Callable[..., tuple[int, int, int]]
+    forget_retrieved: Callable[..., None]
+    drop_request: Callable[..., None]
+
+
+@functools.cache
+def calls() -> RoundCalls:
+    """Compiled at the first call, or read from numba's cache."""
+    tries, tables, tally, means = Tries.empty(1, 1, 1, 1), Tables.prior(1), Counters().tally, Means.empty()
+    rows = Batch.of([Row("", np.zeros(1, np.int32), 1, [0])]).rows
+    live, search = Live.empty(1, 1, 1), Search.empty(1)
+    ints, session, floats = np.zeros(1, np.int32), np.uint64(1), np.zeros(1)
+    found = Found(np.zeros((1, 1), np.int32), np.zeros((1, 1, 1), np.int32), np.zeros((1, 1, 1), np.float32))
+    words = np.zeros(1, np.uint32)
+    paths: tuple[Any, ...] = (tries, tables, search, rows, live, ints, found, ints)
+    return RoundCalls(
+        file_nodes=machine_code(steps.file_nodes, tries, tally, np.zeros(1, NODE_DTYPE)),
+        first_rewound=machine_code(steps.first_rewound, tries, rows, 0),
+        commit=machine_code(steps.commit, tries, tables, tally, means, rows, live, session),
+        find_paths=machine_code(choosing.find_paths, *paths),
+        extend_paths=machine_code(choosing.extend_paths, *paths),
+        cut_chains=machine_code(choosing.cut_chains, tries, live, ints, floats, 0.5, 0.5),
+        count_proposed=machine_code(steps.count_proposed, tries, tally, live),
+        pack_commits=machine_code(
+            steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, words, words.view(np.float32), ints
+        ),
+        forget_retrieved=machine_code(steps.forget_retrieved, tries),
+        drop_request=machine_code(steps.drop_request, tries, 0),
+    )
