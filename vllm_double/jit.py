@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-__all__ = ["compiled", "machine_code", "of_numbers", "part", "pointer"]
+__all__ = ["as_int", "compiled", "machine_code", "of_numbers", "part", "pointer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -19,6 +20,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def part(function: Function) -> Function:
     """A function that is compiled into its callers."""
     return cast(Function, numba.njit(function))
+
+
+@part
+def as_int(number: Any) -> int:
+    """As int64: numba makes a float of an int64 and a uint64 together."""
+    return np.int64(number)  # type: ignore[return-value]
 
 
 @intrinsic
