@@ -220,7 +220,7 @@ class WitnessEnd(InProcessTargetEnd):
         """By handle."""
         return self._chains if self.session == self._told_session else {}
 
-    def send(self, command: Command) -> bool:
+    def send(self, command: Command | Commits) -> bool:
         """See TargetEnd."""
         if self.room == 0 or not super().send(command):
             self.refused = True

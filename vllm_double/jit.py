@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-__all__ = ["compiled", "machine_code", "of_numbers", "part", "pointer", "view_part"]
+__all__ = ["as_int", "compiled", "machine_code", "of_numbers", "part", "pointer", "view_part"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +25,12 @@ def part(function: Function) -> Function:
 def view_part(function: Function) -> Function:
     """A part of `machine_code`. It allocates nothing, so it need not count references: each view of an array would cost two."""
     return cast(Function, numba.njit(function, _nrt=False))
+
+
+@part
+def as_int(number: Any) -> int:
+    """As int64: numba makes a float of an int64 and a uint64 together."""
+    return np.int64(number)  # type: ignore[return-value]
 
 
 @intrinsic

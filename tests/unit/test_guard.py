@@ -14,8 +14,9 @@ from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Source
 from vllm_double.target import guarded_proposer as guard
+from vllm_double.target.batch import Batch, Row
 from vllm_double.target.guarded_proposer import GuardedProposer
-from vllm_double.target.proposer import Proposer, RequestParams, Row
+from vllm_double.target.proposer import Proposer, RequestParams
 
 FIRST_S, MOST_S = 1.0, 8.0
 
@@ -57,11 +58,11 @@ def failing(times: int = 1) -> Callable[..., Any]:
     """Raises so many times when called, then returns no chains."""
     left = [times]
 
-    def propose(rows: list[Row], *_: Any) -> list[list[int]]:
+    def propose(batch: Batch, *_: Any) -> list[list[int]]:
         if left[0]:
             left[0] -= 1
             raise RuntimeError("something of ours")
-        return [[] for _ in rows]
+        return [[] for _ in batch.request_ids]
 
     return propose
 

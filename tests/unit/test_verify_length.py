@@ -141,5 +141,5 @@ def test_the_draft_pauses_twice_as_long_each_time_until_it_is_of_use(rounds: lis
                 failed = failed + 1 if begins else 0
                 rest = min(1024, 128 * 2**failed) if begins else 0
                 trial = []
-        assert observe_use(request, limits, committed, brought) is begins
-        assert (request["pause"][0] > 0) is (rest > 0)
+        assert observe_use(request, limits, committed, brought) == begins
+        assert (request["pause"][0] > 0) == (rest > 0)

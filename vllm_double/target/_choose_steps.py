@@ -6,9 +6,7 @@
 
 from typing import Any
 
-import numpy as np
-
-from vllm_double.jit import part
+from vllm_double.jit import as_int, part
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -78,7 +76,7 @@ def find_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picke
     num_place = tries.limits[0].place_tokens
     for index in range(len(picked)):
         one = picked[index]
-        slot, limit = live.slots[one], np.int64(live.limits[one])
+        slot, limit = live.slots[one], as_int(live.limits[one])
         request = tries.requests[slot]
         num_recent = _copy_end(rows, live.rows[one], num_place, search.recent) if len(sources) and request.has_refusals else 0
         for place in range(len(sources) if limit > 0 else 0):
@@ -103,7 +101,7 @@ def extend_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, pic
     num_place = tries.limits[0].place_tokens
     for index in range(len(picked)):
         one = picked[index]
-        slot, num_tail = live.slots[one], np.int64(live.path_lengths[one])
+        slot, num_tail = live.slots[one], as_int(live.path_lengths[one])
         request, path = tries.requests[slot], live.paths[one]
         best, best_gain, best_length = NONE, 0.0, 0
         num_recent = 0

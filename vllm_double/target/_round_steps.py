@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.jit import part
+from vllm_double.jit import as_int, part
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -41,7 +41,7 @@ def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
     counts = tally.counts[0]
     for index in range(len(nodes)):
         said = nodes[index]
-        slot = np.int64(said.handle & np.uint64((1 << SLOT_BITS) - 1))
+        slot = as_int(said.handle & np.uint64((1 << SLOT_BITS) - 1))
         if slot >= len(tries.requests):
             counts.late_nodes += 1
             continue
@@ -54,10 +54,10 @@ def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
         elif said.count > 0 and request.use_drafts and not request.finished:
             if tries.pool[0].num_free_nodes == 0:
                 reserve(tries, 1, 0)
-            node = make_node(tries, slot, said.prefix_hash, np.int64(said.position))
+            node = make_node(tries, slot, said.prefix_hash, as_int(said.position))
             if node != NONE:
                 listed = tries.nodes[node]
-                listed.num_listed = min(np.int64(said.count), len(listed.tokens))
+                listed.num_listed = min(as_int(said.count), len(listed.tokens))
                 for place in range(listed.num_listed):
                     listed.tokens[place], listed.probs[place] = said.tokens[place], said.probs[place]
 
@@ -184,7 +184,7 @@ def commit(tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any
     num_live = num_grown = num_ended = num_tokens = 0
     live.new_starts[0] = 0
     for row in range(len(rows.slots)):
-        slot, num_sampled = rows.slots[row], np.int64(rows.num_sampled[row])
+        slot, num_sampled = rows.slots[row], as_int(rows.num_sampled[row])
         if slot == NONE or num_sampled == 0:
             continue
         request, text = tries.requests[slot], rows.texts[rows.places[row]]
@@ -261,7 +261,7 @@ def pack_commits(
         request = tries.requests[slot]
         if not request.use_worker or request.pause > 0:
             continue
-        num_tokens, num_chain = ends[index] - np.int64(request.num_sent), np.int64(request.chain_length)
+        num_tokens, num_chain = ends[index] - as_int(request.num_sent), as_int(request.chain_length)
         if request.session == 0 or request.session != session or num_tokens > most:
             unknown[num_unknown] = index
             num_unknown += 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.jit import part
+from vllm_double.jit import as_int, part
 
 DRAFT = 0
 """Index of the draft among the sources."""
@@ -78,7 +78,7 @@ def mix(prefix_hash: Any, token: int) -> Any:
 
 @part
 def _bucket(tries: Any, prefix_hash: Any) -> int:
-    return np.int64(prefix_hash & np.uint64(len(tries.heads) - 1))  # type: ignore[return-value]
+    return as_int(prefix_hash & np.uint64(len(tries.heads) - 1))
 
 
 @part
@@ -212,7 +212,7 @@ def note_refusal(tries: Any, slot: int, tokens: Any, end: int, token: int, is_wr
     if not (is_wrong or request.has_refusals):
         return
     name = mix(_place_hash(request.key, tokens, max(0, end - tries.limits[0].place_tokens), end), token)
-    line = tries.refusals[np.int64(name & np.uint64(len(tries.refusals) - 1))]
+    line = tries.refusals[as_int(name & np.uint64(len(tries.refusals) - 1))]
     place = 0
     while place < NUM_REFUSED - 1 and line[place] != name:
         place += 1
@@ -232,7 +232,7 @@ def was_refused(tries: Any, slot: int, tokens: Any, end: int) -> bool:
     if not request.has_refusals:
         return False
     name = _place_hash(request.key, tokens, max(0, end - 1 - tries.limits[0].place_tokens), end)
-    line = tries.refusals[np.int64(name & np.uint64(len(tries.refusals) - 1))]
+    line = tries.refusals[as_int(name & np.uint64(len(tries.refusals) - 1))]
     place = 0
     while place < NUM_REFUSED and line[place] != name:
         place += 1

@@ -227,8 +227,8 @@ class Proposer:
 
     def _awaited(self, live: Live, everyone: Ints) -> Ints:
         """The live rows with nothing to verify for whose draft tokens the target waits: all that may get some, or none."""
-        missed = everyone[live.path_lengths[: len(everyone)] == 0]
-        nobody = missed[:0]
+        missed: Ints = everyone[live.path_lengths[: len(everyone)] == 0]
+        nobody: Ints = missed[:0]
         if not len(missed):
             return nobody
         self.table.tries.requests["missed"][live.slots[missed]] = True
@@ -236,7 +236,7 @@ class Proposer:
             return nobody
         requests = self.table.tries.requests[live.slots[missed]]
         is_known = (requests["session"] != 0) & (requests["session"] == self.link.session)
-        awaited = missed[(live.limits[missed] > 0) & is_known & requests["has_drafted"] & (requests["pause"] == 0)]
+        awaited: Ints = missed[(live.limits[missed] > 0) & is_known & requests["has_drafted"] & (requests["pause"] == 0)]
         return awaited if self.waiting.pays(self._temperatures(live, awaited), self._rates(live)) else nobody
 
     def _temperatures(self, live: Live, picked: Ints) -> list[int]:

@@ -52,7 +52,7 @@ def calls() -> RoundCalls:
         find_paths=machine_code(choosing.find_paths, *paths),
         extend_paths=machine_code(choosing.extend_paths, *paths),
         cut_chains=machine_code(choosing.cut_chains, tries, live, ints, floats, 0.5, 0.5),
-        count_proposed=machine_code(steps.count_proposed, tries, tally, live),
+        count_proposed=machine_code(choosing.count_proposed, tries, tally, live),
         pack_commits=machine_code(
             steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, words, words.view(np.float32), ints
         ),

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.jit import part
+from vllm_double.jit import as_int, part
 
 _HEADER_BYTES, _CRC_BYTES = 24, 4  # see ring._HEADER
 
@@ -80,9 +80,9 @@ def read_records(
     while used - offset >= _HEADER_BYTES:
         if num_entries == len(entries) or (offset > 0 and offset + _HEADER_BYTES > max_bytes):
             return offset, num_entries
-        position = np.int64((tail + np.uint64(offset)) % np.uint64(capacity))
+        position = as_int((tail + np.uint64(offset)) % np.uint64(capacity))
         _copy(ring, position, _HEADER_BYTES, header, 0)
-        length = np.int64(_word(header, 4))
+        length = as_int(_word(header, 4))
         sequence = np.uint64(_word(header, 16)) | (np.uint64(_word(header, 20)) << np.uint64(32))
         end = offset + _HEADER_BYTES + length
         if sequence != tail + np.uint64(offset) or end > used:
@@ -90,7 +90,7 @@ def read_records(
         if offset > 0 and end > max_bytes:
             return offset, num_entries
         record_kind, session = _word(header, 8), _word(header, 12)
-        is_merged = np.int64(record_kind) == kind and length % size == 0
+        is_merged = as_int(record_kind) == kind and length % size == 0
         joins = False
         if is_merged and num_entries > 0:
             last = entries[num_entries - 1]
@@ -121,7 +121,7 @@ def keep_sound(nodes: Any) -> int:
     for index in range(len(nodes)):
         node = nodes[index]
         is_sound = node.count <= len(node.probs)
-        for place in range(min(np.int64(node.count), len(node.probs))):
+        for place in range(min(as_int(node.count), len(node.probs))):
             is_sound = is_sound and 0.0 <= node.probs[place] < np.inf
         if is_sound:
             if num_kept != index:

@@ -17,6 +17,7 @@ from vllm_double.transport.messages import (
     NODE_DTYPE,
     NODES,
     Command,
+    Commits,
     MessageError,
     NodeArray,
     Nodes,
@@ -25,6 +26,7 @@ from vllm_double.transport.messages import (
     decode_commands,
     decode_reports,
     encode,
+    warm_up,
 )
 from vllm_double.transport.ring import MergedRecord, Record
 
@@ -88,6 +90,7 @@ class TargetEnd(ABC):
     next one. ``_closed`` guards everything that is mapped."""
 
     def __init__(self, commands: _Producer, reports: _Consumer) -> None:
+        warm_up()
         self.stats = TransportStats()
         self._commands = commands
         self._reports = reports
@@ -107,7 +110,7 @@ class TargetEnd(ABC):
     def close(self) -> None:
         """Send the worker away and give everything back. May be called twice."""
 
-    def send(self, command: Command) -> bool:
+    def send(self, command: Command | Commits) -> bool:
         """Write a command. False: no worker, or no room; nothing was written. Raises MessageError (caller's mistake)."""
         session = self.session
         if not session:
@@ -229,7 +232,7 @@ class WorkerEnd(ABC):
             self._nap_s = min(2 * self._nap_s, longest)
 
 
-def _push(producer: _Producer, session: int, message: Command | Report, stats: TransportStats) -> bool:
+def _push(producer: _Producer, session: int, message: Command | Commits | Report, stats: TransportStats) -> bool:
     kind, payload = encode(message)
     if producer.push(kind, stamp(session), payload):
         stats.sent += 1

@@ -35,6 +35,7 @@ __all__ = [
     "decode_commands",
     "decode_reports",
     "encode",
+    "warm_up",
 ]
 
 MAX_CHILDREN: Final = 3
@@ -161,11 +162,11 @@ class WorkerStats:
     values: dict[str, float]
 
 
-Command: TypeAlias = "Admit | Commit | Commits | Release | Forget"
+Command: TypeAlias = "Admit | Commit | Release | Forget"
 Report: TypeAlias = "Nodes | WorkerStats"
 
 
-def encode(message: Command | Report) -> tuple[int, bytes]:
+def encode(message: Command | Commits | Report) -> tuple[int, bytes]:
     """Kind and payload of a message. Raises MessageError for arrays of a wrong type or numbers that do not
     fit."""
     try:
@@ -302,6 +303,11 @@ def _decode_commits(payload: Buffer) -> Iterator[Commit]:
             raise ValueError("chain_probs are not finite")
         yield Commit(handle, keep, tokens, chain, probs, bool(waits))
         offset += 4 * (num_tokens + 2 * num_chain)
+
+
+def warm_up() -> None:
+    """Compile what decoding needs, or read it from numba's cache, before the first record comes."""
+    _keep_sound()
 
 
 @functools.cache

@@ -160,6 +160,7 @@ class RingConsumer(_Ring):
         self._tail: int = self._indices[_TAIL]
         self._bytes = np.frombuffer(self._data, np.uint8)
         self._entries = np.zeros(_MAX_ENTRIES, ENTRY)
+        self._read_records = _read_records()
         self.corrupt = 0
 
     @property
@@ -205,10 +206,10 @@ class RingConsumer(_Ring):
         """Append private copies of the records behind ``tail``; the new tail, or None at a damaged record."""
         # Copies, because checking bytes that the other end can still change is no check.
         payloads = np.empty(used + _ROOM_TO_ALIGN, np.uint8)
-        num_read, num_entries = _read_records()(
+        num_read, num_entries = self._read_records(
             self._bytes, tail, used, max_bytes, kind, size, payloads, self._entries
         )  # fmt: skip
-        view = memoryview(payloads)
+        view = memoryview(payloads)  # type: ignore[arg-type]
         for entry_kind, session, start, end, count in self._entries[:num_entries].tolist():
             records.append((entry_kind, session, view[start:end], count))
         return tail + num_read if num_read >= 0 else None
