@@ -28,10 +28,10 @@ class Probe:
 
     def probe_draft_always(self) -> None:
         """Draft though it should cost more than it gives, as it may beside a target so small, or an interpreted one."""
-        from vllm_double.target import control, guard
+        from vllm_double.target import guarded_proposer, step_cost
 
-        guard._JUDGED_ROUNDS = sys.maxsize
-        control.StepCost.estimate = lambda self: (1.0, 1e-6)  # type: ignore[method-assign]
+        guarded_proposer._JUDGED_ROUNDS = sys.maxsize
+        step_cost.StepCost.estimate = lambda self: (1.0, 1e-6)  # type: ignore[method-assign]
 
     def probe_start(self) -> None:
         proposer = self._rank._proposer
@@ -108,13 +108,13 @@ class Probe:
 
     def probe_cut_the_first(self, cut: bool) -> None:
         """Have the controller find that drafts of a batch's first row never pay; or no more."""
-        from vllm_double.target import control, proposer
+        from vllm_double.target import proposer, verify_length
 
         def cut_first(reaches: Any, fixed: float, per_token: float) -> list[int]:
-            lengths = control.chain_lengths(reaches, fixed, per_token)
+            lengths = verify_length.chain_lengths(reaches, fixed, per_token)
             return [0 if index == 0 else length for index, length in enumerate(lengths)]
 
-        proposer.chain_lengths = cut_first if cut else control.chain_lengths
+        proposer.chain_lengths = cut_first if cut else verify_length.chain_lengths
 
     def probe_masks_of_int(self) -> None:
         """Triton's interpreter stores under masks of bool alone; vLLM's kernel for grammars has one of int32, of 0 and 1."""
