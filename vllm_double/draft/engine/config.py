@@ -22,11 +22,11 @@ class EngineConfig:
         forks cheap.
     num_pages: pages of the key/value cache; None is what kv_cache_bytes has room for.
     max_num_seqs, max_num_batched_tokens: rows and tokens of one forward at most; backends size their buffers by them.
-    vocab_size: of the target; token ids from there on are never answered. None is the draft's own.
+    vocab_size: of the target; higher token ids are never drafted. None is the draft's own.
     tensor_parallel_size: devices that share the model; this engine drives one of them, number ``rank``.
-    num_children: children that a forward is asked for at most; where it is asked for more it is not replayed.
-    enforce_eager: no CUDA graphs. There are none on a CPU or of several ranks in any case; the model is never compiled.
-    rendezvous: file through which the ranks find each other, which does not exist before; of no use to a single one.
+    num_children: children per token that recorded forwards find; forwards for more are not replayed.
+    enforce_eager: no CUDA graphs. On a CPU or with several ranks there are none in any case; the model is never compiled.
+    rendezvous: new file through which several ranks find each other.
     """
 
     model: str
