@@ -119,7 +119,7 @@ def as_written(parameter: inspect.Parameter, module: ModuleType) -> inspect.Para
     """Without its annotation."""
     default = parameter.default
     if isinstance(default, Enum):
-        default = Global(str(default))
+        default = Global(f"{type(default).__name__}.{default.name}")
     elif default is not parameter.empty and not isinstance(default, str | int | float | tuple | None):
         default = next(Global(name) for name, value in vars(module).items() if value is default)
     return parameter.replace(annotation=inspect.Parameter.empty, default=default)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -68,7 +69,8 @@ def main() -> None:
         spared = {os.getpid()}
         if guard is not None and guard.alive():
             spared.add(guard.pid)
-            os.kill(guard.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(guard.pid, signal.SIGTERM)
             deadline = time.monotonic() + 2 * _GRACE_S
             while guard.alive() and set(session_members(os.getpid())) - spared and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -90,7 +92,8 @@ def _guard(request: dict[str, Any]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if request["is_gentle"] and driver is not None:
             # In somebody else's cluster the actor is not in our session: the driver takes it back.
-            os.kill(driver.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(driver.pid, signal.SIGTERM)
             wait_for_one([driver], _GRACE_S)
         kill_session(os.getsid(0), spare=(os.getpid(), os.getsid(0)))
         reap()
@@ -127,7 +130,9 @@ def _start_guard(request: dict[str, Any]) -> int:
         os._exit(0)
     os.close(write)
     os.waitpid(between, 0)
-    return int(os.read(read, 32))
+    guard = int(os.read(read, 32))
+    os.close(read)
+    return guard
 
 
 def _fork_driver(request: dict[str, Any]) -> int:
