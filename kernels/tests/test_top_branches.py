@@ -55,13 +55,14 @@ SHAPES = [(1, 1), (1, 7), (3, 33), (5, 257), (2, 3072), (7, 1000), (2, 32801), (
 
 
 @pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("num_rows", "vocab_size", "num_children"),
+    ("num_rows", "vocab_size", "num_children", "dtype"),
     [
-        pytest.param(rows, vocab, f, id=f"R{rows}-V{vocab}-F{f}")
+        pytest.param(rows, vocab, f, dtype, id=f"R{rows}-V{vocab}-F{f}-{dtype}".replace("torch.", ""))
         for rows, vocab in SHAPES
         for f in sorted({1, min(8, vocab), min(vocab, 33)})
+        # The dtype matters to the order of the keys alone: in 16 bits one count and three shapes will do.
+        for dtype in (DTYPES if f == 8 and vocab in (33, 3072, 32801) else DTYPES[:1])
     ],
 )
 def test_top_branches_are_those_of_a_sort(

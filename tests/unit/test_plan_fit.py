@@ -18,7 +18,7 @@ def simulate(script: Script, times: Times, *, num_tokens: int, num_speculative_t
     hit_rate = 1 - (1 - script.acceptance) * (1 - script.copied) * 16**-script.tail
     tokens = 1 + hit_rate * (script.acceptance / (1 - script.acceptance) + 3 * script.copied)
     step = times.target + times.token * tokens + times.gap
-    return Outcome(times.target * tokens / step, tokens, hit_rate, tokens, 40.0, 100, 100)
+    return Outcome(times.target * tokens / step, tokens, hit_rate, tokens, 100, 100, 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -59,18 +59,16 @@ class Outcome:
     """The result of a simulation. ``speedup``: over decoding without drafts, in the same times and batch.
 
     rounds: steps of the target. forwards: sum of the requests' forwards. chain_length: draft tokens verified per forward.
-    waits: of the target for the draft, per round; wait_seconds: of each.
+    waits: of the target for the draft, per round.
     """
 
     speedup: float
     tokens_per_forward: float
     hit_rate: float
     chain_length: float
-    nodes_per_step: float
     rounds: int
     forwards: int
-    waits: float = 0.0
-    wait_seconds: float = 0.0
+    waits: float
 
 
 class ScriptedEngine:
@@ -82,7 +80,6 @@ class ScriptedEngine:
     def __init__(self, tables: Tables, times: Times, clock: SimulatedClock, max_length: int, num_pages: int) -> None:
         self.max_length = max_length
         self.num_pages = num_pages
-        self.num_nodes = 0
         self._tables = tables
         self._times = times
         self._clock = clock
@@ -91,7 +88,6 @@ class ScriptedEngine:
         """See DraftEngine.forward."""
         self._clock.advance(self._times.draft_forward(len(batch.token_ids)))
         last = batch.token_ids[batch.output_indices].astype(np.uint64)
-        self.num_nodes += len(last)
         return self._tables.children(last, num_children, batch.output_sampling["seed"], batch.output_positions)
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
@@ -195,11 +191,9 @@ def simulate(
         tokens_per_forward=counters.committed_tokens / counters.rows,
         hit_rate=counters.hits / max(counters.lookups, 1),
         chain_length=counters.proposed_tokens / counters.rows,
-        nodes_per_step=engine.num_nodes / counters.rounds,
         rounds=counters.rounds,
         forwards=counters.rows,
         waits=counters.waits / counters.rounds,
-        wait_seconds=counters.wait_seconds / max(counters.waits, 1),
     )
 
 
