@@ -139,7 +139,7 @@ def check_history(retriever: HistoryRetriever, others: list[int] | None = None) 
     assert retriever._charge == sum(generation.charge for generation in held) <= retriever.max_tokens
     numbers = [tenant.number for tenant in tenants]
     assert sorted(numbers + retriever._free_numbers) == list(range(len(numbers) + len(retriever._free_numbers)))
-    past, automata = retriever._past, retriever.arena.arrays.automata
+    past, requests, automata = retriever._past, retriever.requests, retriever.arena.arrays.automata
     for tenant in tenants:
         serials = [generation.serial for generation in tenant.generations]
         assert (serials or tenant.num_users) and serials == sorted(serials, reverse=True)
@@ -151,6 +151,6 @@ def check_history(retriever: HistoryRetriever, others: list[int] | None = None) 
         assert [int(automata["num_tokens"][g.slot]) for g in tenant.generations] == [g.num_tokens for g in tenant.generations]
     waiting = [text.slot for text in retriever._waiting]
     waiting += [retriever._current[1].slot] if retriever._current else []
-    live = past.requests["slot"][past.requests["live"] & (past.requests["slot"] != NONE)].tolist()
+    live = requests["slot"][requests["live"] & (requests["slot"] != NONE)].tolist()
     assert sum(tenant.num_users for tenant in tenants) == len(waiting) + len(live)
     check_arena(retriever.arena, [generation.slot for generation in held] + waiting + live + (others or []))

@@ -30,10 +30,14 @@ def with_room(array: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
 
 
 class ArraySource(Source):
-    """Rows of `requests` that are not ``live`` are free."""
+    """A compiled call answers all queries."""
 
-    requests: npt.NDArray[Any]
-    """Records by key, with a field ``live``."""
+    rows: Any
+    """A named tuple of arrays by key. ``requests`` holds records with a field ``live``: the others are free."""
+
+    @property
+    def requests(self) -> npt.NDArray[Any]:
+        return self.rows.requests  # type: ignore[no-any-return]
 
     @abstractmethod
     def _look_up(self, queries: Queries, found: Found, evidence: npt.NDArray[Any]) -> int:
@@ -51,7 +55,8 @@ class ArraySource(Source):
         if self._is_live(key):
             raise ValueError(f"request {key} is started already")
         check_tokens(tokens)
-        self.requests = with_room(self.requests, key)
+        if key >= len(self.requests):
+            self.rows = type(self.rows)(*(with_room(array, key) for array in self.rows))
 
     def _end(self, key: int) -> None:
         """Raises KeyError: unknown key."""

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from vllm_double.retrieval.array_source import ArraySource
 from vllm_double.retrieval.base import Found, Queries, Tokens
-from vllm_double.retrieval.context_steps import CONTEXT, QUEUE, context_steps
+from vllm_double.retrieval.context_steps import CONTEXT, QUEUE, Contexts, context_steps
 from vllm_double.retrieval.suffix_automaton.arena import NONE, Arena, Arrays
 
 __all__ = ["ContextRetriever"]
@@ -46,7 +46,7 @@ class ContextRetriever(ArraySource):
         self.arena = arena or Arena()
         self.num_unindexed = 0
         """Requests that found no room for an index, or for a larger one."""
-        self.requests = np.zeros(16, CONTEXT)
+        self.rows = Contexts(np.zeros(16, CONTEXT))
         self._queues = np.full(1, NONE, QUEUE)
         self._steps = context_steps()
 

@@ -21,6 +21,7 @@ from vllm_double.retrieval.suffix_automaton.automaton_steps import (
     index_of,
     move,
     text_at,
+    unknown_row,
     unready_row,
 )
 
@@ -29,6 +30,11 @@ CONTEXT = np.dtype([("live", np.bool_), ("is_queued", np.bool_), ("slot", np.int
 be indexed, which those that stopped leave when it is their turn."""
 QUEUE = np.dtype([("first", np.int32), ("last", np.int32)])
 _MOVE = 8  # tokens whose share of an automaton is moved in the time that indexing one takes
+
+
+class Contexts(NamedTuple):
+    requests: Records
+    """CONTEXT [keys]"""
 
 
 @view_part
@@ -115,10 +121,11 @@ def _work(arrays: Arrays, requests: Records, queues: Records, budget: int, turn:
 
 def _lookup(arrays: Arrays, requests: Records, queries: Queries, found: Found, evidence: Records) -> int:
     """Answer all queries; see `ContextRetriever`. Returns the row of an unknown key, or NONE."""
+    unknown = unknown_row(requests, queries.keys)
+    if unknown != NONE:
+        return unknown
     for row in range(queries.keys.size):
         key = queries.keys[row]
-        if not 0 <= key < requests.size or not requests[key].live:
-            return row
         found.lengths[row] = 0
         if requests[key].slot == NONE:
             continue

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval.array_source import ArraySource, with_room
+from vllm_double.retrieval.array_source import ArraySource
 from vllm_double.retrieval.base import Found, Queries, Tokens
 from vllm_double.retrieval.context import ContextRetriever
-from vllm_double.retrieval.edit_steps import Edits, edit_steps
+from vllm_double.retrieval.edit_steps import COPYING, Edits, edit_steps
 from vllm_double.retrieval.suffix_automaton.arena import NONE
 
 __all__ = ["EditRetriever"]
@@ -29,18 +29,9 @@ class EditRetriever(ArraySource):
 
     def __init__(self, context: ContextRetriever) -> None:
         self._context = context
-        self._edits = Edits.empty(16)
+        self.rows = Edits.empty(16)
+        self._scratch = np.zeros(1, COPYING)
         self._steps = edit_steps()
-
-    @property
-    def requests(self) -> npt.NDArray[Any]:  # type: ignore[override]
-        """See ArraySource."""
-        return self._edits.requests
-
-    @requests.setter
-    def requests(self, requests: npt.NDArray[Any]) -> None:
-        replacements = with_room(self._edits.replacements, len(requests) - 1)
-        self._edits = self._edits._replace(requests=requests, replacements=replacements)
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
         """See Source."""
@@ -55,9 +46,11 @@ class EditRetriever(ArraySource):
 
     def extend_many(self, keys: npt.NDArray[np.int32], tokens: Tokens, starts: npt.NDArray[np.int32]) -> None:
         """See Source."""
-        row = self._steps.extend(self._context.arrays, self._context.requests, self._edits, keys, tokens, starts)
+        row = self._steps.extend(self._context.arrays, self._context.requests, self.rows, keys, tokens, starts)
         if row >= 0:
             raise KeyError(int(keys[row]))
 
     def _look_up(self, queries: Queries, found: Found, evidence: npt.NDArray[Any]) -> int:
-        return self._steps.lookup(self._context.arrays, self._context.requests, self._edits, queries, found, evidence)
+        return self._steps.lookup(
+            self._context.arrays, self._context.requests, self.rows, self._scratch, queries, found, evidence
+        )

@@ -11,7 +11,7 @@ from vllm_double.retrieval.array_source import EXAMPLES
 from vllm_double.retrieval.base import Found, Queries, Tokens
 from vllm_double.retrieval.context_steps import CONTEXT, source_of
 from vllm_double.retrieval.suffix_automaton.arena import NONE, Arena, Arrays, Ints, Records
-from vllm_double.retrieval.suffix_automaton.automaton_steps import Record, note, text_at
+from vllm_double.retrieval.suffix_automaton.automaton_steps import Record, note, text_at, unknown_row
 
 _MIN_MATCH = 8  # copying is taken to have begun where so many tokens are those of an earlier place
 _WINDOW = 64  # tokens behind a change among which the place is looked for where copying goes on
@@ -49,13 +49,11 @@ class Edits(NamedTuple):
     replacements: Records
     """REPLACEMENT [keys, _MAX_REPLACEMENTS]: what was replaced last and what came instead, oldest first; each begins with
     another token."""
-    scratch: Records
-    """COPYING [1], to be tried on tokens that are not committed"""
 
     @classmethod
     def empty(cls, num_keys: int) -> "Edits":
         shape = (num_keys, _MAX_REPLACEMENTS)
-        return cls(np.zeros(num_keys, COPYING), np.zeros(shape, REPLACEMENT), np.zeros(1, COPYING))
+        return cls(np.zeros(num_keys, COPYING), np.zeros(shape, REPLACEMENT))
 
 
 @view_part
@@ -230,9 +228,9 @@ def _ahead(
 
 def _extend(arrays: Arrays, contexts: Records, edits: Edits, keys: Ints, tokens: Tokens, starts: Ints) -> int:
     """Follow texts that have these tokens already. Returns the row of an unknown key, or NONE."""
-    for row in range(keys.size):
-        if not 0 <= keys[row] < edits.requests.size or not edits.requests[keys[row]].live:
-            return row
+    unknown = unknown_row(edits.requests, keys)
+    if unknown != NONE:
+        return unknown
     for row in range(keys.size):
         key = keys[row]
         if contexts[key].slot == NONE:
@@ -248,12 +246,18 @@ def _extend(arrays: Arrays, contexts: Records, edits: Edits, keys: Ints, tokens:
     return NONE
 
 
-def _lookup(arrays: Arrays, contexts: Records, edits: Edits, queries: Queries, found: Found, evidence: Records) -> int:
-    """Answer all queries; see `EditRetriever`. Returns the row of an unknown key, or NONE."""
+def _lookup(
+    arrays: Arrays, contexts: Records, edits: Edits, scratch: Records, queries: Queries, found: Found, evidence: Records
+) -> int:  # fmt: skip
+    """Answer all queries; see `EditRetriever`. Returns the row of an unknown key, or NONE.
+
+    scratch: COPYING [1], to be tried on tokens that are not committed.
+    """
+    unknown = unknown_row(edits.requests, queries.keys)
+    if unknown != NONE:
+        return unknown
     for row in range(queries.keys.size):
         key = queries.keys[row]
-        if not 0 <= key < edits.requests.size or not edits.requests[key].live:
-            return row
         found.lengths[row] = 0
         copying = edits.requests[key]
         if contexts[key].slot == NONE or copying.source == NONE:
@@ -262,8 +266,8 @@ def _lookup(arrays: Arrays, contexts: Records, edits: Edits, queries: Queries, f
         if _is_plain_behind(arrays, text, copying, tail):
             continue
         if tail.size:
-            edits.scratch[0] = copying
-            copying = edits.scratch[0]
+            scratch[0] = copying
+            copying = scratch[0]
             for i in range(tail.size):
                 _step(arrays, text, copying, edits.replacements[key], False, tail[i])
             if copying.source == NONE:
@@ -275,7 +279,7 @@ def _lookup(arrays: Arrays, contexts: Records, edits: Edits, queries: Queries, f
 
 class EditSteps(NamedTuple):
     extend: Callable[[Arrays, Records, Edits, Ints, Tokens, Ints], int]
-    lookup: Callable[[Arrays, Records, Edits, Queries, Found, Any], int]
+    lookup: Callable[[Arrays, Records, Edits, Records, Queries, Found, Any], int]
 
 
 @functools.cache
@@ -284,5 +288,5 @@ def edit_steps() -> EditSteps:
     arrays, contexts, edits, tokens = Arena(0).arrays, np.zeros(0, CONTEXT), Edits.empty(0), np.zeros(0, np.int32)
     return EditSteps(
         machine_code(_extend, arrays, contexts, edits, tokens, tokens, tokens),
-        machine_code(_lookup, arrays, contexts, edits, *EXAMPLES),
+        machine_code(_lookup, arrays, contexts, edits, np.zeros(0, COPYING), *EXAMPLES),
     )

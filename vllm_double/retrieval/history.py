@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from vllm_double.retrieval.array_source import ArraySource, with_room
 from vllm_double.retrieval.base import Found, Queries, Tokens
-from vllm_double.retrieval.history_steps import MAX_GENERATIONS, Past, history_steps
+from vllm_double.retrieval.history_steps import MAX_GENERATIONS, Past, Readers, history_steps
 from vllm_double.retrieval.suffix_automaton.arena import NONE, Arena
 from vllm_double.retrieval.suffix_automaton.automaton_steps import SEPARATOR
 
@@ -100,7 +100,8 @@ class HistoryRetriever(ArraySource):
         self._share_unnamed = share_unnamed
         self._largest = max(2, max_tokens // _SHARE)
         self._steps = history_steps()
-        self._past = Past.empty(16, 16)
+        self.rows = Readers.empty(16)
+        self._past = Past.empty(16)
         self._tenants: dict[str | None, _Tenant] = {}
         self._users: dict[int, _Tenant] = {}  # by key
         self._free_numbers: list[int] = []
@@ -111,16 +112,6 @@ class HistoryRetriever(ArraySource):
         self._current: tuple[_Generation, _Text, int] | None = None
         self._charge = 0  # of all generations
         self._last_serial = 0
-
-    @property
-    def requests(self) -> npt.NDArray[Any]:  # type: ignore[override]
-        """See ArraySource."""
-        return self._past.requests
-
-    @requests.setter
-    def requests(self, requests: npt.NDArray[Any]) -> None:
-        cursors = with_room(self._past.cursors, len(requests) - 1)
-        self._past = self._past._replace(requests=requests, cursors=cursors)
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -140,12 +131,12 @@ class HistoryRetriever(ArraySource):
             user = self._users[key] = self._tenant(tenant)
             user.num_users += 1
             number = user.number
-        self._past.requests[key] = (True, slot, number, len(last))
-        self._past.cursors[key]["serial"] = 0
+        self.requests[key] = (True, slot, number, len(last))
+        self.rows.cursors[key]["serial"] = 0
 
     def extend_many(self, keys: npt.NDArray[np.int32], tokens: Tokens, starts: npt.NDArray[np.int32]) -> None:
         """See Source. KeyError: unknown key, and nothing is appended."""
-        while (row := self._steps.extend(self.arena.arrays, self._past, keys, tokens, starts)) != NONE:
+        while (row := self._steps.extend(self.arena.arrays, self.rows, keys, tokens, starts)) != NONE:
             if row < 0:
                 raise KeyError(int(keys[-2 - row]))
             self._enlarge(int(keys[row]), int(starts[row + 1] - starts[row]))
@@ -153,12 +144,12 @@ class HistoryRetriever(ArraySource):
     def stop(self, key: int, keep: bool) -> None:
         """End the request; later ones may be offered its output if ``keep``. KeyError: unknown key."""
         self._end(key)
-        slot = int(self._past.requests["slot"][key])
+        slot = int(self.requests["slot"][key])
         if slot == NONE:
             return
         tenant = self._users.pop(key)
         automaton = self.arena.arrays.automata[slot]
-        length, output = int(automaton["length"]), int(self._past.requests["output"][key])
+        length, output = int(automaton["length"]), int(self.requests["output"][key])
         if keep and length - output >= _SHORTEST_TEXT:
             self.arena.arrays.text[int(automaton["start"]) + length] = SEPARATOR
             self._waiting.append(_Text(tenant, slot, max(output, length + 1 - self._largest), length + 1))
@@ -166,18 +157,18 @@ class HistoryRetriever(ArraySource):
             self._leave(tenant, slot)
 
     def _look_up(self, queries: Queries, found: Found, evidence: npt.NDArray[Any]) -> int:
-        return self._steps.lookup(self.arena.arrays, self._past, queries, found, evidence)
+        return self._steps.lookup(self.arena.arrays, self.rows, self._past, queries, found, evidence)
 
     def _enlarge(self, key: int, num_tokens: int) -> None:
         """Move a text to a larger range, with room for so many tokens more and a separator."""
-        slot, arena = int(self._past.requests["slot"][key]), self.arena
+        slot, arena = int(self.requests["slot"][key]), self.arena
         automaton = arena.arrays.automata[slot]
         start, length = int(automaton["start"]), int(automaton["length"])
         capacity = 1 << (length + num_tokens + 1).bit_length()
         moved = arena.allocate(capacity)
         if moved == NONE:
             self._leave(self._users.pop(key), slot)
-            self._past.requests["slot"][key] = NONE
+            self.requests["slot"][key] = NONE
             self.num_unindexed += 1
             return
         arena.arrays.text[moved : moved + length] = arena.arrays.text[start : start + length]
@@ -258,7 +249,7 @@ class HistoryRetriever(ArraySource):
             self._leave(text.tenant, text.slot)
         while self._generations:
             self._evict(next(iter(self._generations.values())))
-        requests = self._past.requests
+        requests = self.requests
         for key in np.flatnonzero(requests["live"] & (requests["slot"] != NONE)).tolist():
             requests["output"][key] = self.arena.arrays.automata["length"][requests["slot"][key]]
 

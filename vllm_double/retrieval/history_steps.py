@@ -22,6 +22,7 @@ from vllm_double.retrieval.suffix_automaton.automaton_steps import (
     followed,
     index_of,
     occurs,
+    unknown_row,
     unready_row,
 )
 
@@ -41,31 +42,35 @@ TENANT = np.dtype([("newest", np.int32), ("num_generations", np.int32)])
 """``newest``: place of the newest generation. Older ones are at the places before it, modulo MAX_GENERATIONS."""
 
 
-class Past(NamedTuple):
+class Readers(NamedTuple):
     requests: Records
     """REQUEST [keys]"""
     cursors: Records
     """CURSOR [keys, MAX_GENERATIONS], by the generation's place"""
+
+    @classmethod
+    def empty(cls, num_keys: int) -> "Readers":
+        return cls(np.zeros(num_keys, REQUEST), np.zeros((num_keys, MAX_GENERATIONS), CURSOR))
+
+
+class Past(NamedTuple):
     tenants: Records
     """TENANT [tenants]"""
     generations: Ints
     """[tenants, MAX_GENERATIONS], automata by place"""
 
     @classmethod
-    def empty(cls, num_keys: int, num_tenants: int) -> "Past":
-        return cls(
-            np.zeros(num_keys, REQUEST), np.zeros((num_keys, MAX_GENERATIONS), CURSOR), np.zeros(num_tenants, TENANT),
-            np.zeros((num_tenants, MAX_GENERATIONS), np.int32),
-        )  # fmt: skip
+    def empty(cls, num_tenants: int) -> "Past":
+        return cls(np.zeros(num_tenants, TENANT), np.zeros((num_tenants, MAX_GENERATIONS), np.int32))
 
 
-def _extend(arrays: Arrays, past: Past, keys: Ints, tokens: Tokens, starts: Ints) -> int:
+def _extend(arrays: Arrays, readers: Readers, keys: Ints, tokens: Tokens, starts: Ints) -> int:
     """Append to texts, and leave room for a separator. If not NONE is returned, nothing was done: see `unready_row`."""
-    unready = unready_row(arrays, past.requests, keys, starts, 1)
+    unready = unready_row(arrays, readers.requests, keys, starts, 1)
     if unready != NONE:
         return unready
     for row in range(keys.size):
-        slot = past.requests[keys[row]].slot
+        slot = readers.requests[keys[row]].slot
         if slot != NONE:
             append_text(arrays, arrays.automata[slot], tokens[starts[row] : starts[row + 1]])
     return NONE
@@ -104,18 +109,21 @@ def _follow(index: Index, automaton: Record, text: Ints, cursor: Record) -> None
     cursor.length = length
 
 
-def _lookup(arrays: Arrays, past: Past, queries: Queries, found: Found, evidence: Records) -> int:
+def _lookup(
+    arrays: Arrays, readers: Readers, past: Past, queries: Queries, found: Found, evidence: Records
+) -> int:  # fmt: skip
     """Answer all queries; see `HistoryRetriever`. Returns the row of an unknown key, or NONE."""
+    unknown = unknown_row(readers.requests, queries.keys)
+    if unknown != NONE:
+        return unknown
     for row in range(queries.keys.size):
         key = queries.keys[row]
-        if not 0 <= key < past.requests.size or not past.requests[key].live:
-            return row
         found.lengths[row] = 0
-        if past.requests[key].slot == NONE:
+        if readers.requests[key].slot == NONE:
             continue
-        own = arrays.automata[past.requests[key].slot]
+        own = arrays.automata[readers.requests[key].slot]
         text = arrays.text[own.start : own.start + own.length]
-        number = past.requests[key].tenant
+        number = readers.requests[key].tenant
         tenant = past.tenants[number]
         best, best_state, best_length = NONE, ROOT, 0
         for n in range(tenant.num_generations):
@@ -123,7 +131,7 @@ def _lookup(arrays: Arrays, past: Past, queries: Queries, found: Found, evidence
             slot = past.generations[number, place]
             automaton = arrays.automata[slot]
             index = index_of(arrays, automaton)
-            cursor = past.cursors[key, place]
+            cursor = readers.cursors[key, place]
             _follow(index, automaton, text, cursor)
             state, length = cursor.state, cursor.length
             for i in range(queries.tail_lengths[row]):
@@ -142,17 +150,17 @@ def _lookup(arrays: Arrays, past: Past, queries: Queries, found: Found, evidence
 
 
 class HistorySteps(NamedTuple):
-    extend: Callable[[Arrays, Past, Ints, Tokens, Ints], int]
+    extend: Callable[[Arrays, Readers, Ints, Tokens, Ints], int]
     fill: Callable[[Arrays, int, int, int, int], None]
-    lookup: Callable[[Arrays, Past, Queries, Found, Any], int]
+    lookup: Callable[[Arrays, Readers, Past, Queries, Found, Any], int]
 
 
 @functools.cache
 def history_steps() -> HistorySteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
-    arrays, past, tokens = Arena(0).arrays, Past.empty(0, 0), np.zeros(0, np.int32)
+    arrays, readers, tokens = Arena(0).arrays, Readers.empty(0), np.zeros(0, np.int32)
     return HistorySteps(
-        machine_code(_extend, arrays, past, tokens, tokens, tokens),
+        machine_code(_extend, arrays, readers, tokens, tokens, tokens),
         machine_code(_index, arrays, 0, 0, 0, 0, releases_gil=True),
-        machine_code(_lookup, arrays, past, *EXAMPLES),
+        machine_code(_lookup, arrays, readers, Past.empty(0), *EXAMPLES),
     )

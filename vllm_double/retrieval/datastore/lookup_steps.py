@@ -15,7 +15,7 @@ from vllm_double.jit import machine_code, view_part
 from vllm_double.retrieval.array_source import EXAMPLES
 from vllm_double.retrieval.base import Found, Queries, Tokens
 from vllm_double.retrieval.suffix_automaton.arena import Ints, Records
-from vllm_double.retrieval.suffix_automaton.automaton_steps import Record, note
+from vllm_double.retrieval.suffix_automaton.automaton_steps import Record, note, unknown_row
 
 Bytes = npt.NDArray[np.uint8]
 Longs = npt.NDArray[np.int64]
@@ -237,10 +237,11 @@ def _lookup(
 
     context has room for the end of a text, a tail and an answer. Returns the row of an unknown key, or NONE.
     """
+    unknown = unknown_row(texts.requests, queries.keys)
+    if unknown != NONE:
+        return unknown
     for row in range(queries.keys.size):
         key = queries.keys[row]
-        if not 0 <= key < texts.requests.size or not texts.requests[key].live:
-            return row
         choice = choices[row]
         if not is_probe and choice.file != number:
             continue
@@ -271,9 +272,9 @@ def _lookup(
 
 def _extend(texts: Texts, max_match: int, keys: Ints, tokens: Tokens, starts: Ints) -> int:
     """Append to texts. Returns the row of an unknown key, or NONE."""
-    for row in range(keys.size):
-        if not 0 <= keys[row] < texts.requests.size or not texts.requests[keys[row]].live:
-            return row
+    unknown = unknown_row(texts.requests, keys)
+    if unknown != NONE:
+        return unknown
     for row in range(keys.size):
         request, recent = texts.requests[keys[row]], texts.recent[keys[row]]
         first, stop = max(starts[row], starts[row + 1] - max_match), starts[row + 1]

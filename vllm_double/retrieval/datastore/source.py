@@ -32,26 +32,17 @@ class DatastoreRetriever(ArraySource):
         """``max_match`` is the greatest of the datastores'."""
         self.max_match = max(datastore.header.max_match for datastore in datastores)
         self._files = [(datastore.sections, datastore.header.max_match) for datastore in datastores]
-        self._texts = Texts(np.zeros(16, REQUEST), np.zeros((16, 8 * self.max_match), np.int32))
+        self.rows = Texts(np.zeros(16, REQUEST), np.zeros((16, 8 * self.max_match), np.int32))
         self._context = np.zeros(0, np.int32)
         self._choices = np.zeros(0, CHOICE)
         self._steps = lookup_steps()
-
-    @property
-    def requests(self) -> npt.NDArray[Any]:  # type: ignore[override]
-        """See ArraySource."""
-        return self._texts.requests
-
-    @requests.setter
-    def requests(self, requests: npt.NDArray[Any]) -> None:
-        self._texts = Texts(requests, with_room(self._texts.recent, len(requests) - 1))
 
     def start(self, key: int, tokens: Tokens, tenant: str | None = None) -> None:
         """Begin with a prompt, int32 [n]. ValueError: the key is in use, or a token is negative."""
         last = tokens[-self.max_match :]
         self._begin(key, last)
         self.requests[key] = (True, len(last))
-        self._texts.recent[key, : len(last)] = last
+        self.rows.recent[key, : len(last)] = last
 
     def stop(self, key: int, keep: bool = False) -> None:
         """Forget the request. KeyError: unknown key."""
@@ -59,7 +50,7 @@ class DatastoreRetriever(ArraySource):
 
     def extend_many(self, keys: npt.NDArray[np.int32], tokens: Tokens, starts: npt.NDArray[np.int32]) -> None:
         """See Source. KeyError: unknown key, and nothing is appended."""
-        row = self._steps.extend(self._texts, self.max_match, keys, tokens, starts)
+        row = self._steps.extend(self.rows, self.max_match, keys, tokens, starts)
         if row >= 0:
             raise KeyError(int(keys[row]))
 
@@ -75,6 +66,6 @@ class DatastoreRetriever(ArraySource):
         for is_probe in passes:
             for number, (sections, max_match) in enumerate(self._files):
                 row = self._steps.lookup(
-                    sections, max_match, number, is_probe, self._texts, self._context, self._choices, queries, found, evidence
+                    sections, max_match, number, is_probe, self.rows, self._context, self._choices, queries, found, evidence
                 )
         return row

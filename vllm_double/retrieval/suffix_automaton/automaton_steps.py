@@ -327,14 +327,23 @@ def move(arrays: Arrays, automaton: Record, num_tokens: int) -> None:
 
 
 @view_part
+def unknown_row(requests: Records, keys: Ints) -> int:
+    """The first row whose key has no request, or NONE."""
+    for row in range(keys.size):
+        if not 0 <= keys[row] < requests.size or not requests[keys[row]].live:
+            return row
+    return NONE
+
+
+@view_part
 def unready_row(arrays: Arrays, requests: Records, keys: Ints, starts: Ints, num_spare: int) -> int:
     """The first row whose text, an automaton's unless ``slot`` is NONE, has no room for the row's tokens and some to spare, or
     -2 - row if its key is unknown; NONE: there is none."""
+    unknown = unknown_row(requests, keys)
+    if unknown != NONE:
+        return -2 - unknown
     for row in range(keys.size):
-        key = keys[row]
-        if not 0 <= key < requests.size or not requests[key].live:
-            return -2 - row
-        slot = requests[key].slot
+        slot = requests[keys[row]].slot
         if slot != NONE and not has_room(arrays.automata[slot], starts[row + 1] - starts[row] + num_spare):
             return row
     return NONE
