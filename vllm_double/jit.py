@@ -11,7 +11,7 @@ from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-__all__ = ["compiled", "of_numbers", "part", "pointer"]
+__all__ = ["compiled", "of_arrays", "of_numbers", "part", "pointer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,12 +40,12 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _sources() -> str:
-    """Digest of all compiled functions' files."""
-    files = [Path(__file__), *sorted(Path(__file__).parent.rglob("*_steps.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Digest of the files with compiled functions, and of the draft's records."""
+    files = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
+    return hashlib.sha256(b"".join(text for text in files if b"numba" in text or b"vllm_double.jit" in text)).hexdigest()
 
 
-def compiled(function: Callable[..., Any], signature: str) -> Any:
+def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...]) -> Any:
     """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
 
     numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
@@ -60,6 +60,15 @@ def compiled(function: Callable[..., Any], signature: str) -> Any:
         dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
+
+
+def of_arrays(function: Function, *examples: Any) -> Function:
+    """The machine code of a function for arguments of the examples' types: arrays, named tuples of arrays, numbers.
+
+    Past the dispatcher, which looks at the types of all arguments. Nothing checks them: they must be the examples'.
+    """
+    (only,) = compiled(function, tuple(map(numba.typeof, examples))).overloads.values()
+    return cast(Function, only.entry_point)
 
 
 def of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:
