@@ -199,7 +199,12 @@ class Twin:
             child = tree.nodes[(*path, token)]
             if child.is_retrieved:
                 rest = math.log(max(1.0 - sum(probs.tolist()), 1e-9))
-                child.log_prob = node.log_prob + dict(node.listed).get(token, min(log_probs[-1], rest))
+                difference = node.log_prob + dict(node.listed).get(token, min(log_probs[-1], rest)) - child.log_prob
+                child.log_prob += difference
+                if not child.is_computed:
+                    for other, below in tree.nodes.items():
+                        if len(other) > len(path) + 1 and other[: len(path) + 1] == (*path, token):
+                            below.log_prob += difference
 
 
 def look(node: Node, path: Path = ()) -> dict[Path, tuple[float, bool, bool]]:

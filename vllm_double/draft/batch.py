@@ -130,9 +130,29 @@ def _correct_retrieved(arena: Arena, node: int) -> None:
             for place in range(num_listed):
                 if listed[node, place].token == nodes[child].token:
                     prob = listed[node, place].prob
-            nodes[child].log_prob = nodes[node].log_prob + math.log(max(prob, 1e-9))
-            if nodes[child].branch == NONE and may_go_on(arena, child):
-                if nodes[child].is_candidate:
-                    remove(nodes, arena.requests, child)
-                push(nodes, arena.requests, child, nodes[child].log_prob)
+            difference = nodes[node].log_prob + math.log(max(prob, 1e-9)) - nodes[child].log_prob
+            if nodes[child].branch == NONE:
+                _shift(arena, child, difference)
+            else:
+                nodes[child].log_prob += difference
         child = nodes[child].next_sibling
+
+
+@part
+def _shift(arena: Arena, top: int, difference: float) -> None:
+    """Change the log-probability of a node that is not computed, and of all behind it."""
+    nodes, node = arena.nodes, top
+    while True:
+        nodes[node].log_prob += difference
+        if nodes[node].is_candidate:
+            remove(nodes, arena.requests, node)
+        if may_go_on(arena, node):
+            push(nodes, arena.requests, node, nodes[node].log_prob)
+        if nodes[node].first_child != NONE:
+            node = nodes[node].first_child
+            continue
+        while node != top and nodes[node].next_sibling == NONE:
+            node = nodes[node].parent
+        if node == top:
+            return
+        node = nodes[node].next_sibling
