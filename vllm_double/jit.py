@@ -8,11 +8,9 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
 
-__all__ = ["as_int", "compiled", "machine_code", "of_numbers", "part", "pointer", "view_part"]
+__all__ = ["as_int", "compiled", "machine_code", "part", "view_part"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,16 +31,6 @@ def as_int(number: Any) -> int:
     return np.int64(number)  # type: ignore[return-value]
 
 
-@intrinsic
-def pointer(_typing: Any, address: Any) -> Any:
-    """The address as a pointer, for `numba.carray`."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
 class _Cache(FunctionCache):
     """numba's cache looks at size and date of one file; our functions are compiled into those of other files, too."""
 
@@ -52,9 +40,10 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _sources() -> str:
-    """Digest of all compiled functions' files."""
-    files = [Path(__file__), *sorted(Path(__file__).parent.rglob("*_steps.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Digest of all files in folders with compiled functions: their records and constants are compiled in, too."""
+    texts = {file: file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))}
+    folders = {file.parent for file, text in texts.items() if b"vllm_double.jit" in text}
+    return hashlib.sha256(b"".join(text for file, text in texts.items() if file.parent in folders)).hexdigest()
 
 
 def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...], **options: bool) -> Any:
@@ -84,11 +73,3 @@ def machine_code(function: Function, *examples: Any, releases_gil: bool = False)
     signature = tuple(numba.typeof(example) for example in examples)
     (only,) = compiled(function, signature, nogil=releases_gil, _nrt=False).overloads.values()
     return cast(Function, only.entry_point)
-
-
-def of_numbers(function: Callable[..., Any], num_arguments: int, returns: str = "UniTuple(int64, 2)") -> Callable[..., Any]:
-    """The machine code of a function of int64, past the dispatcher, which looks at the types of all arguments: half of a short
-    call. Not for arrays, which nothing would check."""
-    signature = f"{returns}({', '.join(['int64'] * num_arguments)})"
-    (only,) = compiled(function, signature).overloads.values()
-    return cast(Callable[..., Any], only.entry_point)

@@ -25,6 +25,7 @@ from double_kernels.triton_fork_pages import fork_pages_triton
 from double_kernels.triton_insert_guidance import insert_guidance_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
+from tests.draft_view import check_integrity, trees
 from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, count_outputs
 from vllm_double.draft.engine.cuda_graphs import CudaRecorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -294,7 +295,7 @@ def test_drafting_on_the_kernels_is_that_on_the_references(is_recorded: bool) ->
         if number % 2:
             continue  # a target step takes as long as two draft forwards
         for handle, text in list(texts.items()):
-            request = frontier._requests.get(handle)
+            request = trees(frontier).get(handle)
             if request is None or len(text) > MAX_LENGTH - 12:
                 frontier.apply(Release(handle))
                 del texts[handle]
@@ -307,7 +308,7 @@ def test_drafting_on_the_kernels_is_that_on_the_references(is_recorded: bool) ->
                 accepted.append(token)
             frontier.apply(Commit(handle, len(text), np.array(accepted, np.int32), *no_chain))
             text += accepted
-        frontier.check_integrity()
+        check_integrity(frontier)
     assert engine.num_outputs > 4 * NUM_ROUNDS
     assert NUM_ROUNDS / 2 < engine.num_sampled < engine.num_outputs
     assert num_copies > NUM_ROUNDS / 4

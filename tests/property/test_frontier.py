@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.draft_view import check_integrity, trees
 from tests.fakes.engine import FakeEngine, hashed_logits
-from vllm_double.draft import _tree_steps as at
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.engine.base import Batch
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -31,7 +31,9 @@ def make(
 ) -> tuple[FakeEngine, Frontier]:  # fmt: skip
     logits = logits or hashed_logits(VOCAB)
     engine = FakeEngine(logits, vocab_size=VOCAB, num_pages=num_pages, page_size=page_size, max_length=120)
-    chosen = FrontierLimits(**{"num_speculative_tokens": 6, "children_per_node": children_per_node, **limits})
+    chosen = FrontierLimits(
+        **{"num_speculative_tokens": 6, "children_per_node": children_per_node, "max_nodes": 2000, **limits}
+    )
     sources = [ContextRetriever(), HistoryRetriever(400, share_unnamed=True)] if retrieval else []
     return engine, Frontier(engine, chosen, sources)
 
@@ -48,7 +50,7 @@ def turn(engine: FakeEngine, frontier: Frontier) -> np.ndarray:
 def answer(engine: FakeEngine, frontier: Frontier, batch: Batch) -> np.ndarray:
     engine.copy_slots(frontier.tail_copies)
     records = frontier.expand(*engine.forward(batch, frontier._limits.children_per_node))
-    frontier.check_integrity()
+    check_integrity(frontier)
     return records
 
 
@@ -56,7 +58,7 @@ def commit(frontier: Frontier, handle: int, keep: int, tokens: list[int], chain:
     chain = chain or []
     probs = np.full(len(chain), 0.5, np.float32)
     frontier.apply(Commit(handle, keep, np.array(tokens, np.int32), np.array(chain, np.int32), probs))
-    frontier.check_integrity()
+    check_integrity(frontier)
 
 
 def test_single_path_drafts_the_greedy_continuation_to_the_allowed_depth() -> None:
@@ -80,7 +82,7 @@ def test_every_branch_counts_the_pages_of_a_long_text() -> None:
     engine, frontier = make()
     text = [index % VOCAB for index in range(90)]
     admit(frontier, 1, text)
-    (request,) = frontier._requests.values()
+    (request,) = trees(frontier).values()
     for token in (None, 3, 5):  # another branch becomes the trunk, as a rule
         if token is not None:
             assert request.root is not None
@@ -89,7 +91,7 @@ def test_every_branch_counts_the_pages_of_a_long_text() -> None:
         for _ in range(4):
             turn(engine, frontier)
         assert len(request.held_pages()) > 3
-        assert {frontier._pool.num_holders(page) for page in request.table(0)[: 90 // 4]} == {1}
+        assert {frontier._pool.pages["holders"][page] for page in request.table()[: 90 // 4]} == {1}
     frontier.apply(Release(1, keep=False))
     assert frontier._pool.num_free == 199
 
@@ -101,7 +103,7 @@ def test_the_most_probable_path_is_worked_on_first() -> None:
     reaches: list[float] = []
     for _ in range(20):
         batch = frontier.select()
-        request = next(iter(frontier._requests.values()))
+        request = next(iter(trees(frontier).values()))
         assert request.root is not None
         (node,) = (node for node in _nodes(request.root) if node.branch >= 0 and not node.alternatives)
         assert [row.tokens for row in batch] == [[node.token]]
@@ -164,7 +166,7 @@ def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> Non
     turn(engine, frontier)
     commit(frontier, 1, 15, [3])
     turn(engine, frontier)
-    request = frontier._requests[1]
+    request = trees(frontier)[1]
     assert request.root is not None
     wrong = request.root.children[4]
     assert wrong.is_retrieved and wrong.log_prob - request.root.log_prob < math.log(0.01)
@@ -179,7 +181,7 @@ def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
             return Continuation.of([4, VOCAB, 5], 9, [9, 9, 9], [9, 9, 9])
 
     engine, frontier = make(logits=_period)
-    frontier._retrievers.append(Corpus())
+    frontier._lookups.retrievers.append(Corpus())
     admit(frontier, 1, PERIOD)
     batch = frontier.select()
     assert set(next(iter(batch)).tokens[len(PERIOD) :]) == {4}
@@ -191,7 +193,7 @@ def test_what_survives_a_commit_is_not_drafted_again() -> None:
     admit(frontier, 1, [1, 2, 3])
     for _ in range(12):
         turn(engine, frontier)
-    request = next(iter(frontier._requests.values()))
+    request = next(iter(trees(frontier).values()))
     assert request.root is not None
     child = max(request.root.children.values(), key=lambda n: n.log_prob)
     below = {node.prefix_hash: node.alternatives for node in _nodes(child)}
@@ -209,7 +211,7 @@ def test_every_request_is_served_between_two_commits_though_one_is_sure_of_itsel
     for handle in range(6):
         commit(frontier, handle + 1, 1, [3])
     turn(engine, frontier)
-    assert all(request.num_expanded > 0 for request in frontier._requests.values())
+    assert all(request.num_expanded > 0 for request in trees(frontier).values())
 
 
 def test_pages_that_run_out_silence_the_last_request_and_lose_nothing() -> None:
@@ -221,7 +223,7 @@ def test_pages_that_run_out_silence_the_last_request_and_lose_nothing() -> None:
     assert 1 <= len(frontier) < 5
     for handle in range(5):
         frontier.apply(Release(handle + 1))
-    frontier.check_integrity()
+    check_integrity(frontier)
     assert frontier._pool.num_free == 11
 
 
@@ -247,14 +249,16 @@ def test_a_commit_that_does_not_fit_the_text_ends_the_drafting_for_it(keep: int)
     nodes=st.integers(1, 12),
     children=st.integers(1, VOCAB),
     num_pages=st.sampled_from([14, 40, 400]),
+    max_nodes=st.sampled_from([40, 120, 2000]),
     retrieval=st.booleans(),
 )
 def test_any_interleaving_keeps_pages_and_trees_sound(
-    rng: random.Random, page_size: int, nodes: int, children: int, num_pages: int, retrieval: bool
+    rng: random.Random, page_size: int, nodes: int, children: int, num_pages: int, max_nodes: int, retrieval: bool
 ) -> None:
     # Random texts repeat little: what is retrieved of them is taken, sure or not.
     with mock.patch.object(frontier_module, "_MIN_BELIEF", 0.05):
-        interleave(rng, make(num_pages, page_size, children, retrieval, nodes_per_iteration=nodes, prefill_tokens=5))
+        made = make(num_pages, page_size, children, retrieval, nodes_per_iteration=nodes, prefill_tokens=5, max_nodes=max_nodes)
+        interleave(rng, made)
 
 
 def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
@@ -284,7 +288,7 @@ def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
             text = texts[handle]
             if len(text) > 80:
                 continue
-            node, tokens = frontier._requests[handle].root, []
+            node, tokens = trees(frontier)[handle].root, []
             for _ in range(rng.randint(0, 5)):
                 options = [*node.children, *node.alternatives] if node is not None else []
                 token = rng.choice(options) if options and rng.random() < 0.8 else rng.randrange(VOCAB)
@@ -304,18 +308,6 @@ def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
             del texts[handle]
             if rng.random() < 0.1:
                 frontier.apply(Forget())
-        frontier.check_integrity()
-        for handle, request in frontier._requests.items():
-            assert request.tokens.tolist() == texts[handle]
-
-
-def test_pages_run_out_after_the_request_that_was_asked_for_last_is_gone() -> None:
-    engine, frontier = make(num_pages=6, page_size=2, nodes_per_iteration=16)
-    admit(frontier, 1, [1, 2, 3])
-    frontier._work.header[at.ASKED_TREE] = 1  # the second of two
-    for _ in range(20):
-        turn(engine, frontier)
-        frontier.check_integrity()
-        if frontier._starved:
-            return
-    raise AssertionError("pages never ran out")
+        check_integrity(frontier)
+        for handle, request in trees(frontier).items():
+            assert request.tokens == texts[handle]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.draft_view import cached_pages, check_integrity, check_pool, free_pages, run_handles, trees
 from tests.fakes.engine import FakeEngine, hashed_logits
-from vllm_double.draft._tree_steps import TREE
 from vllm_double.draft.frontier import Frontier, FrontierLimits
-from vllm_double.draft.page_pool import OutOfPagesError, PagePool, page_key, partition_key
+from vllm_double.draft.page_pool import PagePool, num_available, page_key, partition_key, release_page, share_page, take_page
 from vllm_double.transport.messages import Admit, Commit, Release
 
 VOCAB = 12
@@ -24,7 +24,9 @@ class World:
 
     def __init__(self, num_pages: int = 400, page_size: int = 4, prefix_caching: bool = True, **limits: int) -> None:
         self.engine = FakeEngine(hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=num_pages, page_size=page_size)
-        chosen = FrontierLimits(**{"num_speculative_tokens": 4, "nodes_per_iteration": 4, "children_per_node": 4, **limits})
+        chosen = FrontierLimits(
+            **{"num_speculative_tokens": 4, "nodes_per_iteration": 4, "children_per_node": 4, "max_nodes": 500, **limits}
+        )
         self.frontier = Frontier(self.engine, chosen, prefix_caching=prefix_caching)
         self.read: dict[int, int] = {}
 
@@ -32,38 +34,37 @@ class World:
         self.read[handle] = 0
         tokens = np.array(text, np.int32)
         self.frontier.apply(Admit(handle, base or len(text), tokens, 0.0, 250, (), tenant, epoch))
-        self.frontier.check_integrity()
+        check_integrity(self.frontier)
 
     def commit(self, handle: int, keep: int, tokens: Sequence[int]) -> None:
         self.frontier.apply(Commit(handle, keep, np.array(tokens, np.int32), NO_TOKENS, NO_PROBS))
-        self.frontier.check_integrity()
+        check_integrity(self.frontier)
 
     def release(self, handle: int) -> None:
         self.frontier.apply(Release(handle))
-        self.frontier.check_integrity()
+        check_integrity(self.frontier)
 
     def turn(self) -> set[int]:
         """One forward; returns the handles of the requests in it."""
         batch = self.frontier.select()
-        self.engine.poison(self.frontier._pool.free_pages)
+        self.engine.poison(free_pages(self.frontier._pool))
         if len(batch):
             self.engine.copy_slots(self.frontier.tail_copies)
             self.frontier.expand(*self.engine.forward(batch, self.frontier._limits.children_per_node))
-        work = self.frontier._work
-        requests = [work.requests[index] for index in work.runs[: len(batch), TREE]]
-        for request, row in zip(requests, batch, strict=True):
-            self.read[request.handle] += max(0, min(request.length - row.start, len(row.tokens)))
-        self.frontier.check_integrity()
-        return {request.handle for request in requests}
+        handles = run_handles(self.frontier)
+        for handle, row in zip(handles, batch, strict=True):
+            self.read[handle] += max(0, min(trees(self.frontier)[handle].length - row.start, len(row.tokens)))
+        check_integrity(self.frontier)
+        return set(handles)
 
     def read_all(self) -> None:
-        while any(request.num_cached < request.length for request in self.frontier._requests.values()):
+        while any(request.num_cached < request.length for request in trees(self.frontier).values()):
             self.turn()
 
     def answer(self, handle: int, tokens: Sequence[int]) -> None:
         """The target's answer, a few tokens a step, as the draft foresaw them or not."""
         for start in range(0, len(tokens), 3):
-            self.commit(handle, self.frontier._requests[handle].length, tokens[start : start + 3])
+            self.commit(handle, trees(self.frontier)[handle].length, tokens[start : start + 3])
             self.read_all()
             self.turn()
 
@@ -104,7 +105,7 @@ def test_of_a_prompt_that_is_known_whole_something_is_left_to_read(length: int) 
         world.admit(handle, text)
         world.read_all()
     assert world.read == {1: length, 2: length - (length - 1) // 4 * 4}
-    assert world.frontier._requests[2].root is not None and world.frontier._requests[2].root.alternatives
+    assert trees(world.frontier)[2].root is not None and trees(world.frontier)[2].root.alternatives
 
 
 def test_a_live_request_shares_its_pages_and_each_writes_its_own_tail() -> None:
@@ -115,7 +116,7 @@ def test_a_live_request_shares_its_pages_and_each_writes_its_own_tail() -> None:
     world.admit(2, [*text, 5])
     world.read_all()
     assert world.read[2] == 2
-    tables = [world.frontier._requests[handle].table(0) for handle in (1, 2)]
+    tables = [trees(world.frontier)[handle].table() for handle in (1, 2)]
     assert tables[0][:8] == tables[1][:8] and tables[0][8] != tables[1][8]
     world.answer(1, text_of(1, 20))
     world.answer(2, text_of(2, 20))
@@ -137,7 +138,7 @@ def test_what_is_behind_a_known_prefix_is_read_in_chunks() -> None:
     forwards = world.engine.num_forwards
     world.admit(2, text_of(0, 16) + text_of(1, 30))
     world.turn()
-    assert world.frontier._requests[2].num_cached == 16 + 8
+    assert trees(world.frontier)[2].num_cached == 16 + 8
     world.read_all()
     assert world.read[2] == 30 and world.engine.num_forwards - forwards == 4
 
@@ -226,10 +227,10 @@ def test_where_pages_are_shared_enough_requests_are_given_up_at_once() -> None:
     world.read_all()
     for handle in (2, 3, 4):  # without the others each of them gives back nothing, or little
         world.admit(handle, text + text_of(handle, 16))
-    while not world.frontier._starved:
+    while not world.frontier._pool.totals["is_short"][0]:
         world.turn()
-    world.frontier._reclaim()
-    world.frontier.check_integrity()
+    world.frontier._evict_requests()
+    check_integrity(world.frontier)
     left = world.frontier._requests.values()
     assert 1 <= len(left) < 4
     assert sum(map(world.frontier._num_lacking, left)) <= world.frontier._pool.num_free
@@ -290,17 +291,16 @@ def test_the_pool_keeps_and_evicts_what_its_obvious_twin_does(rng: random.Random
                 if page is None:
                     break
                 pages.append(page)
-            pool.share(pages)
             for page in pages:
+                share_page(pool.pages, pool.totals, page)
                 twin.holders[page] += 1
             held.append((partition, text[: len(pages)], pages))
         elif action == "grow" and held:
             partition, text, pages = rng.choice(held)
-            try:
-                (page,) = pool.take(1)
-            except OutOfPagesError:
+            if num_available(pool.totals) == 0:
                 assert all(twin.holders.values())
                 continue
+            page = take_page(pool.pages, pool.totals)
             twin.take(page)
             text.append(rng.randrange(2))
             pages.append(page)
@@ -310,21 +310,12 @@ def test_the_pool_keeps_and_evicts_what_its_obvious_twin_does(rng: random.Random
                     twin.cached.append(((partition, *text), page))
         elif action == "release" and held:
             _, _, pages = held.pop(rng.randrange(len(held)))
-            pool.release(pages)
+            for page in reversed(pages):
+                release_page(pool.pages, pool.totals, page)
             twin.release(pages)
-        pool.check_integrity([pages for _, _, pages in held])
+        check_pool(pool, [pages for _, _, pages in held])
         assert pool.num_free == sum(count == 0 for count in twin.holders.values())
-        assert {key_of(text[0], text[1:]): page for text, page in twin.cached} == pool._pages  # type: ignore[arg-type]
-
-
-def test_a_page_that_is_free_cannot_be_shared_nor_released() -> None:
-    pool = PagePool(4)
-    (page,) = pool.take(1)
-    pool.release([page])
-    with pytest.raises(ValueError, match="free"):
-        pool.share([page])
-    with pytest.raises(ValueError, match="twice"):
-        pool.release([page])
+        assert {key_of(text[0], text[1:]): page for text, page in twin.cached} == cached_pages(pool)  # type: ignore[arg-type]
 
 
 class KnownTexts:
@@ -381,13 +372,13 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
 
     def step() -> None:
         nonlocal hits
-        before = {h: r.num_cached for h, r in world.frontier._requests.items() if r.num_cached < r.length}
-        was_starved = world.frontier._starved
+        before = {h: r.num_cached for h, r in trees(world.frontier).items() if r.num_cached < r.length}
+        was_starved = world.frontier._pool.totals["is_short"][0]
         seen = world.turn()
         if not was_starved:
             hits += sum(twin.hit(partitions[h], texts[h][: bases[h]], start) for h, start in before.items())
         for handle in seen:
-            twin.learn(partitions[handle], texts[handle][: world.frontier._requests[handle].num_cached])
+            twin.learn(partitions[handle], texts[handle][: trees(world.frontier)[handle].num_cached])
 
     def leave(handle: int) -> None:
         past.append(texts.pop(handle))
@@ -408,7 +399,7 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
             continue
         elif action == "commit":
             handle = rng.choice(live)
-            root = world.frontier._requests[handle].root
+            root = trees(world.frontier)[handle].root
             tokens = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
             if root is not None and root.alternatives and rng.random() < 0.7:
                 tokens[0] = root.alternatives[0]

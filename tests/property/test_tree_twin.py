@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.draft_view import Node, check_integrity, outputs, trees
 from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
-from vllm_double.draft.request_tree import Node
 from vllm_double.prefix_hash import mix
 from vllm_double.retrieval import ContextRetriever, Continuation
 from vllm_double.transport.messages import Admit, Commit, Release
@@ -112,23 +112,40 @@ class Twin:
         self.trees: dict[int, TwinTree] = {}
 
     def select(self, preferred: set[tuple[int, Path]]) -> list[tuple[int, Path]]:
-        """(request, path) of all nodes that the forward computes behind the texts; of equally probable ones those preferred."""
+        """(request, path) of all nodes that the forward computes behind the texts; of equally probable ones those preferred.
+
+        The sources are asked once, about all that would be computed if nothing were retrieved.
+        """
         tips: set[tuple[int, Path]] = set()
-        fresh: set[tuple[int, Path]] = set()
-        waiting: dict[int, set[Path]] = {handle: set() for handle in self.trees}
         for handle, tree in self.trees.items():
             has_ended = len(tree.text) > tree.base and tree.text[-1] == STOP
             if not tree.nodes[()].is_computed and not has_ended and len(tree.text) < MAX_LENGTH:
-                self.compute(handle, (), tips, fresh)
-        chosen, budget = [], self.limits.nodes_per_iteration
+                tree.nodes[()].is_computed = True
+                tree.num_expanded += 1
+                tips.add((handle, ()))
+                self.look_ahead(handle, ())
+        chosen = self.pick(preferred, set(tips))
+        if self.has_sources and self.ask([*tips, *chosen]):
+            for handle, path in chosen:
+                self.trees[handle].nodes[path].is_computed = False
+            for handle, path in tips:
+                self.look_ahead(handle, path)
+            chosen = self.pick(preferred, set(tips))
+        for handle, tree in self.trees.items():
+            tree.num_expanded += sum(name == handle for name, _ in chosen)
+        return chosen
+
+    def pick(self, preferred: set[tuple[int, Path]], tips: set[tuple[int, Path]]) -> list[tuple[int, Path]]:
+        fresh, chosen = set(tips), []
+        waiting: dict[int, set[Path]] = {handle: set() for handle in self.trees}
         while True:
             options = [
-                (tree.num_expanded == 0, log_prob, (handle, path) in preferred, -order, -len(path), path, handle)
+                (self.is_unserved(handle, chosen), log_prob, (handle, path) in preferred, -order, -len(path), path, handle)
                 for order, (handle, tree) in enumerate(self.trees.items())
                 if tree.nodes[()].is_computed
                 for log_prob, path in tree.candidates(waiting[handle], math.log(self.limits.min_path_prob))
             ]
-            if not options or (budget <= 0 and not max(options)[0]):
+            if not options or (len(chosen) >= self.limits.nodes_per_iteration and not max(options)[0]):
                 return chosen
             *_, path, handle = max(options)
             tree, parent = self.trees[handle], path[:-1]
@@ -139,41 +156,55 @@ class Twin:
             elif not tree.nodes[parent].is_computed or (handle, parent) in fresh:
                 waiting[handle].add(path)
                 continue
-            self.compute(handle, path, tips, fresh)
+            tree.nodes[path].is_computed = True
+            tips.add((handle, path))
+            fresh.add((handle, path))
             chosen.append((handle, path))
-            budget -= 1
+            self.look_ahead(handle, path)
 
-    def compute(self, handle: int, path: Path, tips: set[tuple[int, Path]], fresh: set[tuple[int, Path]]) -> None:
-        tree = self.trees[handle]
-        node = tree.nodes[path]
-        node.is_computed = True
-        tree.num_expanded += 1
-        tips.add((handle, path))
-        fresh.add((handle, path))
-        if not self.has_sources or tree.children(path):
-            return
-        is_likely = node.log_prob - tree.nodes[()].log_prob >= math.log(MIN_ASKED_PROB)
-        if is_likely and not node.ahead and tree.room(path) > 0:
+    def is_unserved(self, handle: int, chosen: list[tuple[int, Path]]) -> bool:
+        return self.trees[handle].num_expanded == 0 and all(name != handle for name, _ in chosen)
+
+    def ask(self, about: list[tuple[int, Path]]) -> bool:
+        """Whether anything was found behind one of these nodes."""
+        has_found = False
+        for handle, path in about:
+            tree = self.trees[handle]
+            node = tree.nodes[path]
+            is_likely = node.log_prob - tree.nodes[()].log_prob >= math.log(MIN_ASKED_PROB)
+            if tree.children(path) or not is_likely or node.ahead or tree.room(path) <= 0:
+                continue
             found = Oracle.knows([*tree.text, *path], tree.room(path))
             for token, belief in zip(found.tokens, found.beliefs, strict=True) if found is not None else ():
                 if belief < 0.5:
                     break
-                node.ahead.append((token, float(np.float32(math.log(belief)))))
-        if node.ahead:
+                node.ahead.append((token, float(np.float32(math.log(np.float32(belief))))))
+                has_found = True
+        return has_found
+
+    def look_ahead(self, handle: int, path: Path) -> None:
+        tree = self.trees[handle]
+        node = tree.nodes[path]
+        if node.ahead and not tree.children(path):
             (token, log_prob), *rest = node.ahead
             child = tree.nodes[tree.child(path, token, log_prob)]
             child.is_retrieved, child.ahead, node.ahead = True, rest, []
 
     def expand(self, handle: int, path: Path, tokens: list[int], probs: np.ndarray) -> None:
         tree = self.trees[handle]
-        log_probs = np.log(np.maximum(probs, np.float32(1e-9))).tolist()
+        log_probs = [math.log(max(prob, 1e-9)) for prob in probs.tolist()]
         node = tree.nodes[path]
         node.listed = list(zip(tokens, log_probs, strict=True))
         for token in tree.children(path):
             child = tree.nodes[(*path, token)]
             if child.is_retrieved:
-                rest = math.log(max(1.0 - sum(map(math.exp, log_probs)), 1e-9))
-                child.log_prob = node.log_prob + dict(node.listed).get(token, min(log_probs[-1], rest))
+                rest = math.log(max(1.0 - sum(probs.tolist()), 1e-9))
+                difference = node.log_prob + dict(node.listed).get(token, min(log_probs[-1], rest)) - child.log_prob
+                child.log_prob += difference
+                if not child.is_computed:
+                    for other, below in tree.nodes.items():
+                        if len(other) > len(path) + 1 and other[: len(path) + 1] == (*path, token):
+                            below.log_prob += difference
 
 
 def look(node: Node, path: Path = ()) -> dict[Path, tuple[float, bool, bool]]:
@@ -196,7 +227,7 @@ def test_each_forward_takes_what_the_obvious_twin_takes(
     seed: int, nodes: int, children: int, min_path_prob: float, has_sources: bool
 ) -> None:
     rng = random.Random(seed)
-    limits = FrontierLimits(K, nodes, children, prefill_tokens=1000, min_path_prob=min_path_prob)
+    limits = FrontierLimits(K, nodes, children, prefill_tokens=1000, min_path_prob=min_path_prob, max_nodes=4000)
     engine = FakeEngine(hashed_logits(VOCAB), vocab_size=VOCAB, num_pages=3000, page_size=rng.choice([1, 3, 8]), max_length=80)
     frontier, twin = Frontier(engine, limits, [Oracle()] if has_sources else []), Twin(limits, has_sources)
     for number in range(1, 40):
@@ -221,12 +252,12 @@ def test_each_forward_takes_what_the_obvious_twin_takes(
             frontier.apply(Commit(handle, len(tree.text), np.array(tokens, np.int32), np.array(chain, np.int32), probs))
             tree.commit(tokens)
             tree.chain_length, path = len(chain), ()
-            for token, log_prob in zip(chain, np.log(np.clip(probs, 1e-9, 1.0)).tolist(), strict=True):
+            for token, log_prob in zip(chain, map(math.log, probs.tolist()), strict=True):
                 path = tree.child(path, token, log_prob)
         elif action == "turn":
             turn(engine, frontier, twin)
         for name, tree in twin.trees.items():
-            root = frontier._requests[name].root
+            root = trees(frontier)[name].root
             assert root is not None
             expected = {p: (n.log_prob - tree.nodes[()].log_prob, n.is_computed, n.is_retrieved) for p, n in tree.nodes.items()}
             found = {path: (log_prob - root.log_prob, *rest) for path, (log_prob, *rest) in look(root).items()}
@@ -244,8 +275,7 @@ def turn(engine: FakeEngine, frontier: Frontier, twin: Twin) -> None:
         for row in batch
         for output in range(row.num_outputs)
     ]
-    work = frontier._work
-    handles = [work.requests[index].handle for index in work._outputs[: len(behind), 0]]
+    handles = [node.handle for node in outputs(frontier)]
     found = [(handle, text[len(twin.trees[handle].text) :]) for handle, text in zip(handles, behind, strict=True)]
     assert all(list(text[: len(twin.trees[h].text)]) == twin.trees[h].text for h, text in zip(handles, behind, strict=True))
     assert sorted(entry for entry in found if entry[1]) == sorted(twin.select(set(found)))
@@ -255,4 +285,4 @@ def turn(engine: FakeEngine, frontier: Frontier, twin: Twin) -> None:
     for (handle, path), line, chances in zip(found, tokens.tolist(), probs, strict=True):
         twin.expand(handle, path, line, chances)
     frontier.expand(tokens, probs)
-    frontier.check_integrity()
+    check_integrity(frontier)

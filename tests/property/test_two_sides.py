@@ -18,9 +18,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.draft_view import check_integrity, free_pages, trees
 from tests.witness import Wire, WitnessEnd, WitnessEngine, WitnessRetriever
 from vllm_double.draft import frontier as frontier_module
+from vllm_double.draft import lookups
 from vllm_double.draft.frontier import FrontierLimits
+from vllm_double.draft.page_pool import partition_key
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, context
 from vllm_double.retrieval.sources import warm_up
@@ -45,7 +48,8 @@ SMALL = {
     request_table: {"_NUM_SLOTS": 1, "_NUM_NODES": 64, "_NUM_EDGES": 32},
     speculation_trie: {"_TRIAL_TOKENS": 4, "_FIRST_PAUSE": 2, "_LONGEST_PAUSE": 3, "_PLACE_TOKENS": 3},
     messages: {"MAX_TOKENS": 16},  # a command behind a rest is the longest
-    frontier_module: {"_INDEX_TOKENS_PER_ITERATION": 16, "_MIN_BELIEF": 0.05},
+    frontier_module: {"_MIN_BELIEF": 0.05},
+    lookups: {"_INDEX_TOKENS_PER_ITERATION": 16},
     context: {"_AT_ONCE": 4, "_SLICE": 4},
 }  # fmt: skip
 
@@ -148,7 +152,9 @@ class TwoSides(RuleBasedStateMachine):
     def attach(self) -> None:
         self.worker_end = self.end.attach()
         self.engine = WitnessEngine(VOCAB, self.num_pages, self.page_size, max_length=56)
-        limits = FrontierLimits(K, nodes_per_iteration=4, children_per_node=4, prefill_tokens=12, min_path_prob=1e-2)
+        limits = FrontierLimits(
+            K, nodes_per_iteration=4, children_per_node=4, prefill_tokens=12, min_path_prob=1e-2, max_nodes=600
+        )
         self.worker_sources = self.make_sources()
         self.worker = DraftWorker(self.engine, self.worker_end, limits, self.clock, list(self.worker_sources.values()))
         self.starved = False
@@ -280,18 +286,20 @@ class TwoSides(RuleBasedStateMachine):
         self.end.room = None
         self.worker.turn()
         frontier = self.worker.frontier
-        self.engine.poison(frontier._pool.free_pages)
-        self.starved |= frontier._starved
-        frontier.check_integrity()
+        self.engine.poison(free_pages(frontier._pool))
+        self.starved |= frontier.num_requests_evicted > 0
+        check_integrity(frontier)
         texts = self.end.texts
         for handle, request in frontier._requests.items():
-            assert self.worker_end.superseded or bytes(request.tokens.tolist()) == texts[handle]
-            assert request.epoch == self.end.epochs[handle], "it finds what was read before a reset"
+            assert self.worker_end.superseded or bytes(trees(frontier)[handle].tokens) == texts[handle]
+            partition = partition_key(request.tenant, self.end.epochs[handle])
+            assert request.prefix._keys[0] == partition, "it finds what was read before a reset"
             live = next((live for live in self.live.values() if live.handle == handle), None)
             if live is not None:
                 params = live.params
-                sampling = (params.seed, params.temperature, 0.0, params.top_k, params.top_p, params.min_p)
-                assert request.sampling == sampling, "it does not know what the target draws from"
+                expected = (params.seed, params.temperature, params.top_k, params.top_p, params.min_p)
+                seed, temperature, _, *filters = frontier._sampling[request.slot].tolist()
+                assert (seed, temperature, *filters) == pytest.approx(expected), "it does not know what the target draws from"
         for handle, text in texts.items():
             # A request is given up where pages ran out, or where the draft does not know a token.
             assert handle in frontier._requests or self.starved or VOCAB in text

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from double_kernels import gumbel_noise
 
+from tests.draft_view import check_integrity
 from tests.fakes.engine import is_kept
 from tests.witness import WitnessEngine
 from vllm_double.draft.engine.base import Row
 from vllm_double.draft.frontier import Frontier, FrontierLimits
-from vllm_double.draft.noise_coupling import Listing
-from vllm_double.draft.page_pool import PagePool
-from vllm_double.draft.request_tree import DraftRequest
-from vllm_double.prefix_hash import mix, seed
 from vllm_double.transport.messages import Admit, Commit
 
 VOCAB = 14
@@ -31,7 +28,7 @@ class Sampled:
 
     def __init__(self, *admissions: Admit) -> None:
         self.engine = WitnessEngine(VOCAB, num_pages=200, page_size=3, max_length=60)
-        limits = FrontierLimits(4, nodes_per_iteration=6, children_per_node=8, min_path_prob=1e-4)
+        limits = FrontierLimits(4, nodes_per_iteration=6, children_per_node=8, min_path_prob=1e-4, max_nodes=1000)
         self.frontier = Frontier(self.engine, limits)
         self.admissions = {admission.handle: admission for admission in admissions}
         self.texts = {admission.handle: admission.tokens.tolist() for admission in admissions}
@@ -81,7 +78,7 @@ def test_the_first_token_of_every_list_is_what_a_target_with_the_same_distributi
             handle = int(record["handle"])
             assert record["tokens"][0] == world.drawn(handle, context)
             num_records[handle] += 1
-        world.frontier.check_integrity()
+        check_integrity(world.frontier)
     assert min(num_records.values()) >= 4
 
 
@@ -133,43 +130,24 @@ def test_a_commit_of_several_tokens_teaches_as_many_lists_as_were_made(monkeypat
     assert len(learnt) >= 3
 
 
-def request(base: int) -> tuple[DraftRequest, list[int]]:
-    """A request whose prompt is there."""
-    pool = PagePool(64, prefix_caching=False)
-    tokens = list(range(1, base + 1))
-    one = DraftRequest(Admit(9, base, ints(*tokens), 1.0, 60, (), "", seed=3), pool, 4, 5, 4, 60)
-    one.commit(0, tokens)
-    return one, tokens
+def test_a_text_that_goes_back_is_learnt_from_by_what_is_drawn_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, learnt = Sampled(ADMISSIONS[0]), []
+    monkeypatch.setattr(world.frontier._coupling, "learn", lambda *lesson: learnt.append(lesson))
+    for _ in range(6):
+        world.iterate()
+    world.commit(1, 7, 5)
+    learnt.clear()
+    world.frontier.apply(Commit(1, 4, ints(6, 8), *NO_CHAIN))
+    assert not learnt, "the lists were of another text"
+    check_integrity(world.frontier)
 
 
-def listing(first: int) -> Listing:
-    return Listing(ints(first), np.zeros(1, np.float32), np.zeros(1, np.float32))
-
-
-def test_drawn_tokens_come_with_the_lists_of_their_own_texts() -> None:
-    one, _ = request(3)
-    prefix = seed(9)
-    one.note_listing(3, prefix, listing(50))
-    one.note_listing(3, mix(prefix, 1), listing(51))  # of another text of that length
-    one.note_listing(4, mix(prefix, 7), listing(52))
-    one.note_listing(4, mix(prefix, 8), listing(53))  # of a text that was not said
-    one.note_listing(6, mix(mix(mix(prefix, 7), 5), 6), listing(54))
-    one.commit(3, [7, 5])
-    assert [(int(listed.tokens[0]), token) for listed, token in one.drawn(2)] == [(50, 7), (52, 5)]
-    assert list(one.drawn(2)) == [], "each is given once"
-    one.commit(5, [6, 2])
-    assert [(int(listed.tokens[0]), token) for listed, token in one.drawn(2)] == [(54, 2)]
-
-
-def test_a_text_that_goes_back_gives_no_list_of_what_it_was() -> None:
-    one, _ = request(3)
-    one.commit(3, [7, 5])
-    list(one.drawn(2))
-    one.note_listing(5, mix(mix(seed(9), 7), 5), listing(50))
-    one.commit(4, [6, 8])
-    assert list(one.drawn(2)) == []
-
-
-def test_tokens_of_the_prompt_are_not_drawn() -> None:
-    one, text = request(6)
-    assert list(one.drawn(len(text))) == []
+def test_tokens_of_the_prompt_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt: list[Any] = []
+    world = Sampled()
+    monkeypatch.setattr(world.frontier._coupling, "learn", lambda *lesson: learnt.append(lesson))
+    world.frontier.apply(Admit(1, 6, ints(1, 2, 3), 1.0, 60, (), "", seed=5))
+    for _ in range(3):
+        world.iterate()
+    world.frontier.apply(Commit(1, 3, ints(4, 5, 6), *NO_CHAIN))
+    assert not learnt

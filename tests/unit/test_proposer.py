@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.draft_view import check_integrity, trees
 from tests.fakes.engine import FakeEngine, hashed_logits
 from tests.faults import Faults, faulty_pair
 from vllm_double.draft.frontier import FrontierLimits
@@ -75,7 +76,7 @@ class World:
             self.restart_worker()
         for _ in range(self.turns):
             self.worker.turn()
-        self.worker.frontier.check_integrity()
+        check_integrity(self.worker.frontier)
         names = list(self.texts) if names is None else list(names)
         rows = []
         for name in names:
@@ -344,7 +345,7 @@ def test_a_draft_that_brings_nothing_beside_retrieval_pauses_and_is_tried_again(
     began = len(text)
     assert began - 15 >= 64, "it is judged by so many tokens"
     assert counters.accepted.keys() == {"context"}
-    (request,) = world.worker.frontier._requests.values()
+    (request,) = trees(world.worker.frontier).values()
     known = request.length
     for _ in range(6):
         world.step()
@@ -557,7 +558,7 @@ def offered(world: World, reader: str | None) -> tuple[bool, bool]:
     chain = world.proposer.propose([Row("s", np.array(world.texts["s"], np.int32), 1, ())])[0]
     for _ in range(8):
         world.worker.turn()
-    (request,) = world.worker.frontier._requests.values()
+    (request,) = trees(world.worker.frontier).values()
     read = set()
     stack = [request.root]
     while stack:

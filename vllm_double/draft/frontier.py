@@ -1,31 +1,33 @@
 """The frontier over all requests: which nodes the next draft forward takes, and what becomes of its answer.
 
-Anytime best-first drafting: each iteration takes the most probable nodes that are not computed yet. Where every node lists
-one child this is PEARL (2408.11850); where the chain's nodes get siblings, Saguaro's verification outcomes (2603.03251).
+Anytime best-first drafting: each iteration takes the most probable nodes that are not computed yet. If every node lists
+one child this is PEARL (2408.11850); if the draft tokens that the target verifies get siblings, Saguaro's verification outcomes
+(2603.03251).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.draft import _tree_steps as at
+from vllm_double.draft.arena import Ints, make_arena, make_forward, with_slots
+from vllm_double.draft.compiled import steps
 from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, DraftEngine
+from vllm_double.draft.lookups import Lookups
 from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
 from vllm_double.draft.page_pool import PagePool
-from vllm_double.draft.request_tree import MAX_AHEAD, DraftRequest
+from vllm_double.draft.prefix import Prefix
 from vllm_double.retrieval.base import Source
-from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE, Admit, Commit, Forget, Release
+from vllm_double.transport.messages import NODE_DTYPE, Admit, Command, Commit, Forget, Release
 
-__all__ = ["MIN_ASKED_PROB", "Frontier", "FrontierLimits"]
+__all__ = ["MIN_ASKED_PROB", "DraftRequest", "Frontier", "FrontierLimits"]
 
-_INDEX_TOKENS_PER_ITERATION = 1024
 MIN_ASKED_PROB = 0.02
 """Sources are not asked what follows a path less probable than this: it takes longer than it brings."""
 _MIN_BELIEF = 0.5  # a retrieved token that is less sure than this is left to the draft
+_NO_TOKENS, _NO_PROBS, _NO_NUMBERS = np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,11 @@ class FrontierLimits:
 
     num_speculative_tokens: no work deeper than this behind any outcome of the verification.
     nodes_per_iteration: nodes that one forward takes at most (every waiting request gets one in any case).
-    children_per_node: alternatives of a computed node that may be drafted behind. 1 is PEARL's single path. The target is told
+    children_per_node: alternatives of a computed node that may be drafted behind. 1 is PEARL's single path. The target is sent
         the first MAX_CHILDREN of them.
     prefill_tokens: committed tokens that one forward catches up on at most.
     min_path_prob: a path less probable than this is not worked on: on a CPU the draft takes memory bandwidth from the target.
+    max_nodes: nodes of all requests. If there are more, the least probable are evicted.
     """
 
     num_speculative_tokens: int
@@ -45,6 +48,20 @@ class FrontierLimits:
     children_per_node: int = 64
     prefill_tokens: int = 256
     min_path_prob: float = 1e-3
+    max_nodes: int = 1 << 15
+
+
+class DraftRequest:
+    """One admission; the rest of its state is in the arena. is_reading: the prefix cache may know more of its text."""
+
+    __slots__ = ("handle", "is_reading", "prefix", "slot", "temperature", "tenant")
+
+    def __init__(self, admission: Admit, slot: int, pool: PagePool, page_size: int) -> None:
+        self.handle, self.slot = admission.handle, slot
+        self.tenant = admission.tenant or None
+        self.temperature = admission.temperature
+        self.prefix = Prefix(pool, page_size, self.tenant, admission.epoch)
+        self.is_reading = True
 
 
 class Frontier:
@@ -56,22 +73,28 @@ class Frontier:
         if limits.children_per_node < 1:
             raise ValueError(f"children_per_node is {limits.children_per_node}, not at least 1")
         self._limits = limits
-        self._max_length = engine.max_length
-        self._vocab_size = engine.vocab_size
         self._page_size = engine.page_size
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._pool = PagePool(engine.num_pages, prefix_caching)
-        self._retrievers = list(retrievers)
+        self._arena = make_arena(
+            self._pool.pages, self._pool.totals, limits.max_nodes, self._num_children, engine.page_size, engine.max_length,
+            engine.vocab_size, limits.num_speculative_tokens,
+        )  # fmt: skip
+        self._free_slots: list[int] = []
+        self._sampling = np.zeros(0, SAMPLING_DTYPE)  # by slot
         self._requests: dict[int, DraftRequest] = {}
-        self._steps = at.steps()
-        self._work = _Work(limits, engine.max_length, -(-engine.max_length // engine.page_size))
-        self._starved = False
+        self._by_slot: dict[int, DraftRequest] = {}
+        self._steps = steps()
+        self._lookups = Lookups(retrievers)
         self._coupling = NoiseCoupling()
+        self._latest = Batch.of([])
+        self._make_room(num_slots=1)
         self.num_late_commands = 0
         self.num_committed = 0
         self.num_foreseen = 0
         self.num_prefix_queries = 0  # tokens at admission
         self.num_prefix_hits = 0  # those of them that were in the prefix cache
+        self.num_requests_evicted = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -79,288 +102,222 @@ class Frontier:
     @property
     def num_retrieved(self) -> int:
         """Retrieved tokens that the draft has read."""
-        return int(self._work.header[at.NUM_RETRIEVED])
+        return int(self._pool.totals["retrieved"][0])
 
     @property
     def num_confirmed(self) -> int:
         """Those of them that it would have said itself."""
-        return int(self._work.header[at.NUM_CONFIRMED])
+        return int(self._pool.totals["confirmed"][0])
+
+    @property
+    def num_nodes_evicted(self) -> int:
+        """Nodes that were given up because nodes or pages ran out."""
+        return int(self._pool.totals["nodes_evicted"][0])
 
     # ---- commands ---------------------------------------------------------------------------------------------
 
-    def apply(self, command: Admit | Commit | Release | Forget) -> None:
+    def apply_all(self, commands: Iterable[Command]) -> None:
+        """Follow the target."""
+        for command in commands:
+            self.apply(command)
+
+    def apply(self, command: Command) -> None:
         """Follow the target. A command for an unknown request comes late (its release was quicker) and is counted."""
         if isinstance(command, Forget):
-            for retriever in self._retrievers:
-                retriever.forget()
+            self._lookups.forget()
             return
         request = self._requests.get(command.handle)
-        if isinstance(command, Admit):
-            if request is not None:
-                self.num_late_commands += 1
-                return
-            request = DraftRequest(
-                command, self._pool, self._page_size, self._num_children, self._limits.num_speculative_tokens, self._max_length
-            )
-            self._requests[command.handle] = request
-            self._work.serve(list(self._requests.values()))
-            self.num_prefix_queries += command.base
-            self._commit(request, 0, command.tokens)
-        elif request is None:
+        if isinstance(command, Commit) and request is not None:
+            self._commit(request, command.keep, command.tokens, command.chain, command.chain_probs, command.waits)
+        elif isinstance(command, Release) and request is not None:
+            self._release(request, command.keep)
+        elif isinstance(command, Admit) and request is None:
+            self._admit(command)
+        else:
             self.num_late_commands += 1
-        elif isinstance(command, Release):
-            self._forget(request, keep=command.keep)
-        elif self._commit(request, command.keep, command.tokens) and not self._is_foreign(command.chain):
-            longest = self._limits.num_speculative_tokens
-            request.follow(command.chain[:longest], np.log(np.clip(command.chain_probs[:longest], 1e-9, 1.0)))
-            request.is_awaited = command.waits
 
-    def _commit(self, request: DraftRequest, keep: int, tokens: npt.NDArray[np.int32]) -> bool:
-        """False where nothing can be drafted for the text any more, and the request is forgotten."""
-        try:
-            if self._is_foreign(tokens):
-                raise ValueError("a token that the draft model does not know")
-            was_whole, is_rewind = request.is_whole, keep < request.length
-            new = tokens.tolist()
-            self.num_foreseen += request.commit(keep, new)
-        except ValueError:  # or something of the text was lost on the way
+    def _admit(self, command: Admit) -> None:
+        self.num_prefix_queries += command.base
+        if 2 * len(self._requests) >= self._limits.max_nodes:
+            self.num_requests_evicted += 1
+            return
+        self._make_room(1, max(command.base, command.max_length), len(command.stop_token_ids))
+        arena, slot = self._arena, self._free_slots.pop()
+        entry = arena.requests[slot]
+        entry["handle"], entry["num_admitted"], entry["max_length"] = command.handle, command.base, command.max_length
+        entry["num_stops"], entry["is_sampled"] = len(command.stop_token_ids), command.temperature > 0
+        arena.stops[slot, : len(command.stop_token_ids)] = command.stop_token_ids
+        scale = self._coupling.noise_scale(command.temperature)
+        self._sampling[slot] = command.seed, command.temperature, scale, command.top_k, command.top_p, command.min_p
+        self._steps.admit(arena, slot)
+        request = DraftRequest(command, slot, self._pool, self._page_size)
+        self._requests[command.handle] = self._by_slot[slot] = request
+        self._commit(request, 0, command.tokens, _NO_TOKENS, _NO_PROBS, False)
+
+    def _make_room(self, num_slots: int = 0, text: int = 0, stops: int = 0) -> None:
+        """For so many slots more, and a text of so many tokens."""
+        before, width = self._arena.texts.shape
+        if num_slots <= len(self._free_slots) and text <= width and stops <= self._arena.stops.shape[1]:
+            return
+        num_slots = before if num_slots <= len(self._free_slots) else max(2 * before, 8)
+        self._arena = with_slots(self._arena, num_slots, text if text <= width else max(text, 2 * width), stops)
+        self._sampling = np.concatenate([self._sampling, np.zeros(num_slots - before, SAMPLING_DTYPE)])
+        self._free_slots += range(num_slots - 1, before - 1, -1)
+        self._forward = make_forward(self._arena, self._limits.nodes_per_iteration, self._limits.prefill_tokens)
+
+    def _commit(
+        self, request: DraftRequest, keep: int, tokens: Ints, chain: Ints, chain_probs: npt.NDArray[np.float32], waits: bool
+    ) -> None:
+        """If nothing can be drafted for the text any more, the request is forgotten."""
+        slot, entry = request.slot, self._arena.requests[request.slot]
+        length, was_whole = int(entry["length"]), bool(entry["root"] >= 0)
+        if keep < length:
+            request.prefix.rewind(keep)
+        if keep <= length and keep + len(tokens) > self._arena.texts.shape[1]:
+            self._make_room(text=keep + len(tokens))
+        if self._pool.totals["num_free_nodes"][0] <= len(chain):
+            self._steps.evict(self._arena, 1.0, 0, len(chain) + 1)
+        arrays = np.ascontiguousarray(tokens, np.int32), np.ascontiguousarray(chain, np.int32)
+        num_foreseen = self._steps.commit(
+            self._arena, self._forward, slot, keep, int(waits), *arrays, np.ascontiguousarray(chain_probs, np.float32)
+        )
+        if num_foreseen < 0:
             self.num_late_commands += 1
-            self._forget(request)
-            return False
-        self.num_committed += len(new)
-        for listing, token in request.drawn(len(new)):
-            self._coupling.learn(request.temperature, listing, token)
-        if not request.is_whole:
-            return True  # the text at admission is still arriving
-        for retriever in self._retrievers:
-            if was_whole and not is_rewind:
-                retriever.extend(request.handle, new)
-                continue
-            if was_whole:
-                retriever.stop(request.handle, keep=False)
-            retriever.start(request.handle, request.tokens.copy(), request.tenant)
-        return True
+            self._release(request)
+            return
+        self.num_foreseen += num_foreseen
+        self.num_committed += len(tokens)
+        if self._forward.progress["num_lessons"][0]:
+            self._learn(request)
+        if not len(self._lookups) or self._arena.requests["root"][slot] < 0:
+            return  # the text at admission is still arriving
+        if was_whole and keep == length:
+            self._lookups.extend(slot, tokens)
+            return
+        if was_whole:
+            self._lookups.stop(slot, keep=False)
+        self._lookups.start(slot, self._arena.texts[slot, : keep + len(tokens)].copy(), request.tenant)
 
-    def _is_foreign(self, tokens: npt.NDArray[np.int32]) -> bool:
-        """Whether a token lies beyond the draft's vocabulary, which may be smaller than the target's."""
-        return len(tokens) > 0 and int(tokens.max()) >= self._vocab_size
+    def _learn(self, request: DraftRequest) -> None:
+        """From what was drawn behind the lists on the committed path."""
+        for node, num_listed, drawn in self._forward.lessons[: self._forward.progress["num_lessons"][0]].tolist():
+            listed = self._arena.listed[node, :num_listed]
+            self._coupling.learn(request.temperature, Listing(listed["token"], listed["log_q"], listed["noise"]), drawn)
+        for one in self._requests.values():
+            self._sampling["noise_scale"][one.slot] = self._coupling.noise_scale(one.temperature)
+
+    def _release(self, request: DraftRequest, keep: bool = False) -> None:
+        """``keep``: whether the sources may offer its text to later requests."""
+        self._lookups.stop(request.slot, keep)
+        self._steps.release(self._arena, request.slot)
+        del self._requests[request.handle], self._by_slot[request.slot]
+        self._free_slots.append(request.slot)
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
     def select(self) -> Batch:
-        """The most useful work for one forward; no rows where there is none. Copy `tail_copies` before it."""
-        if self._starved:
-            self._reclaim()
-        work, pool = self._work, self._pool.address
-        # A target that waits gets its next token soonest from a forward of few nodes.
-        num_awaited = sum(request.is_awaited for request in work.requests)
-        budget = self._limits.nodes_per_iteration
-        work.begin(min(num_awaited or budget, budget), bool(self._retrievers))
-        self._catch_up()
-        while (outcome := self._steps.select(work.address, pool)) != at.DONE:
-            if outcome == at.STARVED:
-                self._starved = True
+        """The most useful work for one forward; no rows if there is none. Copy `tail_copies` before it."""
+        limits, steps = self._limits, self._steps
+        if self._pool.totals["is_short"][0]:
+            self._evict_requests()
+        self._match_prefixes()
+        if self._pool.totals["num_free_nodes"][0] < 2 * len(self._forward.picks):
+            self._evict_nodes()
+        arena, forward = self._arena, self._forward
+        steps.begin(arena, forward, limits.prefill_tokens)
+        while steps.read_texts(arena, forward):
+            if not steps.evict(arena, 1.0, int(forward.progress["lacking"][0]), 0):
                 break
-            asked = work.requests[work.header[at.ASKED_TREE]]
-            if outcome == at.ASKS:
-                self._retrieve(asked, int(work.header[at.ASKED_NODE]), int(work.header[at.ASKED_ROOM]))
-            else:
-                asked.reserve(2 * (self._limits.nodes_per_iteration + 1))
-        for retriever in self._retrievers:
-            retriever.work(_INDEX_TOKENS_PER_ITERATION)
-        return work.batch(self._coupling)
+        min_asked = math.log(MIN_ASKED_PROB) if len(self._lookups) else 0.0
+        if num_queries := steps.pick(arena, forward, limits.nodes_per_iteration, math.log(limits.min_path_prob), min_asked):
+            for found in self._lookups.ask(forward, num_queries):
+                steps.note_found(arena, forward, found, _MIN_BELIEF)
+        while steps.place(arena, forward):
+            (progress,) = forward.progress
+            progress["is_full"] = not steps.evict(arena, float(progress["bound"]), int(progress["lacking"]), 0)
+        self._lookups.work()
+        return self._batch()
+
+    def _batch(self) -> Batch:
+        forward, (progress,) = self._forward, self._forward.progress
+        num_runs, num_tokens = int(progress["num_runs"]), int(progress["num_tokens"])
+        starts, num_outputs, query_start = forward.layout
+        self._latest = Batch(
+            forward.token_ids[:num_tokens], query_start[: num_runs + 1], starts[:num_runs], num_outputs[:num_runs],
+            self._sampling[forward.runs["slot"][:num_runs]], forward.tables[:num_runs],
+        )  # fmt: skip
+        return self._latest
 
     @property
     def tail_copies(self) -> list[tuple[int, int, int]]:
         """(source page, destination page, used slots) of the tail pages that the latest batch's branches leave others with."""
-        return self._work.copies()
+        return self._forward.copies[: self._forward.progress["num_copies"][0]].tolist()  # type: ignore[no-any-return]
 
-    def _catch_up(self) -> None:
-        """Committed tokens that the draft has not read: short gaps first, so that a long prompt silences nobody."""
-        work = self._work
-        num_waiting = self._steps.waiting(work.address, work.scratch_at)
-        if not num_waiting:
+    def _match_prefixes(self) -> None:
+        """Take from the prefix cache what it knows of texts that are yet to be read."""
+        for request in self._requests.values():
+            if request.is_reading:
+                self._match_prefix(request)
+
+    def _match_prefix(self, request: DraftRequest) -> None:
+        entry, size = self._arena.requests[request.slot], self._page_size
+        if not entry["num_cached"] < entry["length"] < min(entry["max_length"], self._arena.limits["max_length"][0]):
             return
-        waiting = [(index, work.requests[index]) for index in work.scratch[:num_waiting].tolist()]
-        for _, request in waiting:
-            self.num_prefix_hits += request.match_prefix()
-        waiting.sort(key=lambda entry: entry[1].length - entry[1].num_cached)
-        budget = self._limits.prefill_tokens
-        for index, request in waiting:
-            if budget <= 0:
-                break
-            num_tokens = min(request.length - request.num_cached, budget)
-            reads_root = request.is_whole and request.num_cached + num_tokens == request.length
-            request.reserve(1)
-            if not self._steps.read(work.address, self._pool.address, index, num_tokens, reads_root):
-                self._starved = True
-                break
-            budget -= num_tokens
-            if reads_root and self._retrievers:
-                if self._steps.ask(work.address, index, 0):
-                    self._retrieve(request, 0, int(work.header[at.ASKED_ROOM]))
-                self._steps.look_ahead(request.address, 0)
-
-    def _retrieve(self, request: DraftRequest, node: int, room: int) -> None:
-        """A Retrieval Forward (Double, 2601.05524): what is retrieved behind a node is read in the same forward as the node.
-
-        Where the draft then says otherwise, its word counts.
-        """
-        work = self._work
-        num_tail = self._steps.path_to(request.address, node, work.scratch_at)
-        tail = work.scratch[:num_tail].tolist()
-        best: list[tuple[int, float]] = []
-        for retriever in self._retrievers:
-            found = retriever.lookup(request.handle, tail, room)
-            if found is not None:
-                pairs = zip(found.tokens, found.beliefs, strict=True)
-                sure = takewhile(lambda pair: pair[1] >= _MIN_BELIEF and pair[0] < self._vocab_size, pairs)
-                best = max(best, list(sure), key=len)
-        if best:
-            work.scratch[: len(best)] = [token for token, _ in best]
-            work.beliefs[: len(best)] = [math.log(belief) for _, belief in best]
-            self._steps.retrieved(request.address, node, len(best), work.scratch_at, work.beliefs_at)
+        if pages := request.prefix.known_pages(self._arena, request.slot):
+            before = int(entry["num_cached"])
+            self._steps.adopt(self._arena, request.slot, np.array(pages, np.int32))
+            self.num_prefix_hits += int(entry["num_cached"]) - before
+        request.is_reading = bool((entry["num_admitted"] - 1) // size > entry["num_cached"] // size)
 
     def expand(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> npt.NDArray[np.void]:
         """Grow the trees by the latest batch's answer, int32 and float32 [outputs, children]; returns NODE_DTYPE records."""
-        work = self._work
-        for index in set(work.runs[: work.header[at.NUM_RUNS], at.TREE].tolist()):
-            work.requests[index].insert_prefix()
         records = np.zeros(len(tokens), dtype=NODE_DTYPE)
-        if not len(tokens):
-            return records
-        tokens = np.ascontiguousarray(tokens, np.int32)
-        probs = np.fmax(probs, np.float32(0.0), dtype=np.float32)  # a draft that overflows, and so says NaN, says nothing
-        listings = self._couple(tokens, probs) if work.latest.is_sampled else []
-        log_probs = np.log(np.maximum(probs, np.float32(1e-9)))
-        num_listed = tokens.shape[1]
-        tokens_at, probs_at, log_probs_at, records_at = (a.ctypes.data for a in (tokens, probs, log_probs, records))
-        num_told = min(num_listed, MAX_CHILDREN)
-        self._steps.expand(work.address, num_listed, tokens_at, probs_at, log_probs_at, records_at, num_told)
-        for output, listing in listings:
-            length, prefix_hash = int(records["position"][output]), int(records["prefix_hash"][output])
-            work.request_of(output).note_listing(length, prefix_hash, listing)
+        tokens, probs = np.ascontiguousarray(tokens, np.int32), np.ascontiguousarray(probs, np.float32)
+        log_q = noise = _NO_NUMBERS
+        if self._latest.is_sampled and len(tokens):
+            probs, log_q, noise = self._couple(tokens, probs)
+        num_filled = self._steps.expand(self._arena, self._forward, tokens, probs, log_q, noise, records)
+        for slot in self._forward.filled[:num_filled].tolist():
+            self._by_slot[slot].prefix.insert(self._arena, slot)
         return records
 
-    def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> list[tuple[int, Listing]]:
-        """Turn probabilities of sampled requests into chances to be drawn, in place; returns what is to be noted of whom."""
+    def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
+        """The chances of sampled requests' tokens to be drawn instead of the draft's probabilities; log q and noise of all."""
         from double_kernels import quick_gumbel_noise  # imports torch, which a plan for greedy requests does not need
 
-        batch = self._work.latest
+        batch = self._latest
         sampling = batch.output_sampling
         outputs = np.flatnonzero(sampling["noise_scale"] > 0)
-        sampling, listed = sampling[outputs], tokens[outputs]
-        noise = quick_gumbel_noise(sampling["seed"], batch.output_positions[outputs], listed)
+        sampling = sampling[outputs]
+        log_q, noise = np.zeros_like(probs), np.zeros_like(probs)
+        noise[outputs] = quick_gumbel_noise(sampling["seed"], batch.output_positions[outputs], tokens[outputs])
         with np.errstate(divide="ignore"):
-            log_probs = np.log(probs[outputs])
-        probs[outputs] = self._coupling.chances(sampling["temperature"], log_probs, noise)
-        return [(output, Listing(*one)) for output, *one in zip(outputs.tolist(), listed, log_probs, noise, strict=True)]
+            log_q[outputs] = np.log(np.fmax(probs[outputs], np.float32(0.0)))  # a draft that overflows says NaN
+        probs = probs.copy()
+        probs[outputs] = self._coupling.chances(sampling["temperature"], log_q[outputs], noise[outputs])
+        return probs, log_q, noise
 
-    # ---- pages ------------------------------------------------------------------------------------------------
+    # ---- when room runs out -----------------------------------------------------------------------------------
 
-    def _reclaim(self) -> None:
-        """Pages ran out: give up all continuations; if that is not enough, the texts that were admitted last."""
-        self._starved = False
-        for request in self._requests.values():
-            request.drop_tree()
+    def _evict_nodes(self) -> None:
+        """Nodes run out: give up those that are less probable than the best that could be picked."""
+        live = self._arena.requests[self._arena.requests["is_live"]]
+        best = float(live["score"].max(initial=-math.inf))
+        self._steps.evict(self._arena, best, 0, 2 * len(self._forward.picks))
+
+    def _evict_requests(self) -> None:
+        """Pages ran out for texts: give up continuations; if that is not enough, the texts that were admitted last."""
         needed = sum(map(self._num_lacking, self._requests.values()))
+        self._steps.evict(self._arena, 1.0, needed + len(self._requests), 0)
         for request in reversed(list(self._requests.values())):
             if needed <= self._pool.num_free:
                 break
             needed -= self._num_lacking(request)
-            self._forget(request)
+            self.num_requests_evicted += 1
+            self._release(request)
 
     def _num_lacking(self, request: DraftRequest) -> int:
         """Pages that the request's text and one token more need beyond those that it has."""
-        return -(-(min(request.length, self._max_length) + 1) // self._page_size) - request.num_trunk_pages
-
-    def _forget(self, request: DraftRequest, keep: bool = False) -> None:
-        """``keep``: whether the sources may offer its text to later requests."""
-        if request.is_whole:  # the sources know a text once all of it at admission is here
-            for retriever in self._retrievers:
-                retriever.stop(request.handle, keep)
-        request.release()
-        del self._requests[request.handle]
-        self._work.serve(list(self._requests.values()))
-
-    def check_integrity(self) -> None:
-        """Assert that no page is lost or wrongly shared and that every tree is sound."""
-        tables: list[Sequence[int]] = []
-        for request in self._requests.values():
-            request.check_integrity()
-            tables.extend(request.held_pages())
-        self._pool.check_integrity(tables)
-
-
-class _Work:
-    """What compiled steps choose for one forward: arrays that grow with the number of requests, and are used again.
-
-    ``address`` is that of the header. scratch: int32, for paths and other short lists; beliefs: float32 [MAX_AHEAD].
-    """
-
-    def __init__(self, limits: FrontierLimits, max_length: int, max_pages: int) -> None:
-        self._limits = limits
-        self._max_pages = max_pages
-        self._minimum = np.log([limits.min_path_prob, MIN_ASKED_PROB])
-        self.header = np.zeros(at.ITERATION_LENGTH, np.int64)
-        self.address = self.header.ctypes.data
-        self.header[[at.NUM_SPECULATIVE, at.MAX_MODEL_LENGTH]] = limits.num_speculative_tokens, max_length
-        self.header[at.MINIMUM_AT] = self._minimum.ctypes.data
-        self.beliefs = np.zeros(MAX_AHEAD, np.float32)
-        self.beliefs_at = self.beliefs.ctypes.data
-        self.requests: list[DraftRequest] = []
-        self.latest = Batch.of([])
-        self.runs = np.zeros((0, 6), np.int32)
-        self.serve([])
-
-    def serve(self, requests: list[DraftRequest]) -> None:
-        """From now on these are all requests."""
-        self.requests = requests
-        self._trees = np.array([request.address for request in requests], np.int64)
-        self._sampling = np.array([request.sampling for request in requests], SAMPLING_DTYPE)
-        self.header[[at.NUM_TREES, at.TREES_AT]] = len(requests), self._trees.ctypes.data
-        # Each request is caught up with, and has one node beside the budget.
-        needed = 2 * len(requests) + self._limits.nodes_per_iteration
-        if needed > len(self.runs):
-            self._allocate(2 * needed)
-
-    def _allocate(self, num_runs: int) -> None:
-        self._queue_keys, self._queue = np.zeros(num_runs), np.zeros((num_runs, 3), np.int32)
-        self.runs = np.zeros((num_runs, 6), np.int32)
-        self._copies, self._outputs = np.zeros((num_runs, 3), np.int32), np.zeros((num_runs, 2), np.int32)
-        self._pages = np.zeros((num_runs, self._max_pages), np.int32)
-        self.scratch = np.zeros(max(num_runs, 4 * self._limits.num_speculative_tokens, MAX_AHEAD) + 1, np.int32)
-        self.scratch_at = self.scratch.ctypes.data
-        arrays = (self._queue_keys, self._queue, self.runs, self._copies, self._outputs)
-        self.header[at.QUEUE_KEYS_AT : at.OUTPUTS_AT + 1] = [array.ctypes.data for array in arrays]
-        self.header[at.MAX_RUNS] = num_runs
-
-    def begin(self, budget: int, has_sources: bool) -> None:
-        """An empty iteration, of so many nodes at most."""
-        self.header[at.BUDGET], self.header[at.HAS_SOURCES] = budget, has_sources
-        self.header[at.NUM_RUNS : at.NUM_TOKENS + 1] = 0
-        self.header[at.NUM_QUEUED] = at.NOT_BEGUN
-
-    def copies(self) -> list[tuple[int, int, int]]:
-        """(source page, destination page, used slots), to be copied before the forward."""
-        return list(map(tuple, self._copies[: self.header[at.NUM_COPIES]].tolist()))  # type: ignore[arg-type]
-
-    def request_of(self, output: int) -> DraftRequest:
-        """Whose an output of the latest batch is."""
-        return self.requests[int(self._outputs[output, 0])]
-
-    def batch(self, coupling: NoiseCoupling) -> Batch:
-        """What was chosen, for the engine."""
-        self._sampling["noise_scale"] = [coupling.noise_scale(request.temperature) for request in self.requests]
-        num_runs, num_tokens = int(self.header[at.NUM_RUNS]), int(self.header[at.NUM_TOKENS])
-        numbers = np.empty(3 * num_runs + 1, np.int32)
-        starts, num_outputs, query_start = numbers[:num_runs], numbers[num_runs : 2 * num_runs], numbers[2 * num_runs :]
-        batch = Batch(
-            np.empty(num_tokens, np.int64), query_start, starts, num_outputs,
-            self._sampling[self.runs[:num_runs, at.TREE]], self._pages[:num_runs],
-        )  # fmt: skip
-        self.latest = batch
-        arrays = (batch.token_ids, starts, query_start, num_outputs, self._pages)
-        tokens_at, starts_at, query_at, counts_at, pages_at = (array.ctypes.data for array in arrays)
-        at.steps().lay_out(self.address, tokens_at, starts_at, query_at, counts_at, pages_at, self._max_pages)
-        return batch
+        entry = self._arena.requests[request.slot]
+        length = min(int(entry["length"]), int(self._arena.limits["max_length"][0]))
+        return -(-(length + 1) // self._page_size) - int(self._arena.branches["num_pages"][entry["trunk"]])

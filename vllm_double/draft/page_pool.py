@@ -1,41 +1,22 @@
 """Pages of the draft's KV cache: who holds them, which text full ones hold, and when they are free again."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
 
-from vllm_double.draft._page_steps import (
-    BEHIND,
-    EVICTED_AT,
-    FREE_AT,
-    HEADER_LENGTH,
-    HOLDERS,
-    IS_CACHED,
-    NEWEST,
-    NONE,
-    NUM_EVICTABLE,
-    NUM_EVICTED,
-    NUM_FREE,
-    NUM_PAGES,
-    OLDEST,
-    PAGES_AT,
-    steps,
-)
+from vllm_double.draft.arena import NONE, PAGE, TOTALS, Records
+from vllm_double.jit import part
 
-__all__ = ["OutOfPagesError", "PagePool", "page_key", "partition_key"]
-
-
-class OutOfPagesError(Exception):
-    """No free page is left; the caller drafts less or lets an idle request go."""
+__all__ = ["PagePool", "num_available", "page_key", "partition_key", "release_page", "share_page", "take_page"]
 
 
 def partition_key(tenant: str | None, epoch: int) -> bytes:
     """What the keys of a tenant's pages begin with in an epoch of the cache, 16 bytes: no other partition's pages are found.
 
-    Who finds a page gets his drafts sooner, and would learn what another sent: tenants share none. Requests that name no tenant
-    share theirs, as they do in vLLM's own prefix cache, which tells as much.
+    If tenants shared pages, one would get its drafts sooner for what another sent, and would learn it so. Requests that name no
+    tenant share theirs, as they do in vLLM's own prefix cache, which reveals as much.
     """
     return blake2b(epoch.to_bytes(8, "little") + (tenant or "").encode(), digest_size=16, person=b"partition").digest()
 
@@ -53,111 +34,113 @@ class PagePool:
     """Reference counts for ``num_pages`` pages, and a prefix cache over them.
 
     Page 0 is never handed out: vLLM's kernels may write padding there. A page of the prefix cache is not written any more. When
-    nobody holds it, it stays until a page is needed; the one that was released first goes first.
+    nobody holds it, it stays until a page is needed; the one that was released first is evicted first.
 
-    Nothing is dropped at once when the cache is reset: nobody asks for pages of an older epoch, and they go like others.
+    Nothing is dropped at once when the cache is reset: nobody asks for pages of an older epoch, and they are evicted in time.
     ``prefix_caching``: False keeps no page.
 
-    Counts, free pages and the order of eviction are arrays, which the compiled steps of `tree` change too: ``address`` is their
-    header's. Only the keys are Python's: what was evicted is struck off when somebody next looks for a key.
+    Compiled functions take and release pages in ``pages`` and ``totals``. Only the keys are here: those of evicted pages are
+    noticed when somebody looks for them.
     """
 
     def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
         if num_pages < 2:
             raise ValueError(f"the draft's KV cache needs at least 2 pages, not {num_pages}")
         self._prefix_caching = prefix_caching
-        self._steps = steps()
-        self._table = np.zeros((num_pages, 4), np.int32)
-        self._table[0, HOLDERS] = 1
-        self._free = np.zeros(num_pages, np.int32)
-        self._free[: num_pages - 1] = np.arange(num_pages - 1, 0, -1)
-        self._evicted = np.zeros(num_pages, np.int32)
-        self._header = np.zeros(HEADER_LENGTH, np.int64)
-        self._header[[NUM_PAGES, NUM_FREE, OLDEST, NEWEST]] = num_pages, num_pages - 1, NONE, NONE
-        self._header[[PAGES_AT, FREE_AT, EVICTED_AT]] = [a.ctypes.data for a in (self._table, self._free, self._evicted)]
-        self.address = self._header.ctypes.data
+        self.pages = np.zeros(num_pages, PAGE)
+        self.pages["next"] = [NONE, *range(2, num_pages), NONE]
+        self.pages["holders"][0] = 1
+        self.totals = np.zeros(1, TOTALS)
+        self.totals["free_page"], self.totals["num_free_pages"] = 1, num_pages - 1
+        self.totals["oldest_page"] = self.totals["newest_page"] = NONE
         self._pages: dict[bytes, int] = {}  # the prefix cache, by key
-        self._keys: dict[int, bytes] = {}  # and by page
+        self._keys: dict[int, bytes] = {}  # and by page; in both are evicted pages, too
 
     @property
     def num_free(self) -> int:
-        """Pages that `take` can give."""
-        return int(self._header[NUM_FREE] + self._header[NUM_EVICTABLE])
-
-    @property
-    def num_pages(self) -> int:
-        return len(self._table)
-
-    @property
-    def free_pages(self) -> list[int]:
-        """Pages that hold nothing."""
-        return list(map(int, self._free[: self._header[NUM_FREE]]))
-
-    def num_holders(self, page: int) -> int:
-        """How often the page is held."""
-        return int(self._table[page, HOLDERS])
-
-    def take(self, count: int) -> list[int]:
-        """Pages of the caller's own. Raises OutOfPagesError, and takes none then."""
-        if count > self.num_free:
-            raise OutOfPagesError
-        return [self._steps.take(self.address) for _ in range(count)]
-
-    def share(self, pages: Iterable[int]) -> None:
-        """Count one more holder of each page."""
-        for page in pages:
-            if not (self._table[page, HOLDERS] or self._table[page, IS_CACHED]):
-                raise ValueError(f"page {page} is free and cannot be shared")
-            self._steps.share(self.address, page)
-
-    def release(self, pages: Sequence[int]) -> None:
-        """Count one holder less of each page. One that nobody holds is free, or evictable if it is in the prefix cache."""
-        for page in reversed(pages):  # of a text the end is evicted first: nothing is found behind a gap
-            if self._table[page, HOLDERS] == 0:
-                raise ValueError(f"page {page} is released twice")
-            self._steps.release(self.address, page)
+        """Pages that can be taken."""
+        return int(self.totals["num_free_pages"][0] + self.totals["num_evictable"][0])
 
     def lookup(self, key: bytes) -> int | None:
         """The page of the prefix cache with this key."""
-        self._settle()
-        return self._pages.get(key)
+        page = self._pages.get(key)
+        return page if page is not None and self.pages["is_cached"][page] else None
 
     def insert(self, key: bytes, page: int) -> None:
-        """Put a page that is never written again, until it is free, into the prefix cache; where the key is new."""
-        self._settle()
-        if self._prefix_caching and key not in self._pages:
-            self._pages[key] = page
-            self._keys[page] = key
-            self._table[page, IS_CACHED] = 1
+        """Put a page that is never written again, until it is free, into the prefix cache, if the key is new."""
+        if not self._prefix_caching or self.lookup(key) is not None:
+            return
+        if (before := self._keys.get(page)) is not None and self._pages.get(before) == page:
+            del self._pages[before]
+        self._pages[key] = page
+        self._keys[page] = key
+        self.pages["is_cached"][page] = True
 
     def key_of(self, page: int) -> bytes | None:
         """The page's key, if it is in the prefix cache."""
-        self._settle()
-        return self._keys.get(page)
+        return self._keys[page] if self.pages["is_cached"][page] else None
 
-    def _settle(self) -> None:
-        """Strike off the keys of pages that were evicted."""
-        if num_evicted := self._header[NUM_EVICTED]:
-            for page in self._evicted[:num_evicted].tolist():
-                del self._pages[self._keys.pop(page)]
-            self._header[NUM_EVICTED] = 0
 
-    def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
-        """Assert that the counts are exactly those of ``held``, the block tables of all holders."""
-        self._settle()
-        expected = [0] * self.num_pages
-        expected[0] = 1
-        for table in held:
-            for page in table:
-                expected[page] += 1
-        assert expected == self._table[:, HOLDERS].tolist(), "page counts differ from the block tables"
-        assert self._pages == {key: page for page, key in self._keys.items()}, "prefix cache"
-        assert self._table[:, IS_CACHED].nonzero()[0].tolist() == sorted(self._keys), "pages of the prefix cache"
-        unheld = [p for p, count in enumerate(expected) if count == 0]
-        assert sorted(self.free_pages) == [p for p in unheld if p not in self._keys], "free list"
-        evictable, page = [], int(self._header[OLDEST])
-        while page != NONE:
-            evictable.append(page)
-            page = int(self._table[page, BEHIND])
-        assert sorted(evictable) == [p for p in unheld if p in self._keys], "evictable pages"
-        assert len(evictable) == self._header[NUM_EVICTABLE]
+@part
+def num_available(totals: Records) -> int:
+    """Pages that `take_page` can give."""
+    return totals[0].num_free_pages + totals[0].num_evictable  # type: ignore[no-any-return]
+
+
+@part
+def take_page(pages: Records, totals: Records) -> int:
+    """A page of the caller's own; there must be one. If none is free, the oldest one of the prefix cache is evicted."""
+    if totals[0].num_free_pages > 0:
+        page = totals[0].free_page
+        totals[0].free_page = pages[page].next
+        totals[0].num_free_pages -= 1
+    else:
+        page = totals[0].oldest_page
+        _unlink(pages, totals, page)
+        pages[page].is_cached = False
+    pages[page].holders = 1
+    return page  # type: ignore[no-any-return]
+
+
+@part
+def share_page(pages: Records, totals: Records, page: int) -> None:
+    """Count one more holder of a page that is held or in the prefix cache."""
+    if pages[page].holders == 0:
+        _unlink(pages, totals, page)
+    pages[page].holders += 1
+
+
+@part
+def release_page(pages: Records, totals: Records, page: int) -> None:
+    """Count one holder less. A page that nobody holds is free, or may be evicted if it is in the prefix cache."""
+    pages[page].holders -= 1
+    if pages[page].holders > 0:
+        return
+    if not pages[page].is_cached:
+        pages[page].next = totals[0].free_page
+        totals[0].free_page = page
+        totals[0].num_free_pages += 1
+        return
+    newest = totals[0].newest_page
+    pages[page].before, pages[page].next = newest, NONE
+    if newest == NONE:
+        totals[0].oldest_page = page
+    else:
+        pages[newest].next = page
+    totals[0].newest_page = page
+    totals[0].num_evictable += 1
+
+
+@part
+def _unlink(pages: Records, totals: Records, page: int) -> None:
+    """Take a page out of the list of those that may be evicted."""
+    before, behind = pages[page].before, pages[page].next
+    if before == NONE:
+        totals[0].oldest_page = behind
+    else:
+        pages[before].next = behind
+    if behind == NONE:
+        totals[0].newest_page = before
+    else:
+        pages[behind].before = before
+    totals[0].num_evictable -= 1

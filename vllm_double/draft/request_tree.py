@@ -1,346 +1,328 @@
-"""One request on the draft's side: its committed text, the tree of possible continuations, and the pages behind both.
-
-Every node is a token that may follow; its path probability is the chance that the target's text will pass through it.
-A node is *computed* when its key and value lie on a branch and the draft has said what follows it. A branch is a block
-table: branches share full pages, and exactly one of them owns the writable slots of a partly filled page. Pages full of
-committed text are held by the request's trunk alone: a branch of a long text costs no more than one of a short text.
-
-Nodes, candidates and branches are rows of arrays that compiled steps work on: a node is made, chosen and expanded in about a
-microsecond. What falls away with a commit leaves no gap; whatever outlives one is renumbered.
-"""
-
-from __future__ import annotations
+"""A request's tree: the nodes behind its text, how they come and go, and what a commit does to them."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from vllm_double.draft import _tree_steps as at
-from vllm_double.draft._tree_steps import MAX_AHEAD, NONE, TREE_LENGTH, steps
-from vllm_double.draft.noise_coupling import Listing
-from vllm_double.draft.page_pool import PagePool, page_key, partition_key
-from vllm_double.prefix_hash import mix, seed
-from vllm_double.transport.messages import Admit
+from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records
+from vllm_double.draft.branches import append_page, free_branch, let_go, make_trunk, new_branch, truncate
+from vllm_double.draft.candidates import push
+from vllm_double.draft.page_pool import share_page
+from vllm_double.jit import part
 
-__all__ = ["MAX_AHEAD", "DraftRequest", "Node"]
+__all__ = [
+    "MISFIT", "admit", "adopt", "child_for", "commit", "free_node", "list_next", "look_ahead", "may_go_on", "new_child",
+    "release",
+]  # fmt: skip
 
-_MIN_CAPACITY = 128
-_MIN_TEXT = 256
+MISFIT = -1
+"""What `commit` returns if something of the text was lost on the way, or the draft does not know one of its tokens."""
 
 
-class DraftRequest:
-    """Text and tree of one admission. ``base`` is the length at admission, from which prefix hashes are counted.
+# ---- nodes ----------------------------------------------------------------------------------------------------------
 
-    ``sampling``: an entry of SAMPLING_DTYPE, without the noise's scale.
 
-    ``address`` is that of the tree's header. ``num_children``: the draft lists at most so many tokens behind a node.
-    ``num_speculative_tokens``: no node lies deeper behind the text and the chain that is verified.
+@part
+def _mix(prefix_hash: np.uint64, token: int) -> np.uint64:
+    """As `prefix_hash.mix`."""
+    h = (prefix_hash ^ (np.uint64(token) + np.uint64(0x632BE59BD9B4E019))) * np.uint64(0xD6E8FEB86659FD93)
+    return h ^ (h >> np.uint64(32))
+
+
+@part
+def _is_stop(arena: Arena, slot: int, token: int) -> bool:
+    for index in range(arena.requests[slot].num_stops):  # noqa: SIM110 - numba knows no any()
+        if arena.stops[slot, index] == token:
+            return True
+    return False
+
+
+@part
+def child_for(nodes: Records, node: int, token: int) -> int:
+    """The child for a token, or NONE."""
+    child = nodes[node].first_child
+    while child != NONE and nodes[child].token != token:
+        child = nodes[child].next_sibling
+    return child  # type: ignore[no-any-return]
+
+
+@part
+def may_go_on(arena: Arena, node: int) -> bool:
+    """Whether it is of use to know what follows the node."""
+    slot, position, token = arena.nodes[node].slot, arena.nodes[node].position, arena.nodes[node].token
+    return position + 1 < arena.requests[slot].max_length and not _is_stop(arena, slot, token)
+
+
+@part
+def _new_node(arena: Arena, slot: int, token: int, position: int) -> int:
+    """NONE: no node is free."""
+    totals, node = arena.totals[0], arena.totals[0].free_node
+    if node == NONE:
+        return NONE
+    made = arena.nodes[node]
+    totals.free_node = made.next_sibling
+    totals.num_free_nodes -= 1
+    made.slot, made.token, made.position = slot, token, position
+    made.parent = made.first_child = made.next_sibling = made.branch = made.run = NONE
+    made.num_listed = made.next_listed = made.ahead_from = made.ahead_to = 0
+    made.is_candidate = made.is_retrieved = made.is_picked = made.is_tip = made.is_fresh = False
+    return node  # type: ignore[no-any-return]
+
+
+@part
+def new_child(arena: Arena, parent: int, token: int, log_prob: float) -> int:
+    """A node behind another, with a log-probability given that one; NONE if none is free."""
+    nodes = arena.nodes
+    node = _new_node(arena, nodes[parent].slot, token, nodes[parent].position + 1)
+    if node != NONE:
+        nodes[node].parent, nodes[node].next_sibling = parent, nodes[parent].first_child
+        nodes[parent].first_child = node
+        nodes[node].hash = _mix(nodes[parent].hash, token)
+        nodes[node].log_prob = nodes[parent].log_prob + log_prob
+    return node
+
+
+@part
+def _child_of(arena: Arena, parent: int, token: int, log_prob: float) -> int:
+    """The child for a token; made, with a log-probability given its parent, if there is none yet."""
+    child = child_for(arena.nodes, parent, token)
+    if child == NONE:
+        child = new_child(arena, parent, token, log_prob)
+        if child != NONE and may_go_on(arena, child):
+            push(arena.nodes, arena.requests, child, arena.nodes[child].log_prob)
+    return child
+
+
+@part
+def list_next(arena: Arena, node: int) -> None:
+    """Make a computed node stand for the next token of its list that may become a node."""
+    nodes, slot = arena.nodes, arena.nodes[node].slot
+    if nodes[node].position + 2 >= arena.requests[slot].max_length:
+        return
+    for place in range(nodes[node].next_listed, nodes[node].num_listed):
+        token = arena.listed[node, place].token
+        if child_for(nodes, node, token) == NONE and not _is_stop(arena, slot, token):
+            nodes[node].next_listed = place
+            push(nodes, arena.requests, node, nodes[node].log_prob + math.log(max(arena.listed[node, place].prob, 1e-9)))
+            return
+    nodes[node].next_listed = nodes[node].num_listed
+
+
+@part
+def look_ahead(arena: Arena, node: int) -> None:
+    """Make the next token that was retrieved behind a node its child, and the others the child's."""
+    nodes, ahead = arena.nodes, arena.ahead
+    place, end = nodes[node].ahead_from, nodes[node].ahead_to
+    if place == end or nodes[node].first_child != NONE:
+        return
+    child = _child_of(arena, node, ahead[node, place].token, ahead[node, place].log_prob)
+    if child == NONE:
+        return
+    nodes[child].is_retrieved = True
+    nodes[node].ahead_from = nodes[node].ahead_to = 0
+    nodes[child].ahead_from, nodes[child].ahead_to = place + 1, end
+    for index in range(place + 1, end):
+        ahead[child, index].token, ahead[child, index].log_prob = ahead[node, index].token, ahead[node, index].log_prob
+
+
+# ---- how nodes go ---------------------------------------------------------------------------------------------------
+
+
+@part
+def free_node(arena: Arena, node: int, spared: int) -> None:
+    """A node without children that no other leads to. ``spared``: a branch that is not freed."""
+    nodes, totals = arena.nodes, arena.totals[0]
+    if nodes[node].branch != NONE:
+        let_go(arena, node, spared)
+    nodes[node].slot, nodes[node].next_sibling = NONE, totals.free_node
+    totals.free_node = node
+    totals.num_free_nodes += 1
+
+
+@part
+def _keep_below(arena: Arena, slot: int, new_root: int, spared: int) -> None:
+    """Free all nodes but ``new_root`` (NONE: none is kept) and those behind it, which are the candidates again."""
+    nodes, request = arena.nodes, arena.requests[slot]
+    node = request.root if request.root != new_root else NONE
+    while node != NONE:  # down to a leaf, which goes, and up again
+        child = nodes[node].first_child
+        if child == NONE:
+            parent = nodes[node].parent
+            free_node(arena, node, spared)
+            node = parent
+            continue
+        nodes[node].first_child = nodes[child].next_sibling
+        if child != new_root:
+            node = child
+    request.root, request.best = new_root, NONE
+    if new_root != NONE:
+        nodes[new_root].parent = nodes[new_root].next_sibling = NONE
+        _gather_candidates(arena, slot)
+
+
+@part
+def _gather_candidates(arena: Arena, slot: int) -> None:
+    """All nodes that are not computed and may go on, and the computed ones for the next that the draft listed."""
+    nodes, root = arena.nodes, arena.requests[slot].root
+    node = root
+    while True:
+        nodes[node].is_candidate = False
+        if nodes[node].branch != NONE:
+            list_next(arena, node)
+        elif node != root and may_go_on(arena, node):
+            push(nodes, arena.requests, node, nodes[node].log_prob)
+        if nodes[node].first_child != NONE:
+            node = nodes[node].first_child
+            continue
+        while node != root and nodes[node].next_sibling == NONE:
+            node = nodes[node].parent
+        if node == root:
+            return
+        node = nodes[node].next_sibling
+
+
+@part
+def _make_root(arena: Arena, slot: int) -> bool:
+    """For the text's last token. False if no node is free."""
+    request = arena.requests[slot]
+    root = _new_node(arena, slot, arena.texts[slot, request.length - 1], request.length - 1)
+    if root == NONE:
+        return False
+    arena.nodes[root].hash, arena.nodes[root].log_prob = request.hash, 0.0
+    request.root = root
+    return True
+
+
+# ---- the text -------------------------------------------------------------------------------------------------------
+
+
+@part
+def _recompute_from(arena: Arena, slot: int, length: int) -> None:
+    """Have the committed text read again from ``length`` on, and all of a page that is in the prefix cache."""
+    request, size = arena.requests[slot], arena.limits[0].page_size
+    if length < request.num_inserted * size:
+        request.num_inserted = length // size
+        length = request.num_inserted * size
+    request.num_cached = min(request.num_cached, length)
+    truncate(arena, request.trunk, request.num_cached)
+
+
+@part
+def _rewind(arena: Arena, slot: int, keep: int) -> None:
+    """Back to so many tokens, the text at admission or more."""
+    request = arena.requests[slot]
+    _keep_below(arena, slot, NONE, request.trunk)
+    _recompute_from(arena, slot, keep)
+    request.hash = _mix(np.uint64(0x9E3779B97F4A7C15), request.handle)
+    for index in range(request.num_admitted, keep):
+        request.hash = _mix(request.hash, arena.texts[slot, index])
+
+
+@part
+def _re_root(arena: Arena, forward: Forward, slot: int, tokens: Ints) -> int:
+    """Follow the tokens down the tree, of which only what is behind them is kept; returns how many of them were foreseen."""
+    nodes, request, lessons = arena.nodes, arena.requests[slot], forward.lessons
+    node, cached, num_foreseen, num_lessons = request.root, NONE, 0, 0
+    while node != NONE:
+        if nodes[node].branch != NONE:
+            cached = node
+        if num_foreseen == len(tokens):
+            break
+        token = tokens[num_foreseen]
+        if request.is_sampled and nodes[node].num_listed > 0 and num_lessons < len(lessons):
+            lesson = lessons[num_lessons]
+            lesson.node, lesson.num_listed, lesson.drawn = node, nodes[node].num_listed, token
+            num_lessons += 1
+        child = child_for(nodes, node, token)
+        if child == NONE:
+            node = NONE
+        else:
+            node, num_foreseen = child, num_foreseen + 1
+    forward.progress[0].num_lessons = num_lessons
+    trunk = request.trunk
+    if cached != NONE:
+        trunk, request.num_cached = nodes[cached].branch, nodes[cached].position + 1
+    _keep_below(arena, slot, node, trunk)
+    make_trunk(arena, slot, trunk)
+    return num_foreseen
+
+
+@part
+def _follow(arena: Arena, slot: int, chain: Ints, chain_probs: Floats) -> None:
+    """Take note of the draft tokens that the target verifies, with a probability each given those before."""
+    for token in chain:
+        if token < 0 or token >= arena.limits[0].vocab_size:
+            return
+    node, request = arena.requests[slot].root, arena.requests[slot]
+    request.chain_length = min(len(chain), arena.limits[0].num_speculative_tokens)
+    for index in range(request.chain_length):
+        node = _child_of(arena, node, chain[index], math.log(min(max(chain_probs[index], 1e-9), 1.0)))
+        if node == NONE:
+            return
+
+
+def commit(
+    arena: Arena, forward: Forward, slot: int, keep: int, waits: int, tokens: Ints, chain: Ints, chain_probs: Floats
+) -> int:
+    """Make the text ``text[:keep] + tokens``, and follow the chain; returns how many of ``tokens`` were foreseen, or MISFIT.
+
+    There must be room for the text, and a free node for the root and for each token of the chain.
     """
-
-    def __init__(
-        self, admission: Admit, pool: PagePool, page_size: int, num_children: int, num_speculative_tokens: int, longest: int
-    ) -> None:
-        self.handle = handle = admission.handle
-        self.tenant = admission.tenant or None
-        self.epoch = admission.epoch
-        self.base = admission.base
-        self.temperature = admission.temperature
-        self.is_awaited = False  # the target waits for what follows the text
-        self.sampling = admission.seed, admission.temperature, 0.0, admission.top_k, admission.top_p, admission.min_p
-        self._listings: dict[int, dict[int, Listing]] = {}  # of a sampled request, by the length of the text in front
-        self._pool = pool
-        self._page_size = page_size
-        self._steps = steps()
-        self._header = np.zeros(TREE_LENGTH, np.int64)
-        self.address = self._header.ctypes.data
-        self._stops = np.array(admission.stop_token_ids, np.int32)
-        self._trunk = np.zeros(-(-longest // page_size) + 1, np.int32)
-        self._text = np.zeros(_MIN_TEXT, np.int32)
-        self._hashes = [seed(handle)]  # of text[:base], text[:base + 1], ...
-        # And of the text's full pages, as far as they were asked for.
-        self._page_keys = [partition_key(self.tenant, self.epoch)]
-        self._num_inserted = 0  # pages of the trunk that are in the prefix cache: they are not written any more
-        self._num_children = num_children
-        # A branch leaves the text's, or another branch, within the reach of one commit, and ends within that of a later one.
-        self._branch_pages = (4 * num_speculative_tokens + 2) // page_size + 3
-        header = self._header
-        header[at.HANDLE], header[at.MAX_LENGTH], header[at.PAGE_SIZE] = _signed(handle), admission.max_length, page_size
-        header[at.NUM_STOPS], header[at.NUM_CHILDREN] = len(self._stops), num_children
-        header[at.BRANCH_PAGES], header[at.NUM_BRANCHES] = self._branch_pages, 1
-        header[[at.STOPS_AT, at.TRUNK_AT, at.TEXT_AT]] = [a.ctypes.data for a in (self._stops, self._trunk, self._text)]
-        self._arrays: list[npt.NDArray[Any]] = []
-        self._allocate(_MIN_CAPACITY)
-
-    def _allocate(self, capacity: int) -> None:
-        """Arrays for so many nodes, with what was in the old ones."""
-        old = self._arrays
-        shapes: list[tuple[tuple[int, ...], type[np.generic]]] = [
-            ((capacity, at.NODE_COLUMNS), np.int32),
-            ((capacity,), np.uint64),
-            ((capacity,), np.float64),
-            ((capacity, self._num_children), np.int32),
-            ((capacity, self._num_children), np.float32),
-            ((capacity, MAX_AHEAD), np.int32),
-            ((capacity, MAX_AHEAD), np.float32),
-            ((3 * capacity,), np.float64),
-            ((3 * capacity, 3), np.int32),
-            ((capacity + 1, at.BRANCH_COLUMNS), np.int32),
-            ((capacity + 1, self._branch_pages), np.int32),
-        ]
-        self._arrays = [np.zeros(shape, dtype) for shape, dtype in shapes]
-        for new, before in zip(self._arrays, old, strict=False):
-            new[: len(before)] = before
-        self._nodes, self._branches, self._pages = self._arrays[0], self._arrays[-2], self._arrays[-1]
-        self._header[at.NODES_AT : at.PAGES_AT + 1] = [array.ctypes.data for array in self._arrays]
-        self._header[at.CAPACITY] = capacity
-
-    def reserve(self, num_nodes: int) -> None:
-        """Make room for so many nodes more."""
-        needed, capacity = int(self._header[at.NUM_NODES]) + num_nodes, int(self._header[at.CAPACITY])
-        if needed > capacity:
-            self._allocate(max(2 * capacity, needed))
-
-    # ---- text -------------------------------------------------------------------------------------------------
-
-    @property
-    def length(self) -> int:
-        """Of the committed text."""
-        return int(self._header[at.LENGTH])
-
-    @property
-    def tokens(self) -> npt.NDArray[np.int32]:
-        """The committed text; a view that is good until the next commit."""
-        return self._text[: self._header[at.LENGTH]]
-
-    @property
-    def num_cached(self) -> int:
-        """Committed positions whose keys and values lie on the trunk."""
-        return int(self._header[at.NUM_CACHED])
-
-    @property
-    def num_expanded(self) -> int:
-        """Nodes expanded since the last commit."""
-        return int(self._header[at.NUM_EXPANDED])
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the whole text at admission is here: there is a root, the last committed token."""
-        return bool(self._header[at.NUM_NODES] > 0)
-
-    @property
-    def num_trunk_pages(self) -> int:
-        """Of the committed text, and maybe some behind it."""
-        return int(self._branches[0, at.NUM_BRANCH_PAGES])
-
-    def commit(self, keep: int, tokens: Sequence[int]) -> int:
-        """Make the text ``text[:keep] + tokens``; returns how many of ``tokens`` the tree had foreseen.
-
-        Raises ValueError where ``keep`` lies beyond the text, or before the admission once the text has passed it.
-        """
-        length = self.length
-        if keep > length or (keep < length and keep < self.base):
-            raise ValueError(f"cannot keep {keep} tokens of {length} (admitted with {self.base})")
-        if keep < length:
-            self._rewind(keep)
-        end = keep + len(tokens)
-        if end > len(self._text):
-            self._text = np.concatenate([self._text, np.zeros(max(len(self._text), end), np.int32)])
-            self._header[at.TEXT_AT] = self._text.ctypes.data
-        self._text[keep:end] = tokens
-        self._header[at.LENGTH] = end
-        for token in tokens[max(0, self.base - keep) :]:
-            self._hashes.append(mix(self._hashes[-1], token))
-        if end < self.base or end == 0:
-            return 0  # the text at admission is still arriving
-        # A prompt may end with a stop token.
-        self._header[at.HAS_ENDED] = end > self.base and self._text[end - 1] in self._stops
-        return self._steps.commit(self.address, self._pool.address, len(tokens), _signed(self._hashes[-1]))
-
-    def _rewind(self, keep: int) -> None:
-        self._steps.forget_all(self.address, self._pool.address)
-        del self._hashes[keep - self.base + 1 :]
-        del self._page_keys[keep // self._page_size + 1 :]
-        self._recompute_from(keep)
-
-    def follow(self, chain: npt.NDArray[np.int32], log_probs: npt.NDArray[np.floating[Any]]) -> None:
-        """Take note of the chain that the target verifies now: a path from the root, with log-probabilities per token."""
-        self.reserve(len(chain))
-        tokens, values = np.ascontiguousarray(chain, np.int32), np.ascontiguousarray(log_probs, np.float64)
-        self._steps.follow(self.address, len(chain), tokens.ctypes.data, values.ctypes.data)
-
-    # ---- what was drawn ---------------------------------------------------------------------------------------
-
-    def note_listing(self, length: int, prefix_hash: int, listing: Listing) -> None:
-        """Keep what the draft lists behind a text of so many tokens, until it is known what is drawn there."""
-        self._listings.setdefault(length, {})[prefix_hash] = listing
-
-    def drawn(self, num_new: int) -> Iterator[tuple[Listing, int]]:
-        """For each of the newest committed tokens whose list is known: the list, and the token."""
-        for length in range(max(self.length - num_new, self.base), self.length):
-            listing = self._listings.pop(length, {}).get(self._hashes[length - self.base])
-            if listing is not None:
-                yield listing, int(self._text[length])
-
-    # ---- pages ------------------------------------------------------------------------------------------------
-
-    def match_prefix(self) -> int:
-        """Take the longest run of pages that the prefix cache has for the text at admission, from where the cached text ends.
-
-        At least its last token is left to be read. Returns how many tokens need no reading now.
-        """
-        size, before = self._page_size, self.num_cached
-        pages: list[int] = []
-        for index in range(before // size, (min(self.length, self.base) - 1) // size):
-            page = self._pool.lookup(self._page_key(index))
-            if page is None:
-                break
-            pages.append(page)
-        if not pages:
-            return 0
-        self._steps.truncate(self.address, self._pool.address, before - before % size)
-        self._pool.share(pages)
-        for page in pages:
-            self._steps.append_page(self.address, page)
-        self._num_inserted = self.num_trunk_pages
-        self._set_cached(self._num_inserted * size)
-        return self.num_cached - before
-
-    def _set_cached(self, length: int) -> None:
-        self._header[at.NUM_CACHED] = self._branches[0, at.BRANCH_LENGTH] = length
-
-    def insert_prefix(self) -> None:
-        """Put full pages of cached text into the prefix cache. No forward that writes them may be under way."""
-        while (self._num_inserted + 1) * self._page_size <= self.num_cached:
-            self._pool.insert(self._page_key(self._num_inserted), int(self._trunk[self._num_inserted]))
-            self._num_inserted += 1
-
-    def _page_key(self, index: int) -> bytes:
-        size, keys = self._page_size, self._page_keys
-        while len(keys) <= index + 1:
-            end = len(keys) * size
-            keys.append(page_key(keys[-1], self._text[end - size : end].tolist()))
-        return keys[index + 1]
-
-    def _recompute_from(self, length: int) -> None:
-        """Have the committed text read again from ``length`` on, and all of a page that is in the prefix cache."""
-        if length < self._num_inserted * self._page_size:
-            self._num_inserted = length // self._page_size
-            length = self._num_inserted * self._page_size
-        self._header[at.NUM_CACHED] = min(self.num_cached, length)
-        self._steps.truncate(self.address, self._pool.address, self.num_cached)
-
-    def drop_tree(self) -> None:
-        """Give up every continuation and its pages; the text and its cached part stay."""
-        if self.is_whole:
-            self._steps.forget_all(self.address, self._pool.address)
-            self._steps.make_root(self.address, int(self.tokens[-1]), _signed(self._hashes[-1]))
-            # The root is computed again: its children went with the tree.
-            self._recompute_from(self.length - 1)
-
-    def release(self) -> None:
-        """Give back all pages, the text's too."""
-        self._steps.forget_all(self.address, self._pool.address)
-        self._steps.truncate(self.address, self._pool.address, 0)
-        self._header[at.NUM_CACHED] = self._num_inserted = 0
-
-    # ---- for tests --------------------------------------------------------------------------------------------
-
-    @property
-    def root(self) -> Node | None:
-        """The last committed token, once the whole text at admission is here."""
-        return Node(self, 0) if self.is_whole else None
-
-    def table(self, branch: int) -> list[int]:
-        """A branch's block table. Branch 0 is the trunk."""
-        first, num_pages = self._branches[branch, [at.FIRST, at.NUM_BRANCH_PAGES]].tolist()
-        own = self._trunk if branch == 0 else self._pages[branch]
-        return [*self._trunk[:first].tolist(), *own[:num_pages].tolist()]
-
-    def held_pages(self) -> list[list[int]]:
-        """The pages that each branch holds."""
-        firsts = self._branches[: self._header[at.NUM_BRANCHES], at.FIRST].tolist()
-        return [self.table(branch)[first:] for branch, first in enumerate(firsts)]
-
-    def check_integrity(self) -> None:
-        """Assert what must hold between two iterations."""
-        branches, num_branches = self._branches, int(self._header[at.NUM_BRANCHES])
-        holders = [0] * num_branches
-        assert self.num_cached <= min(branches[0, at.BRANCH_LENGTH], self.length), "more is cached than there is"
-        assert self._header[at.NUM_PUT_BACK] == 0
-        if self.root is not None:
-            assert self.root.position == self.length - 1 and self.root.token == self._text[self.length - 1], "root"
-            assert self.root.prefix_hash == self._hashes[-1], "hash of the root"
-            assert len(self._hashes) == self.length - self.base + 1, "hashes"
-            stack, num_nodes = [self.root], 0
-            while stack:
-                node = stack.pop()
-                num_nodes += 1
-                assert node.column(at.RUN) == NONE and not node.column(at.IS_FRESH)
-                if node.branch != NONE:
-                    holders[node.branch] += 1
-                    assert branches[node.branch, at.BRANCH_LENGTH] > node.position, "a computed node lies beyond its branch"
-                for token, child in node.children.items():
-                    assert child.token == token and child.column(at.PARENT) == node.index < child.index
-                    assert child.position == node.position + 1 and child.prefix_hash == mix(node.prefix_hash, token)
-                    assert child.branch == NONE or node.branch != NONE, "computed behind an uncomputed node"
-                    assert child.log_prob <= node.log_prob + 1e-6
-                    stack.append(child)
-            assert num_nodes == self._header[at.NUM_NODES], "a node that is nobody's child"
-        size, keys = self._page_size, [partition_key(self.tenant, self.epoch)]
-        text = self.tokens.tolist()
-        for end in range(size, self.num_cached + 1, size):
-            keys.append(page_key(keys[-1], text[end - size : end]))
-        assert branches[0, at.FIRST] == 0
-        for branch in range(num_branches):
-            found = [self._pool.key_of(page) for page in self.table(branch)]
-            assert all(key in (None, expected) for key, expected in zip(found, keys[1:], strict=False)), "text of a page"
-            assert not any(found[self._num_inserted :]), "a page of the prefix cache may be written"
-            assert branches[branch, at.NUM_HELD] == holders[branch] and (holders[branch] or not branch), "holders of a branch"
-            assert len(found) >= math.ceil(branches[branch, at.BRANCH_LENGTH] / size), "pages of a branch"
+    request = arena.requests[slot]
+    forward.progress[0].num_lessons = 0
+    if keep > request.length or (keep < request.length and keep < request.num_admitted):
+        return MISFIT
+    for token in tokens:
+        if token < 0 or token >= arena.limits[0].vocab_size:
+            return MISFIT
+    if keep < request.length:
+        _rewind(arena, slot, keep)
+    for index in range(len(tokens)):
+        arena.texts[slot, keep + index] = tokens[index]
+        if keep + index >= request.num_admitted:
+            request.hash = _mix(request.hash, tokens[index])
+    request.length = keep + len(tokens)
+    if request.length < request.num_admitted or request.length == 0:
+        return 0  # the text at admission is still arriving
+    # A prompt may end with a stop token.
+    last = arena.texts[slot, request.length - 1]
+    request.has_ended = request.length > request.num_admitted and _is_stop(arena, slot, last)
+    num_foreseen = _re_root(arena, forward, slot, tokens)
+    if request.root == NONE and not _make_root(arena, slot):
+        return MISFIT
+    request.num_expanded = request.chain_length = 0
+    request.is_awaited = waits != 0
+    _follow(arena, slot, chain, chain_probs)
+    return num_foreseen
 
 
-class Node:
-    """A look at a token of a tree, at ``position``; good until the next commit. ``prefix_hash`` names the text up to it."""
-
-    def __init__(self, request: DraftRequest, index: int) -> None:
-        self.request = request
-        self.index = index
-
-    def column(self, column: int) -> int:
-        """An entry of the node's row, see `_tree_steps`."""
-        return int(self.request._nodes[self.index, column])
-
-    token = property(lambda self: self.column(at.TOKEN))
-    position = property(lambda self: self.column(at.POSITION))
-    branch = property(lambda self: self.column(at.BRANCH))
-    is_retrieved = property(lambda self: bool(self.column(at.IS_RETRIEVED)))
-    prefix_hash = property(lambda self: int(self.request._arrays[1][self.index]))
-    log_prob = property(lambda self: float(self.request._arrays[2][self.index]))
-
-    @property
-    def children(self) -> dict[int, Node]:
-        """By token."""
-        found, child = {}, self.column(at.FIRST_CHILD)
-        while child != NONE:
-            node = Node(self.request, child)
-            found[node.token] = node
-            child = node.column(at.NEXT_SIBLING)
-        return found
-
-    @property
-    def alternatives(self) -> list[int]:
-        """What the draft listed behind it, best first."""
-        return self.request._arrays[3][self.index, : self.column(at.NUM_LISTED)].tolist()  # type: ignore[no-any-return]
-
-    @property
-    def alternative_log_probs(self) -> list[float]:
-        """Given the node."""
-        return self.request._arrays[4][self.index, : self.column(at.NUM_LISTED)].tolist()  # type: ignore[no-any-return]
+def admit(arena: Arena, slot: int) -> None:
+    """Begin with an empty text. The fields that the target says are set."""
+    request = arena.requests[slot]
+    request.hash = _mix(np.uint64(0x9E3779B97F4A7C15), request.handle)
+    request.length = request.chain_length = request.num_cached = request.num_inserted = request.num_expanded = 0
+    request.root = request.best = NONE
+    request.has_ended = request.is_awaited = False
+    request.trunk = new_branch(arena, slot, request.num_cached)
+    request.is_live = True
 
 
-def _signed(number: int) -> int:
-    """The bits of an unsigned 64-bit number as a signed one: compiled steps take no others."""
-    return number - (1 << 64) if number >= 1 << 63 else number
+def release(arena: Arena, slot: int) -> None:
+    """Give back all nodes and pages, the text's too."""
+    request = arena.requests[slot]
+    _keep_below(arena, slot, NONE, request.trunk)
+    truncate(arena, request.trunk, np.int64(0))
+    free_branch(arena, request.trunk)
+    request.is_live = False
+
+
+def adopt(arena: Arena, slot: int, pages: Ints) -> None:
+    """Share pages of the prefix cache, which hold the text from where the cached text's last full page ends."""
+    request, size = arena.requests[slot], arena.limits[0].page_size
+    truncate(arena, request.trunk, request.num_cached - request.num_cached % size)
+    for index in range(len(pages)):
+        page = np.int64(pages[index])
+        share_page(arena.pages, arena.totals, page)
+        append_page(arena, request.trunk, page)
+    request.num_inserted = arena.branches[request.trunk].num_pages
+    request.num_cached = arena.branches[request.trunk].length = request.num_inserted * size

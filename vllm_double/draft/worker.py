@@ -47,11 +47,10 @@ class DraftWorker:
                 self._end.wait(_IDLE_WAIT_S if len(self.frontier) else _EMPTY_WAIT_S)
 
     def turn(self) -> bool:
-        """One iteration; False where there was nothing to draft."""
+        """One iteration; False if there was nothing to draft."""
         began = self._clock()
         self._end.beat()
-        for command in self._end.receive():
-            self.frontier.apply(command)
+        self.frontier.apply_all(self._end.receive())
         batch = self.frontier.select()
         if len(batch):
             started = self._clock()
@@ -95,6 +94,8 @@ class DraftWorker:
             "confirmed_tokens": float(self.frontier.num_confirmed),
             "prefix_cache_queries": float(self.frontier.num_prefix_queries),
             "prefix_cache_hits": float(self.frontier.num_prefix_hits),
+            "nodes_evicted": float(self.frontier.num_nodes_evicted),
+            "requests_evicted": float(self.frontier.num_requests_evicted),
             "requests": float(len(self.frontier)),
             "nodes_per_iteration": float(self._limits.nodes_per_iteration),
             "step_seconds": self._step_seconds,
