@@ -44,6 +44,8 @@ def ours(retrievers: Sequence[Source], edits: Sequence[Edit], num_speculative_to
         if len(text) - num_new == (length := len(edits[index].prompt_tokens)):
             params = RequestParams(0.0, length + 2 * len(edits[index].reply_tokens), frozenset([EOS_ID]))
             proposer.admit(str(index), np.array(text[:length], np.int32), params)
+            while proposer.index(4096):
+                pass
         (chain,) = proposer.propose([ProposerRow(str(index), np.array(text, np.int32), num_new, chain[: num_new - 1])])
         return chain
 

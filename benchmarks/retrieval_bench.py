@@ -130,14 +130,15 @@ class Context:
         warm_up()
         self.source: Source = ContextRetriever(arena=Arena(4 << 30))
         self._asker = Asker(self.source, [0], [()])
-        self._key, self._starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
+        self._key, self._token, self._starts = np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([0, 1], np.int32)
 
     def start(self, prompt: Tokens) -> None:
         self.source.start(0, prompt, None)
         self.source.work(len(prompt))
 
     def append(self, token: int) -> None:
-        self.source.extend_many(self._key, np.array([token], np.int32), self._starts)
+        self._token[0] = token
+        self.source.extend_many(self._key, self._token, self._starts)
 
     def look_up(self) -> Found:
         self._asker()

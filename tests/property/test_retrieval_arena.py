@@ -64,6 +64,18 @@ def test_memory_of_a_large_context_is_given_back_in_slices() -> None:
     assert psutil.Process().memory_info().rss - before < grown / 5
 
 
+def test_short_requests_use_the_same_memory_again() -> None:
+    retriever, starts = HistoryRetriever(100_000), set[int]()
+    for _ in range(200):
+        retriever.start(0, np.array([5], np.int32), "a")
+        for _ in range(4):
+            retriever.extend(0, list(range(150)))  # more than its first range has room for
+            starts.add(int(retriever.arena.arrays.automata["start"][retriever.requests["slot"][0]]))
+        retriever.stop(0, keep=True)
+        retriever.work(1000)
+    assert len(starts) < 20
+
+
 def test_a_request_that_finds_the_arena_full_goes_without_an_index() -> None:
     retriever = ContextRetriever(arena=Arena(512 * BYTES_PER_TOKEN))
     text = np.array([1, 2, 3] * 50, np.int32)

@@ -670,6 +670,22 @@ def test_the_drafts_history_has_the_end_of_an_answer_if_there_was_room_to_send_i
     assert past.num_tokens == (before if is_full else len(text)) - 2 + 1, "the answer and a separator"
 
 
+def test_the_draft_is_sent_the_end_of_an_answer_for_which_it_pauses() -> None:
+    world, past = World(), HistoryRetriever(1000, share_unnamed=True)
+    engine = FakeEngine(world.draft, vocab_size=VOCAB, num_pages=600, page_size=4, max_length=400)
+    world.worker = DraftWorker(engine, world.worker_end, FrontierLimits(8), Ticks(), [past])
+    world.admit("r", [1, 5], RequestParams(0.0, 12, frozenset()))
+    world.step()
+    request = world.proposer.table.tries.requests[world.proposer._slots["r"]]
+    request["pause"] = 1000
+    while not request["finished"]:
+        world.step()
+    world.proposer.finish("r")
+    for _ in range(3):
+        world.worker.turn()
+    assert past.num_tokens == 10 + 1, "the answer and a separator"
+
+
 def test_a_long_prompt_is_indexed_in_slices_and_not_in_the_round() -> None:
     context = ContextRetriever()
     proposer = Proposer(8, None, [context], Ticks())

@@ -29,7 +29,7 @@ def node(number):
     records = np.zeros(1 + number % 3, NODE_DTYPE)
     records["handle"] = number
     records["prefix_hash"] = number * 2654435761
-    records["count"] = 8
+    records["count"] = MAX_CHILDREN
     records["tokens"] = number % 1000
     records["probs"] = 0.5
     return records
@@ -392,7 +392,7 @@ def test_100000_records_of_another_process_arrive_unharmed_and_in_order(target, 
             np.testing.assert_array_equal(numbers, np.arange(expected, expected + len(numbers)))
             np.testing.assert_array_equal(np.diff(first, append=len(records)), 1 + numbers % 3)
             np.testing.assert_array_equal(records["prefix_hash"], records["handle"] * np.uint64(2654435761))
-            np.testing.assert_array_equal(records["tokens"][:, 7], records["handle"].astype(np.int64) % 1000)
+            np.testing.assert_array_equal(records["tokens"][:, -1], records["handle"].astype(np.int64) % 1000)
             expected += len(numbers)
     worker.communicate()
     assert expected == num

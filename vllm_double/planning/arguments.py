@@ -16,22 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ratio, share, time = _number(0.01, 1000), _number(0, 1), _number(0)
     for name, kind, default, meaning in (
-        (
-            "--cost-ratio",
-            _each(ratio),
-            None,
-            "C: target step at batch 1 / draft forward, while both run; or several: 4,8",
-        ),
+        ("--cost-ratio", _each(ratio), None, "C: target step at batch 1 / draft forward, while both run; or several: 4,8"),
         ("--acceptance", share, None, "share of draft tokens that the target accepts at temperature 0"),
         ("--temperature", _number(0, 10), "0", "of the sampling; --acceptance and --tail are measured at temperature 0"),
         ("--batch", _each(_whole(1, 256)), "1", "requests that decode together; or several: 1,4"),
         ("--retrieval-hit-rate", share, "0", "share of the output that retrieval finds in earlier text"),
-        (
-            "--tail",
-            _number(0.01),
-            "0.5",
-            "chance (r + 1)^-X that after a wrong first token the draft's next r are wrong, too",
-        ),
+        ("--tail", _number(0.01), "0.5", "chance (r + 1)^-X that after a wrong first token the draft's next r are wrong, too"),
         ("--token-cost", time, "0.03", "each further token adds this share of a target step"),
         ("--draft-token-cost", time, "0.05", "each further token adds this share of a draft forward"),
         ("--gap", time, "1", "time between two target forwards that a proposer adds, in draft forwards"),

@@ -62,10 +62,7 @@ class Script:
             (0.0 < self.acceptance <= 1.0, f"acceptance is {self.acceptance:g}, not in (0, 1]"),
             (0.0 <= self.temperature < math.inf, f"the temperature is {self.temperature:g}, not a number from 0 on"),
             (self.tail > 0 and self.spread > 0 and self.copy_length >= 1, "tail and spread must be positive, copy_length >= 1"),
-            (
-                0.0 <= self.copied <= most,
-                f"the copied share is {self.copied:g}, not from 0 to {most:.3g}",
-            ),
+            (0.0 <= self.copied <= most, f"the copied share is {self.copied:g}, not from 0 to {most:.3g}"),
         ):
             if not is_right:
                 raise ValueError(message)

@@ -252,14 +252,15 @@ def pack_commits(
 ) -> tuple[int, int, int]:  # fmt: skip
     """Write a commit for each of the rows ``which`` up to ``ends`` of their texts, as `messages` has it, into ``words``.
 
-    floats: the same memory as ``words``. most: tokens of one command. Returns how many rows were looked at before the room
-    ended, how many words were written, and how many rows are ``unknown``: the worker must admit their requests first.
+    A paused request is sent nothing but its end. floats: the same memory as ``words``. most: tokens of one command. Returns how
+    many rows were looked at before the room ended, how many words were written, and how many rows are ``unknown``: the worker
+    must admit their requests first.
     """
     size = num_unknown = 0
     for index in range(len(which)):
         row, slot = which[index], slots[index]
         request = tries.requests[slot]
-        if not request.use_worker or request.pause > 0:
+        if not request.use_worker or (request.pause > 0 and not request.finished):
             continue
         num_tokens, num_chain = ends[index] - as_int(request.num_sent), as_int(request.chain_length)
         if request.session == 0 or request.session != session or num_tokens > most:

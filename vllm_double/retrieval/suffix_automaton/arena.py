@@ -29,8 +29,8 @@ AUTOMATON = np.dtype(
     align=True,
 )
 BYTES_PER_TOKEN = 2 * STATE.itemsize + EDGE.itemsize + 2 * 4 + 4
-_SLICE = 1 << 12  # tokens whose memory is given back at once, in some 10 us
-_WARM = 1 << 12  # ranges of so many tokens keep their memory for the next owner: page faults cost a third of indexing
+_SLICE = mmap.PAGESIZE  # tokens whose memory is given back at once: whole pages of each array, in some 10 us
+_WARM = _SLICE  # ranges of so many tokens keep their memory for the next owner: page faults cost a third of indexing
 _NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which `mmap` does not name
 
 
@@ -122,23 +122,23 @@ class Arena:
         return start
 
     def release(self, start: int, capacity: int) -> None:
-        """Give a range back; `clean` makes it free."""
-        self._released.append([start, start, capacity])
+        """Give a range back. A small one is free at once; `clean` makes a large one free."""
+        if capacity > _WARM:
+            self._released.append([start, start, capacity])
+        else:
+            self.arrays.table[2 * start : 2 * (start + capacity)] = 0
+            self._merge(start, capacity)
 
     def clean(self, num_slices: int | None) -> int:
         """Give so many slices of released memory back, or all; the number of slices given back."""
         num_done = 0
         while self._released and num_done != num_slices:
             first, start, capacity = self._released[0]
-            stop = min(start + _SLICE, first + capacity)
-            if capacity > _WARM:
-                for memory, size in self._memories.items():
-                    memory.madvise(mmap.MADV_DONTNEED, start * size, (stop - start) * size)
-            else:
-                self.arrays.table[2 * start : 2 * stop] = 0
-            self._released[0][1] = stop
+            for memory, size in self._memories.items():
+                memory.madvise(mmap.MADV_DONTNEED, start * size, _SLICE * size)
+            self._released[0][1] = start + _SLICE
             num_done += 1
-            if stop == first + capacity:
+            if start + _SLICE == first + capacity:
                 self._released.popleft()
                 self._merge(first, capacity)
         return num_done
