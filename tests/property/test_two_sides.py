@@ -27,7 +27,7 @@ from vllm_double.draft.page_pool import partition_key
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever, context
 from vllm_double.retrieval.automaton import warm_up
-from vllm_double.target import control
+from vllm_double.target import draft_use
 from vllm_double.target import proposer as proposer_module
 from vllm_double.target.proposer import Proposer, RequestParams, Row
 from vllm_double.target.speculation_trie import DRAFT
@@ -47,7 +47,7 @@ SMALL = {
         "_INDEX_TOKENS_PER_ROUND": 16, "_ADMIT_TOKENS_PER_COMMAND": 8, "_ADMIT_TOKENS_PER_ROUND": 40,
         "_DRAIN_BYTES_PER_ROUND": 3000, "_PLACE_TOKENS": 3, "_MAX_REFUSED": 4,
     },
-    control: {"_TRIAL_TOKENS": 4, "_FIRST_REST": 2, "_LONGEST_REST": 3},
+    draft_use: {"_TRIAL_TOKENS": 4, "_FIRST_REST": 2, "_LONGEST_REST": 3},
     messages: {"MAX_TOKENS": 16},  # a command behind a rest is the longest
     frontier_module: {"_MIN_BELIEF": 0.05},
     lookups: {"_INDEX_TOKENS_PER_ITERATION": 16},
