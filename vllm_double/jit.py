@@ -63,13 +63,15 @@ def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...], **o
     return dispatcher
 
 
-def machine_code(function: Function, *examples: Any, releases_gil: bool = False) -> Function:
+def machine_code(function: Function, *examples: Any, releases_gil: bool = False, counts_references: bool = True) -> Function:
     """The machine code of a function for arguments of the examples' types, past the dispatcher, whose look at the types of all
-    arguments takes longer than a short call. Nothing checks the arguments: they must have these types. It may not allocate
-    arrays: no references are counted, which halves the time that it takes to hand arrays over, too.
+    arguments takes longer than a short call. Nothing checks the arguments: they must have these types.
+
+    Unless it ``counts_references`` the function may not allocate arrays, nor may its parts return views of them: that halves the
+    time that it takes to hand arrays over.
 
     The code keeps the GIL, unless it is for a thread beside the round: another that takes it may keep it for 5 ms.
     """
     signature = tuple(numba.typeof(example) for example in examples)
-    (only,) = compiled(function, signature, nogil=releases_gil, _nrt=False).overloads.values()
+    (only,) = compiled(function, signature, nogil=releases_gil, _nrt=counts_references).overloads.values()
     return cast(Function, only.entry_point)

@@ -181,7 +181,7 @@ def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
             return Continuation.of([4, VOCAB, 5], 9, [9, 9, 9], [9, 9, 9])
 
     engine, frontier = make(logits=_period)
-    frontier._lookups.retrievers.append(Corpus())
+    frontier._lookups.sources.append(Corpus())
     admit(frontier, 1, PERIOD)
     batch = frontier.select()
     assert set(next(iter(batch)).tokens[len(PERIOD) :]) == {4}

@@ -13,15 +13,17 @@ from tests.draft_view import Node, check_integrity, outputs, trees
 from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
 from vllm_double.prefix_hash import mix
-from vllm_double.retrieval import ContextRetriever, Continuation
+from vllm_double.retrieval.base import Continuation, Source
 from vllm_double.transport.messages import Admit, Commit, Release
 
 VOCAB, K, MAX_LENGTH, STOP = 12, 5, 60, 11
 Path = tuple[int, ...]
 
 
-class Oracle(ContextRetriever):
+class Oracle(Source):
     """Now and then knows what comes behind a text: a function of the text, and right or wrong."""
+
+    name = "oracle"
 
     def __init__(self) -> None:
         self.texts: dict[int, list[int]] = {}
@@ -34,9 +36,6 @@ class Oracle(ContextRetriever):
 
     def stop(self, key, keep=False):  # type: ignore[no-untyped-def]
         del self.texts[key]
-
-    def work(self, budget_tokens):  # type: ignore[no-untyped-def]
-        pass
 
     def lookup(self, key, tail, max_tokens):  # type: ignore[no-untyped-def]
         return self.knows([*self.texts[key], *tail], max_tokens)

@@ -175,8 +175,8 @@ def context_steps() -> ContextSteps:
     arrays, requests, queues = Arena(0).arrays, np.zeros(0, CONTEXT), np.zeros(1, QUEUE)
     tokens = np.zeros(0, np.int32)
     return ContextSteps(
-        machine_code(_enqueue, requests, queues, 0),
-        machine_code(_extend, arrays, requests, queues, tokens, tokens, tokens, 0),
-        machine_code(_work, arrays, requests, queues, 0, 0, releases_gil=True),
-        machine_code(_lookup, arrays, requests, *EXAMPLES),
+        machine_code(_enqueue, requests, queues, 0, counts_references=False),
+        machine_code(_extend, arrays, requests, queues, tokens, tokens, tokens, 0, counts_references=False),
+        machine_code(_work, arrays, requests, queues, 0, 0, releases_gil=True, counts_references=False),
+        machine_code(_lookup, arrays, requests, *EXAMPLES, counts_references=False),
     )

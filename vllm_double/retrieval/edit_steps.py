@@ -287,6 +287,6 @@ def edit_steps() -> EditSteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     arrays, contexts, edits, tokens = Arena(0).arrays, np.zeros(0, CONTEXT), Edits.empty(0), np.zeros(0, np.int32)
     return EditSteps(
-        machine_code(_extend, arrays, contexts, edits, tokens, tokens, tokens),
-        machine_code(_lookup, arrays, contexts, edits, np.zeros(0, COPYING), *EXAMPLES),
+        machine_code(_extend, arrays, contexts, edits, tokens, tokens, tokens, counts_references=False),
+        machine_code(_lookup, arrays, contexts, edits, np.zeros(0, COPYING), *EXAMPLES, counts_references=False),
     )

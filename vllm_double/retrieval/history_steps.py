@@ -160,7 +160,7 @@ def history_steps() -> HistorySteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     arrays, readers, tokens = Arena(0).arrays, Readers.empty(0), np.zeros(0, np.int32)
     return HistorySteps(
-        machine_code(_extend, arrays, readers, tokens, tokens, tokens),
-        machine_code(_index, arrays, 0, 0, 0, 0, releases_gil=True),
-        machine_code(_lookup, arrays, readers, Past.empty(0), *EXAMPLES),
+        machine_code(_extend, arrays, readers, tokens, tokens, tokens, counts_references=False),
+        machine_code(_index, arrays, 0, 0, 0, 0, releases_gil=True, counts_references=False),
+        machine_code(_lookup, arrays, readers, Past.empty(0), *EXAMPLES, counts_references=False),
     )
