@@ -18,6 +18,7 @@ from vllm_double.draft.engine.base import Batch
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.prefix_hash import mix, seed
 from vllm_double.retrieval import ContextRetriever, Continuation, HistoryRetriever
+from vllm_double.retrieval.base import Source, Tokens
 from vllm_double.transport.messages import Admit, Commit, Forget, Release
 
 VOCAB = 12
@@ -176,7 +177,15 @@ def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> Non
 
 
 def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
-    class Corpus(ContextRetriever):
+    class Corpus(Source):
+        name = "corpus"
+
+        def start(self, key: int, tokens: Tokens, tenant: str | None) -> None: ...
+
+        def extend(self, key: int, tokens: Sequence[int]) -> None: ...
+
+        def stop(self, key: int, keep: bool) -> None: ...
+
         def lookup(self, key: int, tail: Sequence[int], max_tokens: int) -> Continuation | None:
             return Continuation.of([4, VOCAB, 5], 9, [9, 9, 9], [9, 9, 9])
 

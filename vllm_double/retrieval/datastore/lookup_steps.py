@@ -302,6 +302,8 @@ def lookup_steps() -> LookupSteps:
     for section in sections:
         section.flags.writeable = False
     return LookupSteps(
-        machine_code(_lookup, Sections(*sections), 0, 0, True, texts, ints, np.zeros(0, CHOICE), *EXAMPLES, counts_references=False),
+        machine_code(
+            _lookup, Sections(*sections), 0, 0, True, texts, ints, np.zeros(0, CHOICE), *EXAMPLES, counts_references=False
+        ),
         machine_code(_extend, texts, 0, ints, ints, ints, counts_references=False),
     )
