@@ -67,8 +67,8 @@ def machine_code(function: Function, *examples: Any, releases_gil: bool = False,
     """The machine code of a function for arguments of the examples' types, past the dispatcher, whose look at the types of all
     arguments takes longer than a short call. Nothing checks the arguments: they must have these types.
 
-    Unless it ``counts_references`` the function may not allocate arrays, nor may its parts return views of them: that halves the
-    time that it takes to hand arrays over.
+    A function that does not allocate arrays, and whose parts return no views of them, need not count references: that halves
+    the time that it takes to hand arrays over.
 
     The code keeps the GIL, unless it is for a thread beside the round: another that takes it may keep it for 5 ms.
     """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Noise", "gumbel_noise", "hash_prefix", "hash_word", "quick_gumbel_noise"]
+__all__ = ["Noise", "draw_chances", "gumbel_noise", "hash_prefix", "hash_word", "quick_gumbel_noise"]
 
 _MASK = 0xFFFFFFFF
 _LARGEST_COMPLEMENT = 2.0**-24  # 1 - u is at least this: u is rounded to float32, and may be 1
@@ -63,6 +63,26 @@ def quick_gumbel_noise(
     noise = np.empty(tokens.shape, dtype=np.float32)
     compiled_noise()(hash_prefix(seeds, positions), np.ascontiguousarray(tokens), noise)
     return noise
+
+
+def draw_chances(
+    seeds: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.int32],
+    probs: npt.NDArray[np.float32],
+) -> None:
+    """Turn the probabilities of tokens into their chances to be drawn, given their noise, in place.
+
+    seeds, positions [rows]: of the noise of each row's first token; the next token's position is one more. tokens, probs
+    [rows, n], of which the first ``lengths`` [rows] count.
+
+    A token of probability p and noise g is drawn if log p + g exceeds the largest score of all others, which is a Gumbel number
+    at log(1 - p). So its chance is exp(-(1 - p) / p * exp(-g)), whose mean over the noise is p.
+    """
+    from double_kernels.ranking import compiled_chances
+
+    compiled_chances()(seeds, positions, tokens, lengths, probs)
 
 
 def hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:

@@ -25,7 +25,7 @@ from double_kernels.support import fill_up
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["compiled_noise", "compiled_ranking", "ranked_tokens", "score_errors"]
+__all__ = ["compiled_chances", "compiled_noise", "compiled_ranking", "ranked_tokens", "score_errors"]
 
 _BLOCK = 256
 _LOG2_E = math.log2(math.e)
@@ -34,6 +34,8 @@ _SCORE_ERROR = 1e-6
 _NOISE_ERROR = 1e-4
 _LARGEST_NOISE = 23.0
 _LARGEST_COMPLEMENT = 2.0**-24
+_LOW_BITS = 0xFFFFFFFF
+_LEAST_PROB = 1e-6
 _LEAST_SCALE = np.float32(1e-30)  # smaller scales let more tokens pass
 _SCORES_OF_A_THREAD = 1 << 17  # fewer are not worth a thread
 
@@ -120,6 +122,14 @@ def _hash(prefix: Any, word: Any) -> Any:
 
 
 @numba.njit
+def _mixed(state: Any, value: Any) -> Any:
+    """The state of the hash with four bytes more."""
+    state = np.uint32(state ^ _word(value))
+    state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
+    return np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64))
+
+
+@numba.njit
 def _exponential(state: Any) -> Any:
     """The exponential number of a hash; the noise is minus its logarithm."""
     uniform = np.float64(np.float32((state + 0.5) * 2.0**-32))
@@ -142,6 +152,12 @@ def compiled_noise() -> Any:
 
 
 @functools.cache
+def compiled_chances() -> Any:
+    """`_chances`"""
+    return _compiled(_chances, "void(int64[::1], int64[::1], int32[:,::1], int32[::1], float32[:,::1])")
+
+
+@functools.cache
 def compiled_ranking() -> Any:
     """`_rank`"""
     numbers_of_rows = "uint32[::1], float32[::1], float32[::1], float32[::1]"
@@ -154,6 +170,23 @@ def _noise(prefixes: npt.NDArray[np.uint32], tokens: npt.NDArray[np.int32], nois
         for place in range(tokens.shape[1]):
             state = _hash(prefixes[row], _word(np.uint32(tokens[row, place])))
             noise[row, place] = -math.log(_exponential(state))
+
+
+def _chances(
+    seeds: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.int32],
+    probs: npt.NDArray[np.float32],
+) -> None:
+    """See `noise.draw_chances`."""
+    for row in range(len(lengths)):
+        seed = _mixed(_mixed(np.uint32(0), np.uint32(seeds[row] & _LOW_BITS)), np.uint32((seeds[row] >> 32) & _LOW_BITS))
+        for place in range(lengths[row]):
+            prefix = _mixed(seed, np.uint32((positions[row] + place) & _LOW_BITS))
+            exponential = _exponential(_hash(prefix, _word(np.uint32(tokens[row, place]))))
+            prob = min(max(np.float64(probs[row, place]), _LEAST_PROB), 1.0)
+            probs[row, place] = math.exp((prob - 1.0) / prob * exponential)
 
 
 def _rank(

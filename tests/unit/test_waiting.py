@@ -13,7 +13,7 @@ from vllm_double.planning.script import Script, Times
 from vllm_double.planning.world import simulate
 from vllm_double.target._round_steps import observe
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.target.waiting import Rates, WaitRule
+from vllm_double.target.waiting import Prospects, Rates, WaitRule
 from vllm_double.transport.inprocess import in_process_pair
 
 VOCAB, STEP_S, TARGET_S = 24, 0.001, 0.016
@@ -34,45 +34,79 @@ def rule(accepted: float = 0.7, step_s: float = STEP_S) -> WaitRule:
     return made
 
 
+def missed(*acceptances: float) -> Prospects:
+    """Of rows for which nothing was prepared."""
+    return Prospects(np.array(acceptances), np.array(acceptances), np.ones(len(acceptances), np.bool_))
+
+
+def after_paths(*accept_probs: float, acceptance: float = 0.7) -> Prospects:
+    """Of rows with something to verify."""
+    num = len(accept_probs)
+    return Prospects(np.array(accept_probs) * acceptance, np.full(num, acceptance), np.zeros(num, np.bool_))
+
+
 def test_it_waits_if_the_draft_is_quick_and_often_right() -> None:
-    assert rule(0.7).pays_to_begin([rule(0.7).acceptance(0)], Rates(100.0, 0.0))
-    assert not rule(0.7).pays_to_begin([0.1], Rates(1000.0, 0.0))
-    assert not rule(0.7, step_s=0.02).pays_to_begin([0.7], Rates(100.0, 0.0))
+    prospects = rule(0.7).prospects(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1))
+    assert prospects.accept_probs[0] == pytest.approx(0.7, abs=0.1) and prospects.are_missed.all()
+    assert rule(0.7).pays_to_begin(prospects, Rates(100.0, 0.0))
+    assert not rule(0.7).pays_to_begin(missed(0.1), Rates(1000.0, 0.0))
+    assert not rule(0.7, step_s=0.02).pays_to_begin(missed(0.7), Rates(100.0, 0.0))
 
 
 def test_it_waits_for_nobody_of_whom_nothing_is_known() -> None:
-    assert not rule(step_s=0.0).pays_to_begin([0.9], Rates(1.0, 0.0))
-    assert not rule().pays_to_begin([], Rates(1.0, 0.0))
+    assert not rule(step_s=0.0).pays_to_begin(missed(0.9), Rates(1.0, 0.0))
+    assert not rule().pays_to_begin(missed(), Rates(1.0, 0.0))
 
 
 def test_what_a_token_costs_to_verify_is_taken_off_what_it_brings() -> None:
-    assert rule().pays_to_begin([0.5], Rates(100.0, 0.001))
-    assert not rule().pays_to_begin([0.5], Rates(100.0, 0.0045))
+    assert rule().pays_to_begin(missed(0.5), Rates(100.0, 0.001))
+    assert not rule().pays_to_begin(missed(0.5), Rates(100.0, 0.0045))
 
 
 def test_it_goes_on_while_the_next_token_is_worth_a_step() -> None:
-    assert rule().pays_to_go_on([0.2], Rates(100.0, 0.0))
-    assert not rule().pays_to_go_on([0.09], Rates(100.0, 0.0))
-    assert rule().pays_to_go_on([0.09, 0.09], Rates(100.0, 0.0))
+    assert rule().pays_to_go_on(missed(0.2), Rates(100.0, 0.0))
+    assert not rule().pays_to_go_on(missed(0.09), Rates(100.0, 0.0))
+    assert rule().pays_to_go_on(missed(0.09, 0.09), Rates(100.0, 0.0))
 
 
-def test_a_forward_that_verifies_nothing_is_preferred_where_the_next_outcome_is_then_prepared() -> None:
+def test_a_forward_that_verifies_nothing_is_preferred_if_the_next_outcome_is_then_prepared() -> None:
     either, rates = rule(0.5), Rates(150.0, 0.0)
-    assert either.pays_to_begin([0.5], rates)
+    assert either.pays_to_begin(missed(0.5), rates)
     for _ in range(200):
         observe(either.means.hits_after_nothing, 0, 1.0)
         observe(either.means.hits_after_wait, 0, 0.0)
         observe(either.means.hits_after_chain, 0, 0.0)
         observe(either.means.tokens_of_hit, 0, 4.0)
-    assert not either.pays_to_begin([0.5], rates)
+    assert not either.pays_to_begin(missed(0.5), rates)
+
+
+def test_it_waits_behind_a_short_path_too_while_the_path_is_likely() -> None:
+    quick = rule(0.7)
+    prospects = quick.prospects(np.zeros(2, np.int32), np.array([0, 2], np.int32), np.array([0.0, 0.5]))
+    assert prospects.accept_probs.tolist() == pytest.approx([0.7, 0.35], abs=0.1)
+    assert prospects.are_missed.tolist() == [True, False]
+    assert quick.pays_to_begin(after_paths(0.9), Rates(100.0, 0.0))
+    assert not quick.pays_to_begin(after_paths(0.1), Rates(100.0, 0.0))
+    # Behind a path nothing is lost that a forward without one would have prepared.
+    for _ in range(200):
+        observe(quick.means.hits_after_nothing, 0, 1.0)
+        observe(quick.means.hits_after_chain, 0, 0.0)
+        observe(quick.means.tokens_of_hit, 0, 4.0)
+    assert quick.pays_to_begin(after_paths(0.9), Rates(100.0, 0.0)) and not quick.pays_to_begin(missed(0.63), Rates(100.0, 0.0))
+
+
+def test_a_token_that_is_not_worth_its_verification_is_not_waited_for() -> None:
+    prospects = after_paths(0.9, 0.2)
+    worth_it = rule().pay_to_verify(prospects, Rates(100.0, 0.002))
+    assert worth_it.tolist() == [True, False] and len(prospects.only(worth_it).accept_probs) == 1
 
 
 def test_waits_that_took_long_are_forgotten_in_time() -> None:
     slow = rule(0.5)
     for _ in range(200):
         slow.observe_first(0.05)
-    assert not slow.pays_to_begin([0.5], Rates(100.0, 0.0))
-    rounds = next(n for n in itertools.count(1) if not slow.observe_no_wait() and slow.pays_to_begin([0.5], Rates(100.0, 0.0)))
+    assert not slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0))
+    rounds = next(n for n in itertools.count(1) if not slow.observe_no_wait() and slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0)))
     assert 10 < rounds < 1000
 
 

@@ -46,6 +46,7 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
 
     from vllm_double.draft.frontier import FrontierLimits
     from vllm_double.draft.worker import DraftWorker
+    from vllm_double.retrieval import known_noise
     from vllm_double.retrieval.datastore import DatastoreError
     from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedWorkerEnd
@@ -58,6 +59,7 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
     except DatastoreError as error:  # it was there when the target started
         logger.warning("%s The draft goes on without it.", error)
         retrievers = replace(sources, datastores=()).open()
+    known_noise.warm_up()
     end = SharedWorkerEnd.attach(address)
     gc.collect()
     gc.freeze()  # a collection need not look through all that was imported and loaded

@@ -20,6 +20,7 @@ from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
 from vllm_double.draft.page_pool import PagePool
 from vllm_double.draft.prefix import Prefix
 from vllm_double.retrieval.base import Source
+from vllm_double.retrieval.known_noise import know_noise
 from vllm_double.transport.messages import NODE_DTYPE, Admit, Command, Commit, Forget, Release
 
 __all__ = ["MIN_ASKED_PROB", "DraftRequest", "Frontier", "FrontierLimits"]
@@ -230,7 +231,11 @@ class Frontier:
                 break
         min_asked = math.log(MIN_ASKED_PROB) if len(self._lookups) else 0.0
         if num_queries := steps.pick(arena, forward, limits.nodes_per_iteration, math.log(limits.min_path_prob), min_asked):
-            for found in self._lookups.ask(forward, num_queries):
+            answers = self._lookups.ask(forward, num_queries)
+            slots, tail_lengths = forward.queries.keys[:num_queries], forward.queries.tail_lengths[:num_queries]
+            requests = arena.requests[slots]
+            know_noise(answers, requests["is_sampled"], self._sampling["seed"][slots], requests["length"] + tail_lengths - 1)
+            for found in answers:
                 steps.note_found(arena, forward, found, _MIN_BELIEF)
         while steps.place(arena, forward):
             (progress,) = forward.progress

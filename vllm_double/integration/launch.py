@@ -18,6 +18,7 @@ from vllm_double.hosting.supervisor import DraftSupervisor
 from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.operations.control_socket import Address, Endpoint
 from vllm_double.operations.metrics import snapshot
+from vllm_double.retrieval import known_noise
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.indexer import Indexer
@@ -54,6 +55,7 @@ class Launch:
                 self.start_draft()
         sources = Sources(double.context_retrieval, double.history_tokens, double.share_history, config.datastores)
         retrievers = sources.open() if double.target_retrieval else []
+        known_noise.warm_up()
         vocab_size = vllm_config.model_config.get_vocab_size()
         proposer = Proposer(
             config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, double.wait_for_draft

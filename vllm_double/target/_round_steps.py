@@ -164,10 +164,11 @@ def _walk(tries: Any, tables: Any, counts: Any, means: Any, slot: int, text: Any
             while edge != NONE:
                 said = tries.edges[edge]
                 learn(tables, said.source, temperature, said.belief, said.token == token)
-                if said.token != token:
+                if said.token != token and temperature == 0:  # elsewhere the noise says which tokens are drawn
                     note_refusal(tries, slot, text, place, said.token, True)
                 edge = said.next
-        note_refusal(tries, slot, text, place, token, False)
+        if temperature == 0:
+            note_refusal(tries, slot, text, place, token, False)
         drop_position(tries, slot, place)
         request.root_hash = mix(request.root_hash, token)
         request.length = place + 1

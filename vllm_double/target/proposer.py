@@ -13,7 +13,8 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.retrieval.base import Queries, Source
+from vllm_double.retrieval.base import Found, Queries, Source
+from vllm_double.retrieval.known_noise import know_noise
 from vllm_double.target._trie_steps import NONE
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Calibration
@@ -24,7 +25,7 @@ from vllm_double.target.round_calls import calls
 from vllm_double.target.speculation_trie import Search
 from vllm_double.target.stats import Counters
 from vllm_double.target.step_cost import StepCost
-from vllm_double.target.waiting import Rates, Waiting
+from vllm_double.target.waiting import Prospects, Rates, Waiting
 from vllm_double.transport.base import TargetEnd
 
 __all__ = ["Proposer", "RequestParams", "Row"]
@@ -190,10 +191,22 @@ class Proposer:
             return
         lookups, slots = self.lookups, live.slots[picked]
         given = self.table.tries, self.calibration.tables, self._search, batch.rows, live, picked
-        self._calls.find_paths(*given, lookups.ask(slots, live.limits[picked]), lookups.indices)
         num = len(picked)
+        found = lookups.ask(slots, live.limits[picked])
+        self._know_noise(found, slots, 0)
+        self._calls.find_paths(*given, found, lookups.indices)
         queries = Queries(slots, live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])
-        self._calls.extend_paths(*given, lookups.ask_behind(queries), lookups.indices)
+        found = lookups.ask_behind(queries)
+        self._know_noise(found, slots, queries.tail_lengths)
+        self._calls.extend_paths(*given, found, lookups.indices)
+
+    def _know_noise(self, found: Found, slots: Ints, tail_lengths: Ints | int) -> None:
+        """What was found behind texts and tails, with the noise that sampled requests draw with."""
+        requests = self.table.tries.requests
+        is_sampled = requests["temperature"][slots] > 0
+        if is_sampled.any():
+            positions = requests["length"][slots] + tail_lengths - 1
+            know_noise(map(Found, *found), is_sampled, requests["seed"][slots], positions)
 
     def _choose(self, batch: Batch, live: Live, chosen: Ints) -> None:
         """Cut the paths of the chosen live rows, as long as they pay beside those of all, and send them to the worker."""
@@ -226,42 +239,42 @@ class Proposer:
         return self.waiting.rule.rates(*self.step_cost.estimate(), len(live.slots))
 
     def _awaited(self, live: Live, everyone: Ints) -> Ints:
-        """The live rows with nothing to verify for whose draft tokens the target waits: all that may get some, or none."""
-        missed: Ints = everyone[live.path_lengths[: len(everyone)] == 0]
-        nobody: Ints = missed[:0]
-        if not len(missed):
+        """The live rows for whose next draft tokens the target waits: all to which one is worth its verification, or none."""
+        nobody = everyone[:0]
+        lengths, slots = live.path_lengths[: len(everyone)], live.slots
+        requests = self.table.tries.requests
+        requests["missed"][slots[lengths == 0]] = True
+        if not self._may_wait or not len(everyone) or not self.waiting.is_prompt():
             return nobody
-        self.table.tries.requests["missed"][live.slots[missed]] = True
-        if not self._may_wait or not self.waiting.is_prompt():
-            return nobody
-        requests = self.table.tries.requests[live.slots[missed]]
-        is_known = (requests["session"] != 0) & (requests["session"] == self.link.session)
-        awaited: Ints = missed[(live.limits[missed] > 0) & is_known & requests["has_drafted"] & (requests["pause"] == 0)]
-        return awaited if self.waiting.pays(self._temperatures(live, awaited), self._rates(live)) else nobody
+        known = requests[["session", "has_drafted", "pause"]][slots]
+        may_draft = (known["session"] != 0) & (known["session"] == self.link.session) & known["has_drafted"]
+        awaited = everyone[may_draft & (known["pause"] == 0) & (lengths < live.limits[: len(everyone)])]
+        rates, prospects = self._rates(live), self._prospects(live, awaited)
+        pay = self.waiting.rule.pay_to_verify(prospects, rates)
+        return awaited[pay] if self.waiting.pays(prospects.only(pay), rates) else nobody
 
-    def _temperatures(self, live: Live, picked: Ints) -> list[int]:
-        temperatures: list[int] = self.table.tries.requests["temperature"][live.slots[picked]].tolist()
-        return temperatures
+    def _prospects(self, live: Live, picked: Ints) -> Prospects:
+        """The draft's next tokens behind the picked rows' paths."""
+        lengths = live.path_lengths[picked]
+        accept_probs = live.paths["accept_prob"][picked, np.maximum(lengths - 1, 0)]
+        return self.waiting.rule.prospects(self.table.tries.requests["temperature"][live.slots[picked]], lengths, accept_probs)
 
     def _wait(self, batch: Batch, live: Live, awaited: Ints) -> Generator[None, None, float]:
-        """Wait for the first draft tokens of these live rows, and choose; returns the seconds."""
+        """Wait for the next draft tokens of these live rows, and choose; returns the seconds."""
         tries, slots = self.table.tries, live.slots[awaited]
-        tries.requests["waited"][slots] = True
+        tries.requests["waited"][slots] = tries.requests["missed"][slots]
         self.link.send_commits(batch, live.rows[awaited], slots, waits=True)
         found, no_sources = self.lookups.found, self.lookups.indices[:0]
 
-        def look() -> tuple[int, list[float]]:
+        def look() -> tuple[int, Prospects]:
             self._drain()
             self._calls.find_paths(
                 tries, self.calibration.tables, self._search, batch.rows, live, awaited, found, no_sources
             )  # fmt: skip
-            lengths = live.path_lengths[awaited].tolist()
-            accept_probs = live.paths["accept_prob"][awaited].tolist()
-            return sum(lengths), [
-                probs[length - 1] if length else 1.0 for probs, length in zip(accept_probs, lengths, strict=True)
-            ]
+            return int(live.path_lengths[awaited].sum()), self._prospects(live, awaited)
 
-        waited = yield from self.waiting.wait(look, self._temperatures(live, awaited), self._rates(live))
+        num_known = int(live.path_lengths[awaited].sum())
+        waited = yield from self.waiting.wait(look, self._rates(live), num_known)
         self._find_paths(batch, live, awaited)
         self._choose(batch, live, awaited)
         return waited

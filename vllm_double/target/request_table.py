@@ -78,7 +78,7 @@ class RequestTable:
         request = self.tries.requests[slot]
         request["key"] = key = self.new_number(slot)
         request["max_length"] = min(params.max_length, 1 << 40)
-        request["temperature"] = temperature_bucket(params.temperature)
+        request["temperature"], request["seed"] = temperature_bucket(params.temperature), params.seed
         request["use_drafts"], request["use_worker"] = params.use_drafts, params.use_worker
         request["next_pause"] = self.tries.limits["first_pause"][0]
         request["stops_start"], request["stops_end"] = self._hold(params.stop_token_ids)

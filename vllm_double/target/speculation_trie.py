@@ -24,6 +24,7 @@ REQUEST = np.dtype(
         ("root_hash", "u8"),
         ("length", "i8"),  # of the text; the root's position
         ("max_length", "i8"),
+        ("seed", "i8"),  # of the noise that its tokens are drawn with
         ("temperature", "i4"),  # see calibration.temperature_bucket
         ("stops_start", "i4"),  # its stop tokens in ``stops``, rising
         ("stops_end", "i4"),

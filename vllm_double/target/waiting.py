@@ -1,9 +1,10 @@
-"""Whether the target waits for the draft's first tokens behind an outcome that was not prepared.
+"""Whether the target waits for the draft's next tokens.
 
-After such an outcome the target has nothing to verify, and its next forward gives one token. The draft's first token behind it
-comes with the draft's next forward. To wait for it pays if it brings more tokens than the whole batch would have decoded
-meanwhile. That is an optimal-stopping problem whose one-step look-ahead rule is optimal, because each further token is accepted
-less often than the one before (Chow and Robbins 1961). All its figures are measured: nothing here reads a clock by itself.
+After an outcome that was not prepared the target has nothing to verify, and its next forward gives one token; after an unlikely
+outcome it has little. The draft's next token comes with the draft's next forward. To wait for it pays if it brings more tokens
+than the whole batch would have decoded meanwhile. That is an optimal-stopping problem. Its one-step look-ahead rule is optimal,
+because each further token is accepted less often than the one before (Chow and Robbins 1961). All its figures are measured:
+nothing here reads a clock by itself.
 
 A forward that verifies nothing has one merit: the draft prepares for its one outcome alone, and so misses the next outcome less
 often than behind a chain. What that is worth is charged to the wait.
@@ -11,10 +12,12 @@ often than behind a chain. What that is worth is charged to the wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_double.target._round_steps import DECAY
 from vllm_double.target.calibration import NUM_TEMPERATURES
@@ -23,7 +26,10 @@ from vllm_double.target.means import MEAN, Means
 from vllm_double.target.speculation_trie import Records
 from vllm_double.target.stats import Counters
 
-__all__ = ["Rates", "WaitRule", "Waiting"]
+__all__ = ["Prospects", "Rates", "WaitRule", "Waiting"]
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float64]
 
 _FIRST_STEPS = 1.5  # draft steps until the first token comes, before any wait was measured: the rest of one, and one
 _SILENCE = 1.5  # draft steps without a heartbeat after which the worker is late
@@ -60,6 +66,27 @@ class Rates:
     tokens_per_s: float
     token_s: float
 
+    @property
+    def price(self) -> float:
+        """Tokens that the batch decodes while one more is verified."""
+        return self.tokens_per_s * self.token_s
+
+
+class Prospects(NamedTuple):
+    """The draft's next tokens for some rows.
+
+    accept_probs, float64 [rows]: that it is accepted. acceptances, float64 [rows]: that the one behind it is, too, and so on.
+    are_missed, bool [rows]: nothing was prepared for the row.
+    """
+
+    accept_probs: Floats
+    acceptances: Floats
+    are_missed: npt.NDArray[np.bool_]
+
+    def only(self, which: npt.NDArray[np.bool_]) -> Prospects:
+        """Of some of the rows."""
+        return Prospects(*(array[which] for array in self))
+
 
 class WaitRule:
     """What waiting costs and brings, as measured, and the decision. Seconds and tokens."""
@@ -91,9 +118,13 @@ class WaitRule:
         self._first_s.fade()
         self._hits_after_wait.fade()
 
-    def acceptance(self, temperature: int) -> float:
-        """Of the first token behind an outcome that was not prepared."""
-        return self._accepted_after_miss[temperature].value(self._accepted[temperature].value())
+    def prospects(self, temperatures: Ints, lengths: Ints, accept_probs: Floats) -> Prospects:
+        """Of rows with paths of such lengths, all of whose tokens are accepted with these probabilities."""
+        everywhere = np.array([mean.value() for mean in self._accepted])
+        after_miss = np.array([mean.value(guess) for mean, guess in zip(self._accepted_after_miss, everywhere, strict=True)])
+        are_missed = lengths == 0
+        acceptances = np.where(are_missed, after_miss[temperatures], everywhere[temperatures])
+        return Prospects(np.where(are_missed, 1.0, accept_probs) * acceptances, acceptances, are_missed)
 
     @property
     def first_s(self) -> float:
@@ -118,31 +149,38 @@ class WaitRule:
 
     # ---- decisions --------------------------------------------------------------------------------------------
 
-    def pays_to_begin(self, acceptances: Sequence[float], rates: Rates) -> bool:
-        """Whether to wait if nothing has come. acceptances: of each row that has nothing to verify."""
-        if not len(acceptances) or self.step_s <= 0.0:
+    def pay_to_verify(self, prospects: Prospects, rates: Rates) -> npt.NDArray[np.bool_]:
+        """Whose next token brings more than its verification costs, bool [rows]."""
+        return prospects.accept_probs > rates.price
+
+    def pays_to_begin(self, prospects: Prospects, rates: Rates) -> bool:
+        """Whether to wait for the next tokens of these rows."""
+        accept_probs, acceptances, are_missed = prospects
+        if not len(accept_probs) or self.step_s <= 0.0:
             return False
         best = gain = 0.0
-        seconds, next_s, accept_probs = self.first_s, self.next_s, list(acceptances)
+        seconds, next_s = self.first_s, self.next_s
         for _ in range(_MOST_STEPS):
-            gain += _worth(accept_probs, rates)
+            worth = _worth(accept_probs, rates)
+            gain += worth
             best = max(best, gain - rates.tokens_per_s * seconds)
+            if worth <= rates.tokens_per_s * next_s:
+                break  # nor is any later one
             seconds += next_s
-            accept_probs = [prob * acceptance for prob, acceptance in zip(accept_probs, acceptances, strict=True)]
+            accept_probs = accept_probs * acceptances
         # An outcome that is prepared is worth this much more than one for which the target waits.
-        worth_of_hit = max((self._tokens_of_hit.value() - 1.0) * len(acceptances) - best, 0.0)
+        worth_of_hit = max((self._tokens_of_hit.value() - 1.0) * int(are_missed.sum()) - best, 0.0)
         fewer_hits = self._hits_after_nothing.value() - self._hits_after_wait.value(self._hits_after_chain.value())
         return best > max(fewer_hits, 0.0) * worth_of_hit
 
-    def pays_to_go_on(self, accept_probs: Sequence[float], rates: Rates) -> bool:
-        """Whether to wait for one more draft step. accept_probs: of each waiting row's next token."""
-        return _worth(accept_probs, rates) > rates.tokens_per_s * self.next_s
+    def pays_to_go_on(self, prospects: Prospects, rates: Rates) -> bool:
+        """Whether to wait for one more draft step."""
+        return _worth(prospects.accept_probs, rates) > rates.tokens_per_s * self.next_s
 
 
-def _worth(accept_probs: Sequence[float], rates: Rates) -> float:
+def _worth(accept_probs: Floats, rates: Rates) -> float:
     """Tokens that verifying these brings, less what they cost; who is not worth it is not verified."""
-    price = rates.tokens_per_s * rates.token_s
-    return sum([max(prob - price, 0.0) for prob in accept_probs])
+    return float(np.maximum(accept_probs - rates.price, 0.0).sum())
 
 
 class Waiting:
@@ -155,10 +193,9 @@ class Waiting:
         self._clock = clock
         self._late_beat = -1  # the heartbeat of a worker that was waited for in vain
 
-    def pays(self, temperatures: Sequence[int], rates: Rates) -> bool:
-        """Whether to wait for rows that have nothing to verify. temperatures: of each that the worker may draft for."""
-        acceptance = [self.rule.acceptance(temperature) for temperature in range(NUM_TEMPERATURES)]
-        if self.rule.pays_to_begin([acceptance[temperature] for temperature in temperatures], rates):
+    def pays(self, prospects: Prospects, rates: Rates) -> bool:
+        """Whether to wait for rows that the worker may draft for."""
+        if self.rule.pays_to_begin(prospects, rates):
             return True
         self.rule.observe_no_wait()
         return False
@@ -170,34 +207,30 @@ class Waiting:
         self.rule.step_s = self._counters.worker.get("step_seconds", 0.0)
         return self._link.all_have_drafted()
 
-    def wait(
-        self, look: Callable[[], tuple[int, list[float]]], temperatures: Sequence[int], rates: Rates
-    ) -> Generator[None, None, float]:
-        """Wait for the first draft tokens of some rows, while that pays; returns the seconds.
+    def wait(self, look: Callable[[], tuple[int, Prospects]], rates: Rates, num_known: int) -> Generator[None, None, float]:
+        """Wait for the next draft tokens of some rows, while that pays; returns the seconds.
 
-        look: takes in what has come; returns how many tokens are known, and for each row the probability that all of its tokens
-        are accepted.
+        look: takes in what has come; returns how many tokens are known, and what would come next. num_known: tokens before.
         """
         rule, link = self.rule, self._link
         began = seen = came = self._clock()
-        beat, num_known = link.heartbeat, 0
+        beat, num_before, has_come = link.heartbeat, num_known, False
         while True:
             yield
-            num_before, (num_known, accept_probs) = num_known, look()
+            num_found, prospects = look()
             now = self._clock()
             if link.heartbeat != beat:
                 beat, seen = link.heartbeat, now
-            if num_known > num_before:
-                if num_before:
+            if num_found > num_known:
+                if has_come:
                     rule.observe_next(now - came)
                 else:
                     rule.observe_first(now - began)
-                came = now
-                next_probs = [prob * rule.acceptance(t) for prob, t in zip(accept_probs, temperatures, strict=True)]
-                if not rule.pays_to_go_on(next_probs, rates):
+                num_known, came, has_come = num_found, now, True
+                if not rule.pays_to_go_on(prospects, rates):
                     break
             if now - seen > rule.silence_s or now - came > rule.first_s + rule.silence_s:
                 self._late_beat = beat
                 break
-        self._counters.waited(now - began, num_known > 0)
+        self._counters.waited(now - began, num_known > num_before)
         return now - began
