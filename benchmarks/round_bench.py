@@ -2,7 +2,7 @@
 
     python -m benchmarks.round_bench
 
-Rows of results/round.csv, by batch and temperature: quantiles in microseconds of a round with the admissions
+Rows of results/round.csv, by batch and temperature: quantiles in microseconds of a round, and of its CPU time, with admissions
 and the ends of requests that come with it. One request in eight finishes in every round, and another one is admitted with a
 prompt of 2,000 tokens; the history holds a million tokens. Between two rounds 32 MB are touched, as a forward does, and what
 waits is indexed. The worker's nodes lie around the text that the target then says, some beside it.
@@ -120,7 +120,7 @@ def make_batch(names: list[str], texts: np.ndarray, lengths: np.ndarray, sampled
 
         places = range(len(names))
         return [Row(names[i], texts[i, : lengths[i]], sampled[i], verified[i]) for i in places]
-    return Batch.at(names, texts, np.arange(len(names), dtype=np.int32), lengths, sampled, verified)
+    return Batch.at(names, texts, range(len(names)), lengths.tolist(), sampled, verified)
 
 
 class Engine:
@@ -169,8 +169,8 @@ class Engine:
             history.stop(0, True)
             history.work(8192)
 
-    def round(self, num_nodes: int) -> float:
-        """One; returns its seconds, without what the benchmark itself does."""
+    def round(self, num_nodes: int) -> tuple[float, float]:
+        """One; returns its seconds and those of its thread's CPU, without what the benchmark itself does."""
         ends = [row for row in range(len(self.rows)) if self.rng.random() < 1 / 8]
         free = list(range(len(self.rows), self.batch)) + ends
         gone = [self.rows[row] for row in ends]
@@ -180,12 +180,12 @@ class Engine:
         fresh = [self.rows[row] for row in free]
         prompts = [self.buffer[row, :PROMPT_TOKENS].copy() for row in free]
         self.cold += 1
-        started = time.perf_counter()
+        cpu, started = time.thread_time(), time.perf_counter()
         for number in gone:
             self.proposer.finish(str(number))
         for number, prompt in zip(fresh, prompts, strict=True):
             self.proposer.admit(str(number), prompt, self.params)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.thread_time() - cpu
         self.index()
         sampled, verified = [], []
         for row, number in enumerate(self.rows):
@@ -201,14 +201,14 @@ class Engine:
         self.worker.receive(list(fresh))
         self.worker.publish(self.texts, num_nodes)
         self.cold += 1
-        started = time.perf_counter()
+        cpu_started, started = time.thread_time(), time.perf_counter()
         batch = make_batch(names, self.buffer, self.lengths, sampled, verified)
         chains = self.proposer.propose(batch)
-        seconds += time.perf_counter() - started
+        seconds, cpu = seconds + time.perf_counter() - started, cpu + time.thread_time() - cpu_started
         self.chains = dict(zip(self.rows, chains, strict=True))
         for number in gone:
             del self.texts[number]
-        return seconds
+        return seconds, cpu
 
 
 def measure(batch: int, temperature: float, rounds: int) -> dict[str, rows.Value]:
@@ -219,11 +219,12 @@ def measure(batch: int, temperature: float, rounds: int) -> dict[str, rows.Value
     gc.collect()
     gc.freeze()
     before = engine.proposer.counters.proposed_tokens
-    seconds = [engine.round(NODES[batch]) for _ in range(rounds)]
+    seconds, cpu = zip(*[engine.round(NODES[batch]) for _ in range(rounds)], strict=True)
     proposed = (engine.proposer.counters.proposed_tokens - before) / rounds / batch
     engine.channel.close()
     row: dict[str, rows.Value] = {"batch": batch, "temperature": temperature, "nodes_per_round": NODES[batch]}
     row |= {f"p{int(100 * q)}_us": 1e6 * quantile(seconds, q) for q in (0.2, 0.5, 0.8, 0.99)} | {"max_us": 1e6 * max(seconds)}
+    row |= {f"cpu_p{int(100 * q)}_us": 1e6 * quantile(cpu, q) for q in (0.2, 0.5, 0.8, 0.99)}
     return row | {"chain_length": proposed, "rounds": rounds}
 
 

@@ -120,8 +120,8 @@ class DoubleProposer(TargetRank):
             return Batch.at(
                 names,
                 batch.token_ids_cpu,
-                np.arange(len(names), dtype=np.int32),
-                batch.num_tokens_no_spec[: len(names)],
+                range(len(names)),
+                batch.num_tokens_no_spec[: len(names)].tolist(),
                 [len(tokens) for tokens in sampled],
                 [verified.get(name, ()) for name in names],
             )

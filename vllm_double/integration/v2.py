@@ -203,12 +203,12 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
 
         def rows() -> Batch:
             names = output.req_ids
-            places = np.array([texts.rows[name] for name in names], np.int32)
+            places = [texts.rows[name] for name in names]
             return Batch.at(
                 names,
                 texts.buffer,
                 places,
-                texts.lengths[places],
+                texts.lengths[places].tolist(),
                 [len(tokens) for tokens in sampled],
                 [verified.get(name, ()) for name in names],
             )

@@ -169,7 +169,9 @@ class DraftLink:
 
         rows: of the batch, int32 [n]; slots: of their requests. waits: the target waits for what follows.
         """
-        if self.session == 0:
+        if self.session == 0:  # whoever knew these requests is gone
+            for slot in slots[self._table.tries.requests["session"][slots] != 0].tolist():
+                self.release(slot)
             return
         for index in self._pack(batch, rows, slots, batch.rows.lengths[rows], waits, True):
             slot = int(slots[index])
