@@ -238,7 +238,7 @@ def test_a_cut_or_foreign_file_is_refused_with_what_is_wrong(tmp_path: Path) -> 
     for data, reason in (
         (b"", "is not a datastore"),
         (whole[:50], "cut off inside of the header"),
-        (whole[:-1], f"has {len(whole) - 1} bytes where its header tells of {len(whole)}"),
+        (whole[:-1], f"has {len(whole) - 1} bytes, and {len(whole)} by its header"),
         (whole + b"\0", f"has {len(whole) + 1} bytes"),
         (whole[:8] + b"\2" + whole[9:], "its format has version 2"),
         (whole[:40] + b"\xff" + whole[41:], "its header is damaged"),

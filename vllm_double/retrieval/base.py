@@ -17,8 +17,8 @@ Tokens = npt.NDArray[np.int32]
 class Continuation(NamedTuple):
     """Tokens that followed earlier occurrences of the text's end, with the evidence for each.
 
-    ``counts[i] / totals[i]`` is the relative frequency of ``tokens[i]`` after the context of step i. Nothing
-    is cut where the evidence gets thin: the caller decides how many tokens to take.
+    ``counts[i] / totals[i]`` is the relative frequency of ``tokens[i]`` after the context of step i. Thin evidence
+    cuts nothing: the caller decides how many tokens to take.
     """
 
     tokens: list[int]
@@ -51,7 +51,7 @@ def beliefs(match_length: int, counts: Sequence[int], totals: Sequence[int]) -> 
 
 
 def check_tokens(tokens: Sequence[int] | Tokens) -> None:
-    """Raises ValueError where one is negative: sources keep negative numbers for themselves."""
+    """Raises ValueError if one is negative: sources keep negative numbers for themselves."""
     if len(tokens) and (tokens.min() if isinstance(tokens, np.ndarray) else min(tokens)) < 0:
         raise ValueError("token ids must not be negative")
 

@@ -47,11 +47,11 @@ def build(
 ) -> Header:
     """Write a datastore of documents, each [n] ids below vocab_size, and put it in the place of ``output``.
 
-    Raises DatastoreError where the documents cannot be indexed, OSError where the file cannot be written. The header is
+    Raises DatastoreError if the documents cannot be indexed, OSError if the file cannot be written. The header is
     written when all else has reached the disk, so that nothing opens which is not whole.
 
     Memory, besides what is mapped from the file: 12 bytes for each of 2^24 entries, or of the occurrences of the most frequent
-    token where those are more; 4 for each of 2^26 positions.
+    token if those are more; 4 for each of 2^26 positions.
     """
     with _replacing(output) as file:
         header = _Builder(file, vocab_size, fingerprint, max_match, show_progress).run(documents)
@@ -108,7 +108,7 @@ def _shards(documents: Iterable[Ids], num_tokens: int) -> Iterator[Iterator[Ids]
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """An empty folder that gets its name in the end, or goes away where there is an error."""
+    """An empty folder that gets its name in the end, or goes away if there is an error."""
     partial = partial_path(output)
     partial.mkdir(exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
@@ -134,7 +134,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int, partial: Path, output: Path) -> None:
-    """Raises DatastoreError where another build has the partial file or folder, or has just given it its name."""
+    """Raises DatastoreError if another build has the partial file or folder, or has just given it its name."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,7 +145,7 @@ def _lock(descriptor: int, partial: Path, output: Path) -> None:
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[BinaryIO]:
-    """An empty file that takes the place of output in the end, or goes away where there is an error."""
+    """An empty file that takes the place of output in the end, or goes away if there is an error."""
     if output.is_dir():
         raise DatastoreError(f'The output "{output}" is a folder.')
     partial = partial_path(output)
@@ -266,7 +266,7 @@ class _Builder:
             self._steps.grow(*arrays, counts, anchors, self._map("nodes"))
 
     def _reserve(self) -> None:
-        """Have room on the disk for all sections: where a mapped one finds none, the process is killed."""
+        """Have room on the disk for all sections: if a mapped one finds none, the process is killed."""
         self._file.flush()
         os.posix_fallocate(self._file.fileno(), 0, self._header.num_bytes)
 

@@ -34,10 +34,10 @@ def load_tokenizer(name: str) -> Any:
 
 
 def read_documents(inputs: Iterable[Path], tokenizer: Any, show_progress: bool = False) -> Iterator[npt.NDArray[np.int64]]:
-    """Token ids of each document. Raises DatastoreError where an input cannot be read.
+    """Token ids of each document. Raises DatastoreError if an input cannot be read.
 
     A line of a .jsonl file is a document, {"text": ...} or {"token_ids": [...]}. Every other file is one document of text; a
-    long one is cut about every million characters, at a line end where there is one. Of a folder all .jsonl and .txt files are
+    long one is cut about every million characters, at a line end if there is one. Of a folder all .jsonl and .txt files are
     read, in the order of their names.
     """
     files = [file for path in inputs for file in _files(path)]

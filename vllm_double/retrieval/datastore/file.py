@@ -66,7 +66,7 @@ def fingerprint(vocabulary: Mapping[str, int]) -> bytes:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a datastore: itself, or all of a folder. Raises DatastoreError where there is none."""
+    """The files of a datastore: itself, or all of a folder. Raises DatastoreError if there is none."""
     if not path.is_dir():
         return [path]
     found = sorted(path.glob(f"*{SUFFIX}"))
@@ -206,7 +206,7 @@ class Datastore:
                 self.header = Header.unpack(file.read(_HEADER.size + _CHECKSUM.size))
                 size = file.seek(0, 2)
                 if size != self.header.num_bytes:
-                    raise DatastoreError(f"it has {size} bytes where its header tells of {self.header.num_bytes}")
+                    raise DatastoreError(f"it has {size} bytes, and {self.header.num_bytes} by its header")
                 if tokenizer is not None and tokenizer != self.header.fingerprint:
                     raise DatastoreError("it was built with another tokenizer")
                 self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
