@@ -37,7 +37,7 @@ MARK = "@vllm-double "
 """Starts the lines of the host's output that are JSON for the supervisor; other lines are somebody's log."""
 
 _GRACE_S = 1.5
-_LINGER_S = 8.0
+_LINGER_S = 12.0  # in which an engine that is told to stop should have ended
 _REAP_EVERY_S = 5.0
 
 
