@@ -87,7 +87,7 @@ def _guard(request: dict[str, Any]) -> None:
         driver = ProcessWatch(_fork_driver(request))
         while not wait_for_one([target, host, driver], _REAP_EVERY_S):
             reap()  # Ray's orphans
-        has_failed = target.alive()
+        has_failed = not driver.alive()
     finally:  # after SIGTERM, too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if request["is_gentle"] and driver is not None:
@@ -98,7 +98,7 @@ def _guard(request: dict[str, Any]) -> None:
         kill_session(os.getsid(0), spare=(os.getpid(), os.getsid(0)))
         reap()
         rmtree(request["runtime_dir"], ignore_errors=True)
-        if not has_failed:
+        if not has_failed:  # else another guard will look after the engine
             _follow_engine(request["engine_pids"])
 
 
