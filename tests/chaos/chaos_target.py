@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 from vllm_double.hosting.settings import DraftSettings
 from vllm_double.hosting.supervisor import DraftSupervisor
@@ -21,7 +24,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     end = SharedTargetEnd.create(1 << 16, 1 << 16)
-    supervisor = DraftSupervisor(DraftSettings.from_json(sys.argv[1]), end.address)
+    settings = replace(DraftSettings.from_json(sys.argv[1]), engine_pids=(os.getpid(),))
+    if settings.factory.endswith("openmp"):  # as Intel's OpenMP does
+        Path(f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").touch()
+    supervisor = DraftSupervisor(settings, end.address)
     seen: dict[str, object] = {}
     session, first_beat = 0, 0
     while True:

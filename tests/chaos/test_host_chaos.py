@@ -126,6 +126,19 @@ def test_nothing_is_left_after_all_descendants_of_the_target_are_killed_together
     wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")
 
 
+def test_the_guard_cleans_up_after_a_target_that_ends_later_than_the_host(start_target: StartTarget) -> None:
+    target = start_target(factory="chaos_factory:build_with_openmp")
+    target.wait_for(beating, START_S)
+    assert any(f"LIB_{target.process.pid}_" in path for path in target.left_behind()), "the target's mark is not found"
+    os.kill(target.process.pid, signal.SIGSTOP)  # as one that takes long to die
+    target.run.kill("host")
+    wait_for(lambda: not target.run.by_role("driver"), END_S)
+    target.process.kill()
+    target.process.wait(END_S)
+    target.run.wait_until_gone(END_S)
+    wait_for(lambda: not target.left_behind(), END_S, lambda: f"left: {target.left_behind()}")
+
+
 def test_the_folder_of_a_run_killed_as_a_whole_goes_with_the_next_start(start_target: StartTarget) -> None:
     first = start_target()
     first.wait_for(beating, START_S)

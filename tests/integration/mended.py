@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -30,11 +29,13 @@ def cpu_kernels() -> Iterator[Any]:
     if not current_platform.is_cpu() or HAS_TRITON:
         pytest.skip("the CPU build's sampler is tested here")
     current_platform.import_kernels()
-    with mock.patch.dict(sys.modules):
-        # vLLM looks into every attribute of every module, and stumbles over llvmlite's, which other tests import.
-        for name in [name for name in sys.modules if name.startswith("llvmlite")]:
-            del sys.modules[name]
+    # vLLM looks into every attribute of every module, and stumbles over llvmlite's, which other tests import. What vLLM imports
+    # meanwhile stays: it registers operators, which works once.
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
+    try:
         current_platform.register_triton_kernel_overrides()
+    finally:
+        sys.modules.update(hidden)
     assert patches.mend_cpu_sampler({})
     yield importlib.import_module("vllm.utils.cpu_triton_utils")
     assert patches.mend_cpu_sampler({})

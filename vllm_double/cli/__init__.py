@@ -31,4 +31,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in _COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
     options = parser.parse_args(arguments)
-    return _COMMANDS[options.command].run(options)
+    code: int = _COMMANDS[options.command].run(options)
+    return code

@@ -37,7 +37,7 @@ MARK = "@vllm-double "
 """Starts the lines of the host's output that are JSON for the supervisor; other lines are somebody's log."""
 
 _GRACE_S = 1.5
-_LINGER_S = 8.0
+_LINGER_S = 12.0  # in which an engine that is told to stop should have ended
 _REAP_EVERY_S = 5.0
 
 
@@ -87,7 +87,7 @@ def _guard(request: dict[str, Any]) -> None:
         driver = ProcessWatch(_fork_driver(request))
         while not wait_for_one([target, host, driver], _REAP_EVERY_S):
             reap()  # Ray's orphans
-        has_failed = target.alive()
+        has_failed = not driver.alive()
     finally:  # after SIGTERM, too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if request["is_gentle"] and driver is not None:
@@ -98,7 +98,7 @@ def _guard(request: dict[str, Any]) -> None:
         kill_session(os.getsid(0), spare=(os.getpid(), os.getsid(0)))
         reap()
         rmtree(request["runtime_dir"], ignore_errors=True)
-        if not has_failed:
+        if not has_failed:  # else another guard will look after the engine
             _follow_engine(request["engine_pids"])
 
 

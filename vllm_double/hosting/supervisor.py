@@ -247,9 +247,8 @@ class HostProcess:
 
     def stop(self, timeout_s: float) -> None:
         self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):  # host and guard finish without us, if they are slow
             self._process.wait(timeout_s)
-        self._clean_up()
 
     def _read(self) -> bytes:
         try:
