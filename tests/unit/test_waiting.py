@@ -106,7 +106,9 @@ def test_waits_that_took_long_are_forgotten_in_time() -> None:
     for _ in range(200):
         slow.observe_first(0.05)
     assert not slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0))
-    rounds = next(n for n in itertools.count(1) if not slow.observe_no_wait() and slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0)))
+    rounds = next(
+        n for n in itertools.count(1) if not slow.observe_no_wait() and slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0))
+    )
     assert 10 < rounds < 1000
 
 
