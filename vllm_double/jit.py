@@ -11,7 +11,7 @@ from numba.core import cgutils, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-__all__ = ["compiled", "of_arrays", "of_numbers", "part", "pointer"]
+__all__ = ["bare", "compiled", "of_arrays", "of_numbers", "part", "pointer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -19,6 +19,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def part(function: Function) -> Function:
     """A function that is compiled into its callers."""
     return cast(Function, numba.njit(function))
+
+
+def bare(function: Function) -> Function:
+    """A part without reference counts: its callers' caller keeps the arrays. It makes no arrays, and returns none."""
+    return cast(Function, numba.njit(function, _nrt=False))
 
 
 @intrinsic
@@ -45,29 +50,29 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(text for text in files if b"numba" in text or b"vllm_double.jit" in text)).hexdigest()
 
 
-def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...]) -> Any:
+def compiled(function: Callable[..., Any], signature: str | tuple[Any, ...], **options: bool) -> Any:
     """Compile for one signature only, so that no request ever compiles; from numba's cache where that works.
 
     numba caches beside this file or, where that is read-only, in the user's cache directory. A missing, full
     or damaged cache costs the compile time, nothing else.
     """
     try:
-        dispatcher = numba.njit(function)
+        dispatcher = numba.njit(function, **options)
         dispatcher._cache = _Cache(function)
         dispatcher.compile(signature)
     except Exception:  # whatever unpickling a damaged file raises; a compiler error is raised again below
-        dispatcher = numba.njit(function)
+        dispatcher = numba.njit(function, **options)
         dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
 
 
 def of_arrays(function: Function, *examples: Any) -> Function:
-    """The machine code of a function for arguments of the examples' types: arrays, named tuples of arrays, numbers.
+    """The machine code of a `bare` function for arguments of the examples' types: arrays, named tuples of arrays, numbers.
 
     Past the dispatcher, which looks at the types of all arguments. Nothing checks them: they must be the examples'.
     """
-    (only,) = compiled(function, tuple(map(numba.typeof, examples))).overloads.values()
+    (only,) = compiled(function, tuple(map(numba.typeof, examples)), nogil=True, _nrt=False).overloads.values()
     return cast(Function, only.entry_point)
 
 

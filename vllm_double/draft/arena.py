@@ -22,7 +22,7 @@ Records: TypeAlias = npt.NDArray[np.void]
 Ints: TypeAlias = npt.NDArray[np.int32]
 Indices: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
-NONE = np.int64(-1)  # typed: each literal would be compiled apart
+NONE: int = np.int64(-1)  # type: ignore[assignment]  # each literal would be compiled apart
 MAX_AHEAD = 32
 """Tokens that are retrieved behind one node at most."""
 _MIN_TEXT = 4096

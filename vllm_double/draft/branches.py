@@ -5,14 +5,14 @@ Pages full of committed text are held by the request's trunk alone: a branch of 
 
 import numpy as np
 
-from vllm_double.draft.arena import NONE, Arena, Forward, Ints
+from vllm_double.draft.arena import NONE, Arena, Forward
 from vllm_double.draft.page_pool import num_available, release_page, share_page, take_page
-from vllm_double.jit import part
+from vllm_double.jit import bare
 
-__all__ = ["append_page", "extend", "free_branch", "hold", "let_go", "make_trunk", "new_branch", "own_table", "truncate"]
+__all__ = ["append_page", "extend", "free_branch", "hold", "let_go", "make_trunk", "new_branch", "own_page", "truncate"]
 
 
-@part
+@bare
 def new_branch(arena: Arena, slot: int, first: int) -> int:
     """A branch without pages of its own. There is one for each node."""
     totals, branches = arena.totals, arena.branches
@@ -23,55 +23,61 @@ def new_branch(arena: Arena, slot: int, first: int) -> int:
     return branch  # type: ignore[no-any-return]
 
 
-@part
+@bare
 def free_branch(arena: Arena, branch: int) -> None:
     """Its pages are somebody else's by now, or released."""
     arena.branches[branch].slot, arena.branches[branch].next = NONE, arena.totals[0].free_branch
     arena.totals[0].free_branch = branch
 
 
-@part
-def own_table(arena: Arena, branch: int) -> Ints:
-    """Where a branch's own pages are, with room; position ``first`` of the block table is at 0."""
+@bare
+def own_page(arena: Arena, branch: int, index: int) -> int:
+    """A branch's own page; that for position ``first`` of the block table has the index 0."""
     slot = arena.branches[branch].slot
-    return arena.trunks[slot] if arena.requests[slot].trunk == branch else arena.branch_pages[branch]
+    if arena.requests[slot].trunk == branch:
+        return np.int64(arena.trunks[slot, index])
+    return np.int64(arena.branch_pages[branch, index])
 
 
-@part
+@bare
 def _page(arena: Arena, branch: int, index: int) -> int:
     """Entry of a branch's block table."""
     first = arena.branches[branch].first
     if index < first:
         return np.int64(arena.trunks[arena.branches[branch].slot, index])
-    return np.int64(own_table(arena, branch)[index - first])
+    return own_page(arena, branch, index - first)
 
 
-@part
+@bare
 def truncate(arena: Arena, branch: int, length: int) -> None:
     """Give back a branch's own pages behind so many positions."""
-    size, own, table = arena.limits[0].page_size, arena.branches[branch], own_table(arena, branch)
+    size, own = arena.limits[0].page_size, arena.branches[branch]
     keep = max(0, (length + size - 1) // size - own.first)
     while own.num_pages > keep:  # from the end: of a text that is evicted first
         own.num_pages -= 1
-        release_page(arena.pages, arena.totals, np.int64(table[own.num_pages]))
+        release_page(arena.pages, arena.totals, own_page(arena, branch, own.num_pages))
     own.length = min(own.length, length)
 
 
-@part
+@bare
 def append_page(arena: Arena, branch: int, page: int) -> None:
     """Behind the branch's pages."""
-    own_table(arena, branch)[arena.branches[branch].num_pages] = page
-    arena.branches[branch].num_pages += 1
+    own, slot = arena.branches[branch], arena.branches[branch].slot
+    if arena.requests[slot].trunk == branch:
+        arena.trunks[slot, own.num_pages] = page
+    else:
+        arena.branch_pages[branch, own.num_pages] = page
+    own.num_pages += 1
 
 
-@part
+@bare
 def hold(arena: Arena, branch: int, node: int) -> None:
     """The node's key and value lie on the branch."""
     arena.nodes[node].branch = branch
     arena.branches[branch].num_held += 1
 
 
-@part
+@bare
 def let_go(arena: Arena, node: int, spared: int) -> None:
     """A computed node is going. A branch on which none lies any more is freed, but for the trunk and ``spared``."""
     branch = arena.nodes[node].branch
@@ -81,7 +87,7 @@ def let_go(arena: Arena, node: int, spared: int) -> None:
         free_branch(arena, branch)
 
 
-@part
+@bare
 def make_trunk(arena: Arena, slot: int, branch: int) -> None:
     """The branch holds the pages of the text from now on. No node lies on the old trunk behind the text."""
     branches, request = arena.branches, arena.requests[slot]
@@ -97,7 +103,7 @@ def make_trunk(arena: Arena, slot: int, branch: int) -> None:
     free_branch(arena, old)
 
 
-@part
+@bare
 def extend(arena: Arena, forward: Forward, slot: int, anchor: int, num_tokens: int) -> int:
     """A branch on which so many tokens are going to be written behind the node ``anchor`` (NONE: behind the cached text).
 
@@ -144,7 +150,7 @@ def extend(arena: Arena, forward: Forward, slot: int, anchor: int, num_tokens: i
     return branch
 
 
-@part
+@bare
 def _note_copy(forward: Forward, source: int, destination: int, used: int) -> None:
     copies, progress = forward.copies, forward.progress[0]
     at = progress.num_copies
