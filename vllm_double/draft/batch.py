@@ -2,9 +2,7 @@
 
 import math
 
-import numpy as np
-
-from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records
+from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records, integer
 from vllm_double.draft.branches import extend, own_page
 from vllm_double.draft.candidates import push, remove
 from vllm_double.draft.choice import add_node, add_run, pick_again
@@ -14,7 +12,7 @@ from vllm_double.transport.messages import MAX_CHILDREN
 
 __all__ = ["expand", "place"]
 
-_ONE = np.int64(1)
+_ONE = integer(1)
 
 
 def place(arena: Arena, forward: Forward) -> int:

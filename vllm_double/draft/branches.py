@@ -3,9 +3,7 @@
 Pages full of committed text are held by the request's trunk alone: a branch of a long text costs no more than one of a short.
 """
 
-import numpy as np
-
-from vllm_double.draft.arena import NONE, Arena, Forward
+from vllm_double.draft.arena import NONE, Arena, Forward, integer
 from vllm_double.draft.page_pool import num_available, release_page, share_page, take_page
 from vllm_double.jit import bare
 
@@ -35,8 +33,8 @@ def own_page(arena: Arena, branch: int, index: int) -> int:
     """A branch's own page; that for position ``first`` of the block table has the index 0."""
     slot = arena.branches[branch].slot
     if arena.requests[slot].trunk == branch:
-        return np.int64(arena.trunks[slot, index])
-    return np.int64(arena.branch_pages[branch, index])
+        return integer(arena.trunks[slot, index])
+    return integer(arena.branch_pages[branch, index])
 
 
 @bare
@@ -44,7 +42,7 @@ def _page(arena: Arena, branch: int, index: int) -> int:
     """Entry of a branch's block table."""
     first = arena.branches[branch].first
     if index < first:
-        return np.int64(arena.trunks[arena.branches[branch].slot, index])
+        return integer(arena.trunks[arena.branches[branch].slot, index])
     return own_page(arena, branch, index - first)
 
 
@@ -83,7 +81,7 @@ def let_go(arena: Arena, node: int, spared: int) -> None:
     branch = arena.nodes[node].branch
     arena.branches[branch].num_held -= 1
     if arena.branches[branch].num_held == 0 and branch != spared and branch != arena.requests[arena.nodes[node].slot].trunk:
-        truncate(arena, branch, np.int64(0))
+        truncate(arena, branch, integer(0))
         free_branch(arena, branch)
 
 
@@ -147,7 +145,7 @@ def extend(arena: Arena, forward: Forward, slot: int, anchor: int, num_tokens: i
     if is_own and copies_tail:
         release_page(arena.pages, arena.totals, tail)
     branches[branch].length = length + num_tokens
-    return branch
+    return branch  # type: ignore[no-any-return]
 
 
 @bare

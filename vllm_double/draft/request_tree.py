@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records
+from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records, integer
 from vllm_double.draft.branches import append_page, free_branch, let_go, make_trunk, new_branch, truncate
 from vllm_double.draft.candidates import push
 from vllm_double.draft.page_pool import share_page
@@ -311,7 +311,7 @@ def release(arena: Arena, slot: int) -> None:
     """Give back all nodes and pages, the text's too."""
     request = arena.requests[slot]
     _keep_below(arena, slot, NONE, request.trunk)
-    truncate(arena, request.trunk, np.int64(0))
+    truncate(arena, request.trunk, integer(0))
     free_branch(arena, request.trunk)
     request.is_live = False
 
@@ -321,7 +321,7 @@ def adopt(arena: Arena, slot: int, pages: Ints) -> None:
     request, size = arena.requests[slot], arena.limits[0].page_size
     truncate(arena, request.trunk, request.num_cached - request.num_cached % size)
     for index in range(len(pages)):
-        page = np.int64(pages[index])
+        page = integer(pages[index])
         share_page(arena.pages, arena.totals, page)
         append_page(arena, request.trunk, page)
     request.num_inserted = arena.branches[request.trunk].num_pages
