@@ -47,7 +47,7 @@ class Tree:
 
     @property
     def tokens(self) -> list[int]:
-        return self.frontier._arena.texts[self.slot, : self.length].tolist()
+        return self.frontier._arena.texts[self.slot, : self.length].tolist()  # type: ignore[no-any-return]
 
     def table(self, branch: int | None = None) -> list[int]:
         """A branch's block table; None: the trunk's."""
@@ -58,7 +58,7 @@ class Tree:
 
     @property
     def branches(self) -> list[int]:
-        return (self.frontier._arena.branches["slot"] == self.slot).nonzero()[0].tolist()
+        return (self.frontier._arena.branches["slot"] == self.slot).nonzero()[0].tolist()  # type: ignore[no-any-return]
 
     def held_pages(self) -> list[list[int]]:
         """The pages that each branch holds."""
@@ -142,7 +142,7 @@ class Node:
     @property
     def alternatives(self) -> list[int]:
         """What the draft listed behind it, best first."""
-        return self.frontier._arena.listed["token"][self.index, : self.num_listed].tolist()
+        return self.frontier._arena.listed["token"][self.index, : self.num_listed].tolist()  # type: ignore[no-any-return]
 
     @property
     def alternative_log_probs(self) -> list[float]:

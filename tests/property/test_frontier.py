@@ -320,3 +320,24 @@ def interleave(rng: random.Random, made: tuple[FakeEngine, Frontier]) -> None:
         check_integrity(frontier)
         for handle, request in trees(frontier).items():
             assert request.tokens == texts[handle]
+
+
+def test_a_full_node_pool_gives_up_its_least_probable_paths_and_counts_them() -> None:
+    engine, frontier = make(max_nodes=60, nodes_per_iteration=4, min_path_prob=1e-9)
+    admit(frontier, 1, [1, 2, 3])
+    for _ in range(40):
+        turn(engine, frontier)
+    assert frontier._pool.totals["num_free_nodes"][0] == 0 and frontier.num_nodes_evicted == 0
+    root = trees(frontier)[1].root
+    assert root is not None
+    before = {node.prefix_hash: node.log_prob for node in _nodes(root)}
+    admit(frontier, 2, [4, 5])
+    left = list(_nodes(root))
+    gone = before.keys() - {node.prefix_hash for node in left}
+    assert len(gone) == frontier.num_nodes_evicted > 0
+    leaves = [node.log_prob for node in left if not node.children and node.index != root.index]
+    assert max(before[name] for name in gone) <= min(leaves, default=0.0)
+    for _ in range(4):
+        turn(engine, frontier)
+    second = trees(frontier)[2].root
+    assert second is not None and second.children

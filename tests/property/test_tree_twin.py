@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from tests.draft_view import Node, check_integrity, outputs, trees
 from tests.fakes.engine import FakeEngine, hashed_logits
+from vllm_double.draft.arena import NONE, Forward
 from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
+from vllm_double.draft.lookups import Lookups
 from vllm_double.prefix_hash import mix
-from vllm_double.retrieval.base import Continuation, Source
+from vllm_double.retrieval.base import Continuation, Found, Source
 from vllm_double.transport.messages import Admit, Commit, Release
 
 VOCAB, K, MAX_LENGTH, STOP = 12, 5, 60, 11
@@ -110,7 +112,7 @@ class Twin:
         self.has_sources = has_sources
         self.trees: dict[int, TwinTree] = {}
 
-    def select(self, preferred: set[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    def select(self, preferred: set[tuple[int, Path]], preferred_first: set[tuple[int, Path]]) -> list[tuple[int, Path]]:
         """(request, path) of all nodes that the forward computes behind the texts; of equally probable ones those preferred.
 
         The sources are asked once, about all that would be computed if nothing were retrieved.
@@ -123,7 +125,7 @@ class Twin:
                 tree.num_expanded += 1
                 tips.add((handle, ()))
                 self.look_ahead(handle, ())
-        chosen = self.pick(preferred, set(tips))
+        chosen = self.pick(preferred_first, set(tips))
         if self.has_sources and self.ask([*tips, *chosen]):
             for handle, path in chosen:
                 self.trees[handle].nodes[path].is_computed = False
@@ -266,6 +268,17 @@ def test_each_forward_takes_what_the_obvious_twin_takes(
 
 
 def turn(engine: FakeEngine, frontier: Frontier, twin: Twin) -> None:
+    picked_first: set[tuple[int, Path]] = set()
+
+    def ask(forward: Forward, num_queries: int) -> list[Found]:
+        for index in forward.picks[: forward.progress["num_picks"][0]].tolist():
+            node, path = Node(frontier, index), ()
+            while node.parent != NONE:
+                node, path = Node(frontier, node.parent), (node.token, *path)
+            picked_first.add((node.handle, path))
+        return Lookups.ask(frontier._lookups, forward, num_queries)
+
+    frontier._lookups.ask = ask  # type: ignore[method-assign]
     batch = frontier.select()
     engine.copy_slots(frontier.tail_copies)
     # Where each output stands: behind the text as the pages and the row's tokens have it.
@@ -277,7 +290,7 @@ def turn(engine: FakeEngine, frontier: Frontier, twin: Twin) -> None:
     handles = [node.handle for node in outputs(frontier)]
     found = [(handle, text[len(twin.trees[handle].text) :]) for handle, text in zip(handles, behind, strict=True)]
     assert all(list(text[: len(twin.trees[h].text)]) == twin.trees[h].text for h, text in zip(handles, behind, strict=True))
-    assert sorted(entry for entry in found if entry[1]) == sorted(twin.select(set(found)))
+    assert sorted(entry for entry in found if entry[1]) == sorted(twin.select(set(found), picked_first or set(found)))
     if not len(batch):
         return
     tokens, probs = engine.forward(batch, frontier._limits.children_per_node)

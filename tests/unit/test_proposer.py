@@ -357,7 +357,7 @@ def test_a_draft_that_brings_nothing_beside_retrieval_pauses_and_is_tried_again(
     is_periodic = False
     while "draft" not in counters.accepted:
         world.step()
-    assert list(request.tokens) == text[: request.length] and len(text) < 400
+    assert request.tokens == text[: request.length] and len(text) < 400
     assert counters.draft_pauses == 1
 
 

@@ -8,7 +8,8 @@ Nodes and branches have free lists, and an owner each. Functions compiled by num
 method.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from vllm_double.retrieval.base import Queries
 
 __all__ = [
-    "MAX_AHEAD", "NONE", "PAGE", "TOTALS", "Arena", "Floats", "Forward", "Ints", "Records", "make_arena",
+    "MAX_AHEAD", "NONE", "PAGE", "TOTALS", "Arena", "Floats", "Forward", "Ints", "Records", "integer", "make_arena",
     "make_forward", "with_slots",
 ]  # fmt: skip
 
@@ -24,7 +25,9 @@ Records: TypeAlias = npt.NDArray[np.void]
 Ints: TypeAlias = npt.NDArray[np.int32]
 Indices: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
-NONE = np.int64(-1)  # typed: each literal would be compiled apart
+integer = cast("Callable[[Any], int]", np.int64)
+"""Of a compiled function's argument: literals and 32-bit integers would be compiled apart."""
+NONE = integer(-1)
 MAX_AHEAD = 32
 """Tokens that are retrieved behind one node at most."""
 _MIN_TEXT = 4096

@@ -2,19 +2,17 @@
 
 import math
 
-import numpy as np
-
-from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records
-from vllm_double.draft.branches import extend, own_table
+from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records, integer
+from vllm_double.draft.branches import extend, own_page
 from vllm_double.draft.candidates import push, remove
 from vllm_double.draft.choice import add_node, add_run, pick_again
 from vllm_double.draft.request_tree import list_next, may_go_on
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 from vllm_double.transport.messages import MAX_CHILDREN
 
 __all__ = ["expand", "place"]
 
-_ONE = np.int64(1)
+_ONE = integer(1)
 
 
 def place(arena: Arena, forward: Forward) -> int:
@@ -55,7 +53,7 @@ def place(arena: Arena, forward: Forward) -> int:
     return 0
 
 
-@part
+@view_part
 def _lay_out(arena: Arena, forward: Forward) -> None:
     """Fill the batch's arrays."""
     nodes, branches, token_ids, progress = arena.nodes, arena.branches, forward.token_ids, forward.progress[0]
@@ -74,11 +72,11 @@ def _lay_out(arena: Arena, forward: Forward) -> None:
             forward.outputs[output - 1 - index] = node
             node = nodes[node].parent
         query_start[row + 1] = end
-        own, first, table = own_table(arena, run.branch), branches[run.branch].first, forward.tables[row]
+        first, table = branches[run.branch].first, forward.tables[row]
         for index in range(first):
             table[index] = trunk[index]
         for index in range(branches[run.branch].num_pages):
-            table[first + index] = own[index]
+            table[first + index] = own_page(arena, run.branch, index)
 
 
 def expand(arena: Arena, forward: Forward, tokens: Ints, probs: Floats, log_q: Floats, noise: Floats, records: Records) -> int:
@@ -116,7 +114,7 @@ def expand(arena: Arena, forward: Forward, tokens: Ints, probs: Floats, log_q: F
     return num_filled
 
 
-@part
+@view_part
 def _correct_retrieved(arena: Arena, node: int) -> None:
     """Give a computed node's retrieved children the draft's own log-probability; one that it does not list is least likely."""
     nodes, listed, num_listed = arena.nodes, arena.listed, arena.nodes[node].num_listed
@@ -138,7 +136,7 @@ def _correct_retrieved(arena: Arena, node: int) -> None:
         child = nodes[child].next_sibling
 
 
-@part
+@view_part
 def _shift(arena: Arena, top: int, difference: float) -> None:
     """Change the log-probability of a node that is not computed, and of all behind it."""
     nodes, node = arena.nodes, top

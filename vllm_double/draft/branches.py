@@ -3,16 +3,14 @@
 Pages full of committed text are held by the request's trunk alone: a branch of a long text costs no more than one of a short.
 """
 
-import numpy as np
-
-from vllm_double.draft.arena import NONE, Arena, Forward, Ints
+from vllm_double.draft.arena import NONE, Arena, Forward, integer
 from vllm_double.draft.page_pool import num_available, release_page, share_page, take_page
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 
-__all__ = ["append_page", "extend", "free_branch", "hold", "let_go", "make_trunk", "new_branch", "own_table", "truncate"]
+__all__ = ["append_page", "extend", "free_branch", "hold", "let_go", "make_trunk", "new_branch", "own_page", "truncate"]
 
 
-@part
+@view_part
 def new_branch(arena: Arena, slot: int, first: int) -> int:
     """A branch without pages of its own. There is one for each node."""
     totals, branches = arena.totals, arena.branches
@@ -23,65 +21,71 @@ def new_branch(arena: Arena, slot: int, first: int) -> int:
     return branch  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def free_branch(arena: Arena, branch: int) -> None:
     """Its pages are somebody else's by now, or released."""
     arena.branches[branch].slot, arena.branches[branch].next = NONE, arena.totals[0].free_branch
     arena.totals[0].free_branch = branch
 
 
-@part
-def own_table(arena: Arena, branch: int) -> Ints:
-    """Where a branch's own pages are, with room; position ``first`` of the block table is at 0."""
+@view_part
+def own_page(arena: Arena, branch: int, index: int) -> int:
+    """A branch's own page; that for position ``first`` of the block table has the index 0."""
     slot = arena.branches[branch].slot
-    return arena.trunks[slot] if arena.requests[slot].trunk == branch else arena.branch_pages[branch]
+    if arena.requests[slot].trunk == branch:
+        return integer(arena.trunks[slot, index])
+    return integer(arena.branch_pages[branch, index])
 
 
-@part
+@view_part
 def _page(arena: Arena, branch: int, index: int) -> int:
     """Entry of a branch's block table."""
     first = arena.branches[branch].first
     if index < first:
-        return np.int64(arena.trunks[arena.branches[branch].slot, index])
-    return np.int64(own_table(arena, branch)[index - first])
+        return integer(arena.trunks[arena.branches[branch].slot, index])
+    return own_page(arena, branch, index - first)
 
 
-@part
+@view_part
 def truncate(arena: Arena, branch: int, length: int) -> None:
     """Give back a branch's own pages behind so many positions."""
-    size, own, table = arena.limits[0].page_size, arena.branches[branch], own_table(arena, branch)
+    size, own = arena.limits[0].page_size, arena.branches[branch]
     keep = max(0, (length + size - 1) // size - own.first)
     while own.num_pages > keep:  # from the end: of a text that is evicted first
         own.num_pages -= 1
-        release_page(arena.pages, arena.totals, np.int64(table[own.num_pages]))
+        release_page(arena.pages, arena.totals, own_page(arena, branch, own.num_pages))
     own.length = min(own.length, length)
 
 
-@part
+@view_part
 def append_page(arena: Arena, branch: int, page: int) -> None:
     """Behind the branch's pages."""
-    own_table(arena, branch)[arena.branches[branch].num_pages] = page
-    arena.branches[branch].num_pages += 1
+    own, slot = arena.branches[branch], arena.branches[branch].slot
+    if arena.requests[slot].trunk == branch:
+        arena.trunks[slot, own.num_pages] = page
+    else:
+        arena.branch_pages[branch, own.num_pages] = page
+    own.num_pages += 1
 
 
-@part
+@view_part
 def hold(arena: Arena, branch: int, node: int) -> None:
     """The node's key and value lie on the branch."""
     arena.nodes[node].branch = branch
     arena.branches[branch].num_held += 1
 
 
-@part
+@view_part
 def let_go(arena: Arena, node: int, spared: int) -> None:
     """A computed node is going. A branch on which none lies any more is freed, but for the trunk and ``spared``."""
     branch = arena.nodes[node].branch
     arena.branches[branch].num_held -= 1
     if arena.branches[branch].num_held == 0 and branch != spared and branch != arena.requests[arena.nodes[node].slot].trunk:
-        truncate(arena, branch, np.int64(0))
+        truncate(arena, branch, integer(0))
         free_branch(arena, branch)
 
 
-@part
+@view_part
 def make_trunk(arena: Arena, slot: int, branch: int) -> None:
     """The branch holds the pages of the text from now on. No node lies on the old trunk behind the text."""
     branches, request = arena.branches, arena.requests[slot]
@@ -97,7 +101,7 @@ def make_trunk(arena: Arena, slot: int, branch: int) -> None:
     free_branch(arena, old)
 
 
-@part
+@view_part
 def extend(arena: Arena, forward: Forward, slot: int, anchor: int, num_tokens: int) -> int:
     """A branch on which so many tokens are going to be written behind the node ``anchor`` (NONE: behind the cached text).
 
@@ -141,10 +145,10 @@ def extend(arena: Arena, forward: Forward, slot: int, anchor: int, num_tokens: i
     if is_own and copies_tail:
         release_page(arena.pages, arena.totals, tail)
     branches[branch].length = length + num_tokens
-    return branch
+    return branch  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def _note_copy(forward: Forward, source: int, destination: int, used: int) -> None:
     copies, progress = forward.copies, forward.progress[0]
     at = progress.num_copies

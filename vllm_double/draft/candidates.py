@@ -5,12 +5,12 @@ the heap are fields of the nodes: ``first_below`` leads down, ``next_beside`` as
 """
 
 from vllm_double.draft.arena import NONE, Records
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 
 __all__ = ["push", "remove"]
 
 
-@part
+@view_part
 def push(nodes: Records, requests: Records, node: int, key: float) -> None:
     """Make a node a candidate, which it is not yet."""
     nodes[node].key = key
@@ -20,7 +20,7 @@ def push(nodes: Records, requests: Records, node: int, key: float) -> None:
     request.best = _meld(nodes, request.best, node)
 
 
-@part
+@view_part
 def remove(nodes: Records, requests: Records, node: int) -> None:
     """Make a node a candidate no more."""
     nodes[node].is_candidate = False
@@ -39,7 +39,7 @@ def remove(nodes: Records, requests: Records, node: int) -> None:
     request.best = _meld(nodes, request.best, below)
 
 
-@part
+@view_part
 def _is_better(nodes: Records, one: int, other: int) -> bool:
     """Of equally probable nodes a parent comes before its children."""
     if nodes[one].key == nodes[other].key:
@@ -47,7 +47,7 @@ def _is_better(nodes: Records, one: int, other: int) -> bool:
     return nodes[one].key > nodes[other].key  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def _meld(nodes: Records, one: int, other: int) -> int:
     """The head of two heaps made one."""
     if one == NONE:
@@ -64,7 +64,7 @@ def _meld(nodes: Records, one: int, other: int) -> int:
     return one
 
 
-@part
+@view_part
 def _meld_below(nodes: Records, node: int) -> int:
     """The head of what is below a node: in pairs first, which keeps heaps flat."""
     one, pairs, head = nodes[node].first_below, NONE, NONE
@@ -85,6 +85,6 @@ def _meld_below(nodes: Records, node: int) -> int:
     return head
 
 
-@part
+@view_part
 def _detach(nodes: Records, node: int) -> None:
     nodes[node].next_beside = nodes[node].before = NONE

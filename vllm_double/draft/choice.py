@@ -8,7 +8,7 @@ from vllm_double.draft.arena import MAX_AHEAD, NONE, Arena, Forward
 from vllm_double.draft.branches import extend, hold
 from vllm_double.draft.candidates import push, remove
 from vllm_double.draft.request_tree import child_for, list_next, look_ahead, new_child
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 from vllm_double.retrieval.base import Found
 
 __all__ = ["add_node", "add_run", "begin", "note_found", "pick", "pick_again", "read_texts"]
@@ -88,7 +88,7 @@ def read_texts(arena: Arena, forward: Forward) -> int:
     return 0
 
 
-@part
+@view_part
 def add_run(forward: Forward, slot: int, branch: int, start: int) -> int:
     """A row of the batch without tokens."""
     index = forward.progress[0].num_runs
@@ -98,7 +98,7 @@ def add_run(forward: Forward, slot: int, branch: int, start: int) -> int:
     return index  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def add_node(arena: Arena, forward: Forward, run: int, branch: int, node: int) -> None:
     """At the end of a row. The node's key and value lie on the branch from the forward on."""
     hold(arena, branch, node)
@@ -113,7 +113,7 @@ def add_node(arena: Arena, forward: Forward, run: int, branch: int, node: int) -
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def _pick(arena: Arena, forward: Forward) -> None:
     """Pick the most probable candidates within the budget, and one at least of each request that nothing was read for yet."""
     nodes, requests, progress = arena.nodes, arena.requests, forward.progress[0]
@@ -142,7 +142,7 @@ def _pick(arena: Arena, forward: Forward) -> None:
         push(nodes, requests, node, nodes[node].log_prob)
 
 
-@part
+@view_part
 def _best(arena: Arena, min_log_prob: float, slot: int) -> bool:
     """Bring the best candidate that is worth a place in a forward to the head of the heap; False if there is none.
 
@@ -168,7 +168,7 @@ def _best(arena: Arena, min_log_prob: float, slot: int) -> bool:
     return False
 
 
-@part
+@view_part
 def _score(arena: Arena, min_log_prob: float, slot: int) -> None:
     request = arena.requests[slot]
     request.score = -math.inf
@@ -176,7 +176,7 @@ def _score(arena: Arena, min_log_prob: float, slot: int) -> None:
         request.score = arena.nodes[request.best].key - arena.nodes[request.root].log_prob
 
 
-@part
+@view_part
 def _pick_best(arena: Arena, forward: Forward, slot: int) -> bool:
     """Pick the request's best candidate; False if that comes too early."""
     nodes, progress = arena.nodes, forward.progress[0]
@@ -206,7 +206,7 @@ def _pick_best(arena: Arena, forward: Forward, slot: int) -> bool:
 # ---- what is retrieved ----------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def _ask(arena: Arena, forward: Forward, node: int, min_asked: float) -> None:
     """Ask the sources what follows a likely node, if nothing does yet, and what would is not too deep."""
     it, request, progress = arena.nodes[node], arena.requests[arena.nodes[node].slot], forward.progress[0]
@@ -242,7 +242,7 @@ def note_found(arena: Arena, forward: Forward, found: Found, min_belief: float) 
                 arena.ahead[node, place].log_prob = math.log(np.float64(found.beliefs[index, place]))
 
 
-@part
+@view_part
 def pick_again(arena: Arena, forward: Forward) -> None:
     """A Retrieval Forward (Double, 2601.05524): what was retrieved behind the picked nodes stands beside them as a candidate.
 

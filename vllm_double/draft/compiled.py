@@ -40,15 +40,17 @@ def steps() -> Steps:
     forward = make_forward(arena, 1, 1)
     numbers, tokens, floats = np.zeros(1, np.int32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
     return Steps(
-        machine_code(request_tree.admit, arena, 0),
-        machine_code(request_tree.adopt, arena, 0, numbers),
-        machine_code(request_tree.release, arena, 0),
-        machine_code(request_tree.commit, arena, forward, 0, 0, 0, numbers, numbers, floats[0]),
-        machine_code(choice.begin, arena, forward, 0),
-        machine_code(choice.read_texts, arena, forward),
-        machine_code(choice.pick, arena, forward, 0, 0.0, 0.0),
-        machine_code(choice.note_found, arena, forward, Found(numbers, tokens, floats), 0.0),
-        machine_code(batch.place, arena, forward),
-        machine_code(batch.expand, arena, forward, tokens, floats, floats, floats, np.zeros(1, NODE_DTYPE)),
-        machine_code(eviction.evict, arena, 0.0, 0, 0),
+        machine_code(request_tree.admit, arena, 0, counts_references=False),
+        machine_code(request_tree.adopt, arena, 0, numbers, counts_references=False),
+        machine_code(request_tree.release, arena, 0, counts_references=False),
+        machine_code(request_tree.commit, arena, forward, 0, 0, 0, numbers, numbers, floats[0], counts_references=False),
+        machine_code(choice.begin, arena, forward, 0, counts_references=False),
+        machine_code(choice.read_texts, arena, forward, counts_references=False),
+        machine_code(choice.pick, arena, forward, 0, 0.0, 0.0, counts_references=False),
+        machine_code(choice.note_found, arena, forward, Found(numbers, tokens, floats), 0.0, counts_references=False),
+        machine_code(batch.place, arena, forward, counts_references=False),
+        machine_code(
+            batch.expand, arena, forward, tokens, floats, floats, floats, np.zeros(1, NODE_DTYPE), counts_references=False
+        ),
+        machine_code(eviction.evict, arena, 0.0, 0, 0, counts_references=False),
     )

@@ -5,12 +5,12 @@ from vllm_double.draft.branches import truncate
 from vllm_double.draft.candidates import remove
 from vllm_double.draft.page_pool import num_available
 from vllm_double.draft.request_tree import free_node, list_next
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 
 __all__ = ["evict"]
 
 
-@part
+@view_part
 def _evict_leaf(arena: Arena, node: int) -> int:
     """Take a leaf out of its tree; its parent, which lists it again if it is computed."""
     nodes, parent, branch = arena.nodes, arena.nodes[node].parent, arena.nodes[node].branch
@@ -35,7 +35,7 @@ def _evict_leaf(arena: Arena, node: int) -> int:
     return parent  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def _worth(arena: Arena, node: int) -> float:
     """Log-probability of a leaf that may be evicted, from its root; 1.0 for all other nodes."""
     it = arena.nodes[node]

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 
 from vllm_double.draft.arena import NONE, PAGE, TOTALS, Records
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 
 __all__ = ["PagePool", "num_available", "page_key", "partition_key", "release_page", "share_page", "take_page"]
 
@@ -81,13 +81,13 @@ class PagePool:
         return self._keys[page] if self.pages["is_cached"][page] else None
 
 
-@part
+@view_part
 def num_available(totals: Records) -> int:
     """Pages that `take_page` can give."""
     return totals[0].num_free_pages + totals[0].num_evictable  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def take_page(pages: Records, totals: Records) -> int:
     """A page of the caller's own; there must be one. If none is free, the oldest one of the prefix cache is evicted."""
     if totals[0].num_free_pages > 0:
@@ -102,7 +102,7 @@ def take_page(pages: Records, totals: Records) -> int:
     return page  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def share_page(pages: Records, totals: Records, page: int) -> None:
     """Count one more holder of a page that is held or in the prefix cache."""
     if pages[page].holders == 0:
@@ -110,7 +110,7 @@ def share_page(pages: Records, totals: Records, page: int) -> None:
     pages[page].holders += 1
 
 
-@part
+@view_part
 def release_page(pages: Records, totals: Records, page: int) -> None:
     """Count one holder less. A page that nobody holds is free, or may be evicted if it is in the prefix cache."""
     pages[page].holders -= 1
@@ -131,7 +131,7 @@ def release_page(pages: Records, totals: Records, page: int) -> None:
     totals[0].num_evictable += 1
 
 
-@part
+@view_part
 def _unlink(pages: Records, totals: Records, page: int) -> None:
     """Take a page out of the list of those that may be evicted."""
     before, behind = pages[page].before, pages[page].next

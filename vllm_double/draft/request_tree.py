@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records
+from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records, integer
 from vllm_double.draft.branches import append_page, free_branch, let_go, make_trunk, new_branch, truncate
 from vllm_double.draft.candidates import push
 from vllm_double.draft.page_pool import share_page
-from vllm_double.jit import part
+from vllm_double.jit import view_part
 
 __all__ = [
     "MISFIT", "admit", "adopt", "child_for", "commit", "free_node", "list_next", "look_ahead", "may_go_on", "new_child",
@@ -22,14 +22,14 @@ MISFIT = -1
 # ---- nodes ----------------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def _mix(prefix_hash: np.uint64, token: int) -> np.uint64:
     """As `prefix_hash.mix`."""
     h = (prefix_hash ^ (np.uint64(token) + np.uint64(0x632BE59BD9B4E019))) * np.uint64(0xD6E8FEB86659FD93)
     return h ^ (h >> np.uint64(32))
 
 
-@part
+@view_part
 def _is_stop(arena: Arena, slot: int, token: int) -> bool:
     for index in range(arena.requests[slot].num_stops):  # noqa: SIM110 - numba knows no any()
         if arena.stops[slot, index] == token:
@@ -37,7 +37,7 @@ def _is_stop(arena: Arena, slot: int, token: int) -> bool:
     return False
 
 
-@part
+@view_part
 def child_for(nodes: Records, node: int, token: int) -> int:
     """The child for a token, or NONE."""
     child = nodes[node].first_child
@@ -46,14 +46,14 @@ def child_for(nodes: Records, node: int, token: int) -> int:
     return child  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def may_go_on(arena: Arena, node: int) -> bool:
     """Whether it is of use to know what follows the node."""
     slot, position, token = arena.nodes[node].slot, arena.nodes[node].position, arena.nodes[node].token
     return position + 1 < arena.requests[slot].max_length and not _is_stop(arena, slot, token)
 
 
-@part
+@view_part
 def _new_node(arena: Arena, slot: int, token: int, position: int) -> int:
     """NONE: no node is free."""
     totals, node = arena.totals[0], arena.totals[0].free_node
@@ -69,7 +69,7 @@ def _new_node(arena: Arena, slot: int, token: int, position: int) -> int:
     return node  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def new_child(arena: Arena, parent: int, token: int, log_prob: float) -> int:
     """A node behind another, with a log-probability given that one; NONE if none is free."""
     nodes = arena.nodes
@@ -82,7 +82,7 @@ def new_child(arena: Arena, parent: int, token: int, log_prob: float) -> int:
     return node
 
 
-@part
+@view_part
 def _child_of(arena: Arena, parent: int, token: int, log_prob: float) -> int:
     """The child for a token; made, with a log-probability given its parent, if there is none yet."""
     child = child_for(arena.nodes, parent, token)
@@ -93,7 +93,7 @@ def _child_of(arena: Arena, parent: int, token: int, log_prob: float) -> int:
     return child
 
 
-@part
+@view_part
 def list_next(arena: Arena, node: int) -> None:
     """Make a computed node stand for the next token of its list that may become a node."""
     nodes, slot = arena.nodes, arena.nodes[node].slot
@@ -108,7 +108,7 @@ def list_next(arena: Arena, node: int) -> None:
     nodes[node].next_listed = nodes[node].num_listed
 
 
-@part
+@view_part
 def look_ahead(arena: Arena, node: int) -> None:
     """Make the next token that was retrieved behind a node its child, and the others the child's."""
     nodes, ahead = arena.nodes, arena.ahead
@@ -128,7 +128,7 @@ def look_ahead(arena: Arena, node: int) -> None:
 # ---- how nodes go ---------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def free_node(arena: Arena, node: int, spared: int) -> None:
     """A node without children that no other leads to. ``spared``: a branch that is not freed."""
     nodes, totals = arena.nodes, arena.totals[0]
@@ -139,7 +139,7 @@ def free_node(arena: Arena, node: int, spared: int) -> None:
     totals.num_free_nodes += 1
 
 
-@part
+@view_part
 def _keep_below(arena: Arena, slot: int, new_root: int, spared: int) -> None:
     """Free all nodes but ``new_root`` (NONE: none is kept) and those behind it, which are the candidates again."""
     nodes, request = arena.nodes, arena.requests[slot]
@@ -160,7 +160,7 @@ def _keep_below(arena: Arena, slot: int, new_root: int, spared: int) -> None:
         _gather_candidates(arena, slot)
 
 
-@part
+@view_part
 def _gather_candidates(arena: Arena, slot: int) -> None:
     """All nodes that are not computed and may go on, and the computed ones for the next that the draft listed."""
     nodes, root = arena.nodes, arena.requests[slot].root
@@ -181,7 +181,7 @@ def _gather_candidates(arena: Arena, slot: int) -> None:
         node = nodes[node].next_sibling
 
 
-@part
+@view_part
 def _make_root(arena: Arena, slot: int) -> bool:
     """For the text's last token. False if no node is free."""
     request = arena.requests[slot]
@@ -196,7 +196,7 @@ def _make_root(arena: Arena, slot: int) -> bool:
 # ---- the text -------------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def _recompute_from(arena: Arena, slot: int, length: int) -> None:
     """Have the committed text read again from ``length`` on, and all of a page that is in the prefix cache."""
     request, size = arena.requests[slot], arena.limits[0].page_size
@@ -207,7 +207,7 @@ def _recompute_from(arena: Arena, slot: int, length: int) -> None:
     truncate(arena, request.trunk, request.num_cached)
 
 
-@part
+@view_part
 def _rewind(arena: Arena, slot: int, keep: int) -> None:
     """Back to so many tokens, the text at admission or more."""
     request = arena.requests[slot]
@@ -218,7 +218,7 @@ def _rewind(arena: Arena, slot: int, keep: int) -> None:
         request.hash = _mix(request.hash, arena.texts[slot, index])
 
 
-@part
+@view_part
 def _re_root(arena: Arena, forward: Forward, slot: int, tokens: Ints) -> int:
     """Follow the tokens down the tree, of which only what is behind them is kept; returns how many of them were foreseen."""
     nodes, request, lessons = arena.nodes, arena.requests[slot], forward.lessons
@@ -247,7 +247,7 @@ def _re_root(arena: Arena, forward: Forward, slot: int, tokens: Ints) -> int:
     return num_foreseen
 
 
-@part
+@view_part
 def _follow(arena: Arena, slot: int, chain: Ints, chain_probs: Floats) -> None:
     """Take note of the draft tokens that the target verifies, with a probability each given those before."""
     for token in chain:
@@ -311,7 +311,7 @@ def release(arena: Arena, slot: int) -> None:
     """Give back all nodes and pages, the text's too."""
     request = arena.requests[slot]
     _keep_below(arena, slot, NONE, request.trunk)
-    truncate(arena, request.trunk, np.int64(0))
+    truncate(arena, request.trunk, integer(0))
     free_branch(arena, request.trunk)
     request.is_live = False
 
@@ -321,7 +321,7 @@ def adopt(arena: Arena, slot: int, pages: Ints) -> None:
     request, size = arena.requests[slot], arena.limits[0].page_size
     truncate(arena, request.trunk, request.num_cached - request.num_cached % size)
     for index in range(len(pages)):
-        page = np.int64(pages[index])
+        page = integer(pages[index])
         share_page(arena.pages, arena.totals, page)
         append_page(arena, request.trunk, page)
     request.num_inserted = arena.branches[request.trunk].num_pages
