@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "up", "down", "stopped"]
 OnLine = Callable[[str], None]
 
+# Both together are less than vLLM's engine core waits for its workers to exit: 5 s.
 _STOP_S = 3.0
+_JOIN_S = 1.0
 _LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL)\b")
 
 _RAY_QUIET = {
@@ -126,13 +128,13 @@ class DraftSupervisor:
         return max(0, self.workers_up - 1)
 
     def stop(self) -> None:
-        """Ends the host and all its processes. Safe to call twice, and in a forked child."""
+        """Ends the host and all its processes; a slow end goes on without us. Safe to call twice, and in a forked child."""
         if os.getpid() != self._owner or self.state == "stopped":
             return
         self._stopping.set()
         if (host := self._host) is not None:
             host.stop(_STOP_S)
-        self._thread.join(2 * _STOP_S)
+        self._thread.join(_JOIN_S)
         self.state = "stopped"
         atexit.unregister(self.stop)
         self._finalizer.cancel()
