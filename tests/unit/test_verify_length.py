@@ -4,7 +4,7 @@ import random
 import numba
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_double.target import _choose_steps as choosing
@@ -121,6 +121,7 @@ def observe_use(requests, limits, num_committed, num_accepted):  # type: ignore[
     return steps.observe_use(requests[0], limits[0], num_committed, num_accepted)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=400))
 def test_the_draft_pauses_twice_as_long_each_time_until_it_is_of_use(rounds: list[tuple[int, int]]) -> None:
     """Against a slow twin that looks at all rounds since the last judgement."""
