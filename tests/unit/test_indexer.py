@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 
+from tests.references.automaton import check_context
 from tests.unit.test_guard import Guarded
 from tests.unit.test_proposer import PARAMS, Ticks
 from vllm_double.retrieval import ContextRetriever
@@ -110,4 +111,4 @@ def test_a_prompt_is_indexed_by_the_thread_alone() -> None:
     world.guarded.admit("r", np.tile(np.arange(100, dtype=np.int32), 20), PARAMS)
     assert indexed.wait(LONG_S)
     indexer.stop()
-    source.check_integrity()
+    check_context(source)

@@ -1,6 +1,7 @@
 """What sources believe of a sampled request, whose noise is known: the chance that a token is drawn."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ def know_noise(
     answers: Iterable[Found],
     is_sampled: npt.NDArray[np.bool_],
     seeds: npt.NDArray[np.int64],
-    positions: npt.NDArray[np.integer],
+    positions: npt.NDArray[Any],
 ) -> None:
     """Turn the beliefs of answers to queries of sampled requests into chances, in place: see `double_kernels.draw_chances`.
 
@@ -25,10 +26,10 @@ def know_noise(
     from double_kernels import draw_chances  # imports torch, which greedy requests do not need
 
     num = len(seeds)
-    seeds, positions = np.ascontiguousarray(seeds), np.ascontiguousarray(positions, np.int64)
+    seeds, places = np.ascontiguousarray(seeds), np.ascontiguousarray(positions, np.int64)
     for found in answers:
         lengths = np.where(is_sampled, found.lengths[:num], 0).astype(np.int32)
-        draw_chances(seeds, positions, found.tokens[:num], lengths, found.beliefs[:num])
+        draw_chances(seeds, places, found.tokens[:num], lengths, found.beliefs[:num])
 
 
 def warm_up() -> None:

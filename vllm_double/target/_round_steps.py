@@ -29,7 +29,7 @@ SLOT_BITS = 20
 """The low bits of a handle are the slot of its request."""
 DECAY = 0.98
 """Of a mean."""
-_RATE_WEIGHT = 0.02  # of a row's forward in the mean of tokens per forward
+_RATE_WEIGHT = 0.02  # of a row's forward in the mean of tokens per forward; the first ones count more
 _HEADER_WORDS = 6  # 32-bit words of a commit before its arrays: see `messages`
 
 
@@ -198,8 +198,10 @@ def commit(tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any
         counts.rows_without_drafts += len(verified) == 0
         _count_verified(tries, tally, slot, verified, num_accepted)
         batch = means.batch[0]
-        batch.tokens_per_row += _RATE_WEIGHT * (num_new - batch.tokens_per_row)
-        batch.chain_length += _RATE_WEIGHT * (len(verified) - batch.chain_length)
+        batch.num_rows += 1
+        weight = max(_RATE_WEIGHT, 1.0 / (1.0 + batch.num_rows))
+        batch.tokens_per_row += weight * (num_new - batch.tokens_per_row)
+        batch.chain_length += weight * (len(verified) - batch.chain_length)
         counts.draft_pauses += _judge_draft(tries, slot, session, len(verified), num_new, num_accepted)
         request.chain_length = 0
         if not request.use_drafts:

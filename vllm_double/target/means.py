@@ -12,7 +12,7 @@ from vllm_double.target.speculation_trie import Records
 __all__ = ["MEAN", "Means"]
 
 MEAN = np.dtype([("total", "f8"), ("weight", "f8")])
-_BATCH = np.dtype([("tokens_per_row", "f8"), ("chain_length", "f8")])
+_BATCH = np.dtype([("tokens_per_row", "f8"), ("chain_length", "f8"), ("num_rows", "i8")])
 
 
 class Means(NamedTuple):
@@ -29,12 +29,12 @@ class Means(NamedTuple):
     tokens_of_hit: Records
     """Of a forward whose outcome before was prepared."""
     batch: Records
-    """BATCH [1]: tokens that a row's forward gave lately, and draft tokens that it verified."""
+    """BATCH [1]: tokens that a row's forward gave lately, and draft tokens that it verified; and how many rows were counted."""
 
     @classmethod
     def empty(cls) -> Means:
         def mean(size: int) -> Records:
             return np.zeros(size, MEAN)
 
-        batch = np.array([(1.0, 0.0)], _BATCH)
+        batch = np.array([(1.0, 0.0, 0)], _BATCH)
         return cls(mean(NUM_TEMPERATURES), mean(NUM_TEMPERATURES), mean(1), mean(1), mean(1), mean(1), batch)

@@ -85,7 +85,7 @@ class Prospects(NamedTuple):
 
     def only(self, which: npt.NDArray[np.bool_]) -> Prospects:
         """Of some of the rows."""
-        return Prospects(*(array[which] for array in self))
+        return Prospects(self.accept_probs[which], self.acceptances[which], self.are_missed[which])
 
 
 class WaitRule:
@@ -143,7 +143,7 @@ class WaitRule:
 
     def rates(self, fixed: float, per_token: float, num_rows: int) -> Rates:
         """What the batch decodes, by what its forwards have given lately and take: see `StepCost.estimate`."""
-        tokens_per_row, chain_length = self.means.batch[0].item()
+        tokens_per_row, chain_length, _ = self.means.batch[0].item()
         seconds = fixed + per_token * num_rows * (1.0 + chain_length)
         return Rates(tokens_per_row * num_rows / seconds, per_token)
 
