@@ -242,6 +242,7 @@ def test_a_new_worker_gets_all_live_requests_and_drafts_come_back() -> None:
     for _ in range(6):
         world.step()
     assert world.proposer.counters.resynchronisations == 1
+    assert type(world.proposer.counters.resynchronisations) is int, "it goes into JSON"
     assert world.proposer.counters.accepted["draft"] > accepted
     assert world.texts["r"] == world.greedy([1, 5], len(world.texts["r"]))
 

@@ -48,7 +48,7 @@ def test_prepared_outcomes_are_hit_more_often_than_one_path() -> None:
     one = run(script, 16.0, num_tokens=300, children_per_node=1, nodes_per_iteration=1)
     full = run(script, 16.0, num_tokens=300)
     assert full.hit_rate > one.hit_rate + 0.15
-    assert full.speedup > 1.15 * one.speedup
+    assert full.speedup > 1.1 * one.speedup  # which waits more often
 
 
 def test_retrieval_of_repeated_text_makes_the_loop_faster() -> None:

@@ -96,7 +96,7 @@ class DraftLink:
             return
         self._admit_budget -= len(tokens)
         request = self._table.tries.requests[slot]
-        self._counters.resynchronisations += request["handle"] != 0
+        self._counters.resynchronisations += int(request["handle"] != 0)
         request["handle"] = handle = self._table.new_number(slot)
         chunk = _ADMIT_TOKENS_PER_COMMAND
         self._handles.add(handle)  # from now on the worker may know it
