@@ -1,10 +1,9 @@
-"""What the two sides cost without their models: a draft worker in another process's place, real logs, real retrieval.
+"""What one iteration of the drafting loop costs without its forward: commands, select, expand, publish, by real logs.
 
-    python -m benchmarks.proposer_bench
+    python -m benchmarks.iteration_bench
 
-Rows of results/proposer.csv: p50, p99 and maximum of one `propose` in microseconds, at batch 1 to 32, with texts that partly
-repeat; and the longest round while a 16k-token prompt is being admitted and indexed. Rows of results/iteration.csv: one
-iteration of the drafting loop (commands, select, expand, publish) without its forward, by the number of paths in the forward.
+Rows of results/iteration.csv, in microseconds, by the number of paths in the forward. The texts partly repeat, and the sources
+are asked. `benchmarks.round_bench` does the same for the target's side.
 """
 
 import argparse
@@ -68,10 +67,8 @@ class FastEngine(FakeEngine):
         return
 
 
-def measure(
-    batch: int, rounds: int, turns: int, long_prompt: int = 0, nodes_per_iteration: int = 8
-) -> tuple[list[float], list[float]]:
-    """Seconds of each round, and of the iterations with ``nodes_per_iteration`` paths without their forwards.
+def measure(batch: int, rounds: int, turns: int, nodes_per_iteration: int) -> list[float]:
+    """Seconds of the iterations with ``nodes_per_iteration`` paths without their forwards.
 
     The worker makes ``turns`` iterations between two rounds, as it would while the target verifies.
     """
@@ -86,7 +83,7 @@ def measure(
     for name, text in texts.items():
         proposer.admit(name, np.array(text, np.int32), PARAMS)
     chains: dict[str, list[int]] = {name: [] for name in texts}
-    seconds, iterations = [], []
+    iterations = []
     for number in range(rounds):
         for _ in range(turns):
             engine.num_rows = 0
@@ -105,18 +102,13 @@ def measure(
             verified = chains[name]
             text.extend(sampled)
             table.append(Row(name, np.array(text, np.int32), len(sampled), verified))
-        started = time.perf_counter()
-        if long_prompt and number % 20 == 10:
-            proposer.finish("long")
-            proposer.admit("long", np.array([rng.randrange(1, 3000) for _ in range(long_prompt)], np.int32), PARAMS)
-            started = time.perf_counter()  # making the prompt up is not ours
         found = proposer.propose(table)
-        seconds.append(time.perf_counter() - started)
+        proposer.index(4096)
         chains = dict(zip(texts, found, strict=True))
         if number == 50:
             gc.collect()
     end.close()
-    return seconds[50:], iterations[50:]
+    return iterations[50:]
 
 
 def quantiles(seconds: list[float]) -> dict[str, rows.Value]:
@@ -130,22 +122,15 @@ def main() -> None:
     """Appends one row per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=rows.RESULTS / "proposer.csv")
-    parser.add_argument("--iterations", type=Path, default=rows.RESULTS / "iteration.csv")
+    parser.add_argument("--output", type=Path, default=rows.RESULTS / "iteration.csv")
     options = parser.parse_args()
     gc.collect()
     gc.freeze()  # as the draft worker does
-    for batch, turns, long_prompt in ((1, 16, 0), (4, 12, 0), (32, 6, 0), (1, 16, 16384)):
-        seconds, _ = measure(batch, options.rounds, turns, long_prompt)
-        row: dict[str, rows.Value] = {"batch": batch, "long_prompt": long_prompt, "worker_turns": turns}
-        row |= quantiles(seconds)
-        print(row, flush=True)
-        rows.append(options.output, row | {"rounds": len(seconds)} | rows.provenance("benchmarks.proposer_bench"))
     for batch, turns, paths in ((2, 12, 16), (32, 12, 256)):
-        _, seconds = measure(batch, options.rounds // 4, turns, nodes_per_iteration=paths)
-        row = {"batch": batch, "paths": paths, "worker_turns": turns} | quantiles(seconds)
+        seconds = measure(batch, options.rounds // 4, turns, paths)
+        row: dict[str, rows.Value] = {"batch": batch, "paths": paths, "worker_turns": turns} | quantiles(seconds)
         print(row, flush=True)
-        rows.append(options.iterations, row | {"iterations": len(seconds)} | rows.provenance("benchmarks.proposer_bench"))
+        rows.append(options.output, row | {"iterations": len(seconds)} | rows.provenance("benchmarks.iteration_bench"))
 
 
 if __name__ == "__main__":
