@@ -31,9 +31,13 @@ def ask(llm: Any, drafts: bool = True) -> list[list[int]]:
 
 
 def descendants() -> list[Process]:
-    """Of this process, but for the one with which Python's multiprocessing follows segments for as long as this one runs."""
+    """Of this process, with the sessions of our hosts, whose guards have no parent; but for the one with which Python's
+    multiprocessing follows segments for as long as this one runs."""
     pids = {child.pid for child in psutil.Process().children(recursive=True)}
-    return [process for process in all_processes() if process.pid in pids and "resource_tracker" not in process.command]
+    everything = all_processes()
+    sessions = {process.session for process in everything if process.pid in pids and process.role == "host"}
+    ours = [process for process in everything if process.pid in pids or process.session in sessions]
+    return [process for process in ours if "resource_tracker" not in process.command]
 
 
 class TestTwoRanks:
