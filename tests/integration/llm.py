@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prometheus_client import REGISTRY
+
+from tests.chaos.chaos import Process, all_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "benchmarks/pair"
@@ -20,6 +23,21 @@ Texts = dict[str, list[list[int]]]
 def prompts(count: int) -> list[str]:
     lines = (PAIR / "prompts.jsonl").read_text().splitlines()
     return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+def descendants() -> list[Process]:
+    """Of this process, with the sessions of our hosts, whose guards have no parent; but for the one with which Python's
+    multiprocessing follows segments for as long as this one runs."""
+    pids = {child.pid for child in psutil.Process().children(recursive=True)}
+    everything = all_processes()
+    sessions = {process.session for process in everything if process.pid in pids and process.role == "host"}
+    ours = [process for process in everything if process.pid in pids or process.session in sessions]
+    return [process for process in ours if "resource_tracker" not in process.command]
+
+
+def draft_actors() -> list[Process]:
+    """Of engines of this process."""
+    return [process for process in descendants() if process.role == "actor"]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from tests.integration.llm import Texts, count, double, engine, generate, prompts
+from tests.integration.llm import Texts, count, double, draft_actors, engine, generate, prompts
 
 CORES = sorted(os.sched_getaffinity(0))[:2]
 
@@ -22,7 +22,7 @@ def test_texts_are_those_of_plain_vllm_and_the_ranks_draft(plain: Texts) -> None
     drafts = double(draft_tensor_parallel_size=2, double={"draft_cores": ",".join(map(str, CORES))})
     with engine(drafts, str(CORES[0])) as llm:
         children = psutil.Process().children(recursive=True)
-        assert len([child for child in children if child.name().startswith("ray::DraftActor")]) == 2
+        assert len(draft_actors()) == 2
         # Ranks that share their cores with the target spin in all-reduces while one of them has none: the target gives way.
         for child in children:
             if child.name().startswith("VLLM::"):

@@ -4,14 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.integration.llm import ask_sampled, double, engine, prompts, sample
+from tests.integration.llm import ask_sampled, double, draft_actors, engine, prompts, sample
 
 pytestmark = pytest.mark.integration
 
@@ -43,15 +41,6 @@ def test_requests_without_a_seed_get_seeds_of_their_own(llm: Any) -> None:
     assert len({tuple(one.token_ids) for one in output.outputs}) == 4
 
 
-def draft_actors() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it is gone, or waits for its parent
-            if "DraftActor" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
 @pytest.mark.skipif(version("vllm").startswith("0.31"), reason="once is enough: the draft worker is the same on all versions")
 def test_texts_stay_the_same_while_the_draft_is_killed_stopped_and_started_again(llm: Any) -> None:
     from vllm import SamplingParams
@@ -72,7 +61,7 @@ def test_texts_stay_the_same_while_the_draft_is_killed_stopped_and_started_again
             num_steps += 1
             if disturb and num_steps in (10, 20, 30):
                 for actor in draft_actors():
-                    actor.send_signal({10: signal.SIGSTOP, 20: signal.SIGCONT, 30: signal.SIGKILL}[num_steps])
+                    os.kill(actor.pid, {10: signal.SIGSTOP, 20: signal.SIGCONT, 30: signal.SIGKILL}[num_steps])
         return texts
 
     expected = run(disturb=False)

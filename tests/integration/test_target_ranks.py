@@ -5,11 +5,10 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.chaos.chaos import Process, all_processes, possessions, still_there, wait_for
-from tests.integration.llm import double, engine, generate, prompts, sample
+from tests.chaos.chaos import Process, possessions, still_there, wait_for
+from tests.integration.llm import descendants, double, draft_actors, engine, generate, prompts, sample
 
 CORES = sorted(os.sched_getaffinity(0))[:2]
 ON_V2 = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,16 +27,6 @@ def ask(llm: Any, drafts: bool = True) -> list[list[int]]:
     args = None if drafts else {"double": {"enabled": False}}
     settings = [SamplingParams(temperature=0, max_tokens=number, extra_args=args) for number in (12, 16, 24)] * 2
     return generate(llm, some, settings) + generate(llm, some[:1], settings[:1])
-
-
-def descendants() -> list[Process]:
-    """Of this process, with the sessions of our hosts, whose guards have no parent; but for the one with which Python's
-    multiprocessing follows segments for as long as this one runs."""
-    pids = {child.pid for child in psutil.Process().children(recursive=True)}
-    everything = all_processes()
-    sessions = {process.session for process in everything if process.pid in pids and process.role == "host"}
-    ours = [process for process in everything if process.pid in pids or process.session in sessions]
-    return [process for process in ours if "resource_tracker" not in process.command]
 
 
 class TestTwoRanks:
@@ -69,7 +58,7 @@ class TestTwoRanks:
     def test_one_rank_alone_has_a_draft(self, llm: Any) -> None:
         assert llm.collective_rpc("probe_runner") == [f"vllm.v1.worker.cpu{'.' if ON_V2 else '_'}model_runner"] * 2
         assert llm.collective_rpc("probe_proposes") == llm.collective_rpc("probe_launches") == [True, False]
-        assert len([process for process in descendants() if process.role == "actor"]) == 1
+        assert len(draft_actors()) == 1
 
     def test_texts_on_two_ranks_are_those_of_plain_vllm(self, llm: Any, plain: list[list[int]] | None) -> None:
         declined = ask(llm, drafts=False)
