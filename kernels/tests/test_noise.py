@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from double_kernels import gumbel_noise, sample_with_noise
+from double_kernels import draw_chances, gumbel_noise, sample_with_noise
 from double_kernels.sample_with_noise import sample_with_noise_reference
 from double_kernels.triton_noise import gumbel_noise_of, sample_with_noise_triton
 
@@ -210,3 +210,25 @@ def test_samples_follow_softmax(varied: str) -> None:
 def test_wrong_arguments_are_refused(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="must be"):
         sample_with_noise(logits, seeds, positions)
+
+
+def test_the_chance_to_be_drawn_is_that_of_the_largest_of_all_scores() -> None:
+    rng = np.random.default_rng(5)
+    seeds, positions = rng.integers(-(2**62), 2**62, 7), rng.integers(0, 2**31, 7)
+    tokens, lengths = rng.integers(0, 50_000, (7, 5)).astype(np.int32), np.array([5, 0, 3, 5, 1, 2, 5], np.int32)
+    probs = rng.random((7, 5)).astype(np.float32)
+    chances = probs.copy()
+    draw_chances(seeds, positions, tokens, lengths, chances)
+    noise = gumbel_noise(seeds[:, None], positions[:, None] + np.arange(5), tokens).astype(np.float64)
+    expected = np.exp((probs.astype(np.float64) - 1) / probs * np.exp(-noise))
+    counts = np.arange(5) < lengths[:, None]
+    np.testing.assert_allclose(chances[counts], expected[counts], rtol=1e-4, atol=1e-7)
+    assert (chances[~counts] == probs[~counts]).all()
+
+
+@pytest.mark.parametrize("prob", [0.05, 0.5, 0.9])
+def test_the_mean_chance_over_the_noise_is_the_probability(prob: float) -> None:
+    seeds = np.arange(20_000)
+    chances = np.full((20_000, 1), prob, np.float32)
+    draw_chances(seeds, np.full(20_000, 9), np.full((20_000, 1), 7, np.int32), np.ones(20_000, np.int32), chances)
+    assert abs(float(chances.mean()) - prob) < 0.01
