@@ -233,8 +233,8 @@ class Frontier:
         if num_queries := steps.pick(arena, forward, limits.nodes_per_iteration, math.log(limits.min_path_prob), min_asked):
             answers = self._lookups.ask(forward, num_queries)
             slots, tail_lengths = forward.queries.keys[:num_queries], forward.queries.tail_lengths[:num_queries]
-            requests = arena.requests[slots]
-            know_noise(answers, requests["is_sampled"], self._sampling["seed"][slots], requests["length"] + tail_lengths - 1)
+            is_sampled, lengths = arena.requests["is_sampled"][slots], arena.requests["length"][slots]
+            know_noise(answers, is_sampled, self._sampling["seed"][slots], lengths + tail_lengths - 1)
             for found in answers:
                 steps.note_found(arena, forward, found, _MIN_BELIEF)
         while steps.place(arena, forward):

@@ -139,7 +139,7 @@ def extend_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, pic
 def cut_chains(tries: Any, live: Any, chosen: Any, accept_probs: Any, fixed: float, per_token: float) -> None:
     """The chains of the chosen live rows: their paths as far as they pay beside those of all.
 
-    accept_probs: float64 [tokens of all paths] at least; fixed, per_token: see `verify_length.chain_lengths`.
+    accept_probs: float64 [tokens of all paths] at least; fixed, per_token: see `StepCost.estimate`.
     """
     num_tokens = 0
     for one in range(len(live.slots)):
