@@ -111,16 +111,18 @@ class Proposer:
         """What the draft has read so far is not found by requests that are admitted to it from now on."""
         self.link.reset_prefix_cache()
 
-    def reset(self) -> dict[str, RequestParams]:
-        """Drop the state of all live requests on both sides, sound or not; returns what they are. History stays."""
-        slots, params = self._slots, self.table.params
-        self._slots = {}
-        for slot in slots.values():
+    def reset(self) -> None:
+        """Drop the state of all live requests on both sides, sound or not. History stays."""
+        for slot in self._slots.values():
             self.lookups.drop(slot)
+        self._slots = {}
         self.table.clear()
         with suppress(Exception):
             self.link.release_all()
-        return {request_id: params[slot] for request_id, slot in slots.items()}
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request is live."""
+        return request_id in self._slots
 
     # ---- the round --------------------------------------------------------------------------------------------
 
