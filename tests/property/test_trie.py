@@ -73,7 +73,7 @@ class Arena:
         self.calls.commit(self.table.tries, self.tables, tally, self.means, rows, self.live, SESSION)
 
     def best_path(
-        self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None
+        self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None, floor: float = 0.0
     ) -> list[PathToken]:
         """found: (source, tokens, beliefs), which are inserted behind the root first."""
         found = found or []
@@ -87,7 +87,7 @@ class Arena:
         live.slots[0], live.rows[0], live.limits[0] = slot, 0, limit
         picked = np.zeros(1, np.int32)
         self.calls.find_paths(
-            self.table.tries, self.tables, self.search, self._rows(slot, 0).rows, live, picked, answers, sources
+            self.table.tries, self.tables, self.search, self._rows(slot, 0).rows, live, picked, floor, answers, sources
         )
         path = live.paths[0, : live.path_lengths[0]]
         return [PathToken(int(step["token"]), *step[["prob", "source", "accept_prob"]].item()) for step in path]

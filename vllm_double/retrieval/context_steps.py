@@ -127,6 +127,8 @@ def _lookup(arrays: Arrays, requests: Records, queries: Queries, found: Found, e
     for row in range(queries.keys.size):
         key = queries.keys[row]
         found.lengths[row] = 0
+        if queries.max_tokens[row] <= 0:
+            continue
         if requests[key].slot == NONE:
             continue
         automaton = arrays.automata[requests[key].slot]

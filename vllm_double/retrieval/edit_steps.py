@@ -259,6 +259,8 @@ def _lookup(
     for row in range(queries.keys.size):
         key = queries.keys[row]
         found.lengths[row] = 0
+        if queries.max_tokens[row] <= 0:
+            continue
         copying = edits.requests[key]
         if contexts[key].slot == NONE or copying.source == NONE:
             continue

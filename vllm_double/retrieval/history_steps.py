@@ -119,6 +119,8 @@ def _lookup(
     for row in range(queries.keys.size):
         key = queries.keys[row]
         found.lengths[row] = 0
+        if queries.max_tokens[row] <= 0:
+            continue
         if readers.requests[key].slot == NONE:
             continue
         own = arrays.automata[readers.requests[key].slot]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.jit import as_int, part
+from vllm_double.jit import as_int, view_part
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -65,14 +65,14 @@ def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
 # ---- commit ---------------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def observe(means: Any, index: int, value: float) -> None:
     """One more value of a decaying mean."""
     means[index].total = means[index].total * DECAY + value
     means[index].weight = means[index].weight * DECAY + 1.0
 
 
-@part
+@view_part
 def observe_use(request: Any, limits: Any, num_committed: int, num_accepted: int) -> bool:
     """So many tokens were committed, ``num_accepted`` of them from the draft; True if the draft pauses from now on.
 
@@ -96,7 +96,7 @@ def observe_use(request: Any, limits: Any, num_committed: int, num_accepted: int
     return True
 
 
-@part
+@view_part
 def _num_counting(tries: Any, request: Any, text: Any, known: int, num_sampled: int) -> int:
     """Sampled tokens can run past the end of the text: only the scheduler trims them. Here that end is found."""
     if request.finished:
@@ -108,7 +108,7 @@ def _num_counting(tries: Any, request: Any, text: Any, known: int, num_sampled: 
     return num_sampled
 
 
-@part
+@view_part
 def _count_verified(tries: Any, tally: Any, slot: int, verified: Any, num_accepted: int) -> None:
     """The scheduler may cut a chain, or schedule tokens that nobody proposed."""
     chain = tries.chains[slot]
@@ -120,7 +120,7 @@ def _count_verified(tries: Any, tally: Any, slot: int, verified: Any, num_accept
             tally.accepted[chain[place].source] += 1
 
 
-@part
+@view_part
 def _judge_draft(tries: Any, slot: int, session: Any, num_verified: int, num_new: int, num_accepted: int) -> bool:
     """The draft is judged by what was verified while it was there to draft; True if it pauses from now on.
 
@@ -139,7 +139,7 @@ def _judge_draft(tries: Any, slot: int, session: Any, num_verified: int, num_new
     return pauses  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def _walk(tries: Any, tables: Any, counts: Any, means: Any, slot: int, text: Any, known: int, num_new: int) -> None:
     """Move the root by the new tokens; every token that was said about them is an example for the calibration."""
     request = tries.requests[slot]
@@ -231,7 +231,7 @@ def commit(tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any
     return num_live, num_grown, num_ended
 
 
-@part
+@view_part
 def _observe_forward(means: Any, request: Any, num_verified: int, num_new: int, is_hit: bool) -> None:
     """A row's forward: what it gave, and whether its outcome was prepared."""
     if not request.missed:

@@ -25,6 +25,7 @@ from vllm_double.target.round_calls import calls
 from vllm_double.target.speculation_trie import Search
 from vllm_double.target.stats import Counters
 from vllm_double.target.step_cost import StepCost
+from vllm_double.target.verify_length import least_threshold
 from vllm_double.target.waiting import Prospects, Rates, Waiting
 from vllm_double.transport.base import TargetEnd
 
@@ -67,7 +68,6 @@ class Proposer:
         """For so many rows, and so many sampled tokens in all."""
         self._room = Live.empty(num_rows, self.table.max_chain, num_new)
         self._everyone = np.arange(num_rows, dtype=np.int32)
-        self._accept_probs = np.zeros(num_rows * self.table.max_chain)
 
     # ---- lifecycle --------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Proposer:
         if not len(picked):
             return
         lookups, slots = self.lookups, live.slots[picked]
-        given = self.table.tries, self.calibration.tables, self._search, batch.rows, live, picked
+        given = self.table.tries, self.calibration.tables, self._search, batch.rows, live, picked, self._floor(live)
         num = len(picked)
         found = lookups.ask(slots, live.limits[picked])
         self._know_noise(found, slots, 0)
@@ -201,6 +201,10 @@ class Proposer:
         found = lookups.ask_behind(queries)
         self._know_noise(found, slots, queries.tail_lengths)
         self._calls.extend_paths(*given, found, lookups.indices)
+
+    def _floor(self, live: Live) -> float:
+        """No token with a lower probability to be accepted will be verified: see `verify_length.least_threshold`."""
+        return least_threshold(len(live.slots), *self.step_cost.estimate())
 
     def _know_noise(self, found: Found, slots: Ints, tail_lengths: Ints | int) -> None:
         """What was found behind texts and tails, with the noise that sampled requests draw with."""
@@ -212,7 +216,7 @@ class Proposer:
 
     def _choose(self, batch: Batch, live: Live, chosen: Ints) -> None:
         """Cut the paths of the chosen live rows, as long as they pay beside those of all, and send them to the worker."""
-        self._calls.cut_chains(self.table.tries, live, chosen, self._accept_probs, *self.step_cost.estimate())
+        self._calls.cut_chains(self.table.tries, live, chosen, *self.step_cost.estimate())
         self.link.send_commits(batch, live.rows[chosen], live.slots[chosen])
 
     def _chains(self, num_rows: int, live: Live) -> list[list[int]]:
@@ -266,12 +270,12 @@ class Proposer:
         tries, slots = self.table.tries, live.slots[awaited]
         tries.requests["waited"][slots] = tries.requests["missed"][slots]
         self.link.send_commits(batch, live.rows[awaited], slots, waits=True)
-        found, no_sources = self.lookups.found, self.lookups.indices[:0]
+        found, no_sources, floor = self.lookups.found, self.lookups.indices[:0], self._floor(live)
 
         def look() -> tuple[int, Prospects]:
             self._drain()
             self._calls.find_paths(
-                tries, self.calibration.tables, self._search, batch.rows, live, awaited, found, no_sources
+                tries, self.calibration.tables, self._search, batch.rows, live, awaited, floor, found, no_sources
             )  # fmt: skip
             return int(live.path_lengths[awaited].sum()), self._prospects(live, awaited)
 
