@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.references.trie import Edge, PathToken, TwinCalibration, TwinTrie
 from vllm_double.prefix_hash import mix, seed
 from vllm_double.retrieval.base import Found
+from vllm_double.retrieval.bundle import Indexes
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import NUM_BUCKETS, Tables
 from vllm_double.target.means import Means
@@ -70,7 +71,7 @@ class Arena:
         self.texts[slot].extend(tokens)
         rows = self._rows(slot, len(tokens)).rows
         tally = self.counters.tally
-        self.calls.commit(self.table.tries, self.tables, tally, self.means, rows, self.live, SESSION)
+        self.calls.commit(self.table.tries, self.tables, tally, self.means, rows, self.live, SESSION, Indexes.empty())
 
     def best_path(
         self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None, floor: float = 0.0

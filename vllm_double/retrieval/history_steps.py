@@ -64,7 +64,7 @@ class Past(NamedTuple):
         return cls(np.zeros(num_tenants, TENANT), np.zeros((num_tenants, MAX_GENERATIONS), np.int32))
 
 
-def _extend(arrays: Arrays, readers: Readers, keys: Ints, tokens: Tokens, starts: Ints) -> int:
+def extend(arrays: Arrays, readers: Readers, keys: Ints, tokens: Tokens, starts: Ints) -> int:
     """Append to texts, and leave room for a separator. If not NONE is returned, nothing was done: see `unready_row`."""
     unready = unready_row(arrays, readers.requests, keys, starts, 1)
     if unready != NONE:
@@ -109,7 +109,7 @@ def _follow(index: Index, automaton: Record, text: Ints, cursor: Record) -> None
     cursor.length = length
 
 
-def _lookup(
+def look_up(
     arrays: Arrays, readers: Readers, past: Past, queries: Queries, found: Found, evidence: Records
 ) -> int:  # fmt: skip
     """Answer all queries; see `HistoryRetriever`. Returns the row of an unknown key, or NONE."""
@@ -162,7 +162,7 @@ def history_steps() -> HistorySteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     arrays, readers, tokens = Arena(0).arrays, Readers.empty(0), np.zeros(0, np.int32)
     return HistorySteps(
-        machine_code(_extend, arrays, readers, tokens, tokens, tokens, counts_references=False),
+        machine_code(extend, arrays, readers, tokens, tokens, tokens, counts_references=False),
         machine_code(_index, arrays, 0, 0, 0, 0, releases_gil=True, counts_references=False),
-        machine_code(_lookup, arrays, readers, Past.empty(0), *EXAMPLES, counts_references=False),
+        machine_code(look_up, arrays, readers, Past.empty(0), *EXAMPLES, counts_references=False),
     )

@@ -7,6 +7,8 @@
 from typing import Any
 
 from vllm_double.jit import as_int, view_part
+from vllm_double.retrieval.base import Queries
+from vllm_double.retrieval.bundle import look_up
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -69,13 +71,21 @@ def _copy_end(rows: Any, row: int, num_tokens: int, recent: Any) -> int:
     return end - start  # type: ignore[no-any-return]
 
 
+def ask(live: Any, picked: Any) -> None:
+    """What to ask of the sources about the picked live rows: what follows their texts."""
+    for index in range(len(picked)):
+        one = picked[index]
+        live.keys[index], live.tail_lengths[index], live.tail_limits[index] = live.slots[one], 0, live.limits[one]
+
+
 def find_paths(
     tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any, sources: Any
 ) -> None:  # fmt: skip
     """The best paths of the picked live rows, with what was found behind their texts inserted; and what to ask for behind them.
 
-    floor: see `verify_length.least_threshold`. found: Founds [sources, picked]; sources: their indices. Written: ``live.paths``, ``path_lengths``; for those paths that may
-    go on ``tails``, ``tail_lengths`` and ``tail_limits`` (0: nothing is to be asked), in the order of ``picked``.
+    floor: see `verify_length.least_threshold`. found: Founds [sources, picked]; sources: their indices. Written: ``live.paths``,
+    ``path_lengths``; for those paths that may go on ``tails``, ``tail_lengths`` and ``tail_limits`` (0: nothing is to be asked),
+    in the order of ``picked``.
     """
     num_place = tries.limits[0].place_tokens
     for index in range(len(picked)):
@@ -91,6 +101,8 @@ def find_paths(
         path = live.paths[one]
         length = best_path(tries, tables.curve[DRAFT, request.temperature], slot, limit, floor, search.stack, search.ways,
                            path)  # fmt: skip
+        if length == 0:
+            request.missed = True
         live.path_lengths[one] = length
         live.tail_lengths[index] = length
         live.tail_limits[index] = limit - length if length > 0 and path[length - 1].accept_prob > floor else 0
@@ -143,16 +155,37 @@ def extend_paths(
                 break
 
 
-def cut_chains(tries: Any, live: Any, chosen: Any, fixed: float, per_token: float) -> None:
+_ask, _find, _extend = view_part(ask), view_part(find_paths), view_part(extend_paths)
+
+
+def find_whole_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any,
+                     sources: Any, indexes: Any) -> int:  # fmt: skip
+    """All of that in one call, if all sources are in the bundle. Returns the row of a request that these do not know, or NONE."""
+    num = len(picked)
+    _ask(live, picked)
+    queries = Queries(live.keys[:num], live.tails, live.tail_lengths, live.tail_limits)
+    unknown = look_up(indexes, queries, found)
+    if unknown == NONE:
+        _find(tries, tables, search, rows, live, picked, floor, found, sources)
+        unknown = look_up(indexes, queries, found)
+    if unknown == NONE:
+        _extend(tries, tables, search, rows, live, picked, floor, found, sources)
+    return unknown
+
+
+def cut_chains(tries: Any, tally: Any, live: Any, chosen: Any, fixed: float, per_token: float) -> None:
     """The chains of the chosen live rows: their paths as far as they pay beside those of all. See `StepCost.estimate`."""
+    counts = tally.counts[0]
     threshold = pay_threshold(live.paths, live.path_lengths, len(live.slots), fixed, per_token)
     for index in range(len(chosen)):
         one = chosen[index]
         slot, length = live.slots[one], 0
         while length < live.path_lengths[one] and live.paths[one, length].accept_prob > threshold:
             tries.chains[slot, length] = live.paths[one, length]
+            counts.expected_tokens += live.paths[one, length].accept_prob
             length += 1
         tries.requests[slot].chain_length = length
+        counts.proposed_tokens += length
 
 
 @view_part
@@ -173,18 +206,3 @@ def pay_threshold(paths: Any, path_lengths: Any, num_rows: int, fixed: float, pe
         if price <= threshold:
             return threshold
         threshold = price
-
-
-def count_proposed(tries: Any, tally: Any, live: Any) -> None:
-    """Count the chains of all live rows, and the nodes that had to go for lack of room."""
-    counts = tally.counts[0]
-    counts.nodes_evicted += tries.pool[0].nodes_evicted
-    tries.pool[0].nodes_evicted = 0
-    for one in range(len(live.slots)):
-        slot = live.slots[one]
-        length = tries.requests[slot].chain_length
-        counts.proposed_tokens += length
-        expected = 0.0
-        for place in range(length):
-            expected += tries.chains[slot, place].accept_prob
-        counts.expected_tokens += expected

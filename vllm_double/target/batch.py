@@ -98,6 +98,8 @@ class Live(NamedTuple):
     slots: Ints
     rows: Ints
     """Which row of the batch."""
+    keys: Ints
+    """Slots of the rows that the sources are asked about."""
     limits: Ints
     """Most tokens of its chain."""
     paths: Records
@@ -125,7 +127,7 @@ class Live(NamedTuple):
 
         n = num_rows
         return cls(
-            slots=ints(n), rows=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN), path_lengths=ints(n),
+            slots=ints(n), rows=ints(n), keys=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN), path_lengths=ints(n),
             tails=ints(n, max_chain), tail_lengths=ints(n), tail_limits=ints(n), grown_slots=ints(n), new_tokens=ints(num_new),
             new_starts=ints(n + 1), ended=ints(n), ended_slots=ints(n), ends=ints(n),
         )  # fmt: skip

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.known_noise import know_noise
+from vllm_double.target._round_steps import NO_ROOM
 from vllm_double.target._trie_steps import NONE
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Calibration
@@ -152,7 +153,6 @@ class Proposer:
         self._choose(batch, live, np.setdiff1d(everyone, awaited) if len(awaited) else everyone)
         if len(awaited):
             waited = yield from self._wait(batch, live, awaited)
-        self._calls.count_proposed(self.table.tries, self.counters.tally, live)
         chains = self._chains(len(batch.request_ids), live)
         self.counters.proposed(self._clock() - started - waited)
         return chains
@@ -170,53 +170,54 @@ class Proposer:
 
     def _commit(self, batch: Batch) -> Live:
         """Take in what was sampled; returns the rows that want drafts."""
-        rows, tries = batch.rows, self.table.tries
+        rows, num_rows = batch.rows, len(batch.request_ids)
         rows.slots[:] = [self._slots.get(request_id, NONE) for request_id in batch.request_ids]
-        row = NONE
-        while (row := self._calls.first_rewound(tries, rows, row + 1)) != NONE:
-            self._rewind(int(rows.slots[row]), batch.text(row)[: rows.lengths[row] - rows.num_sampled[row]])
-        num_new = int(rows.num_sampled.sum())
-        if len(rows.slots) > len(self._room.slots) or num_new > len(self._room.new_tokens):
-            self._make_room(2 * len(rows.slots), 2 * num_new)
-        room = self._room
-        num_live, num_grown, num_ended = self._calls.commit(
-            tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, room, self.link.session
-        )
-        self.lookups.extend(room.grown_slots[:num_grown], room.new_tokens, room.new_starts[: num_grown + 1])
+        indexes, status = self.lookups.bundle.indexes(), 0
+        while True:
+            room = self._room
+            status, num_live, num_grown, num_ended, num_told = self._calls.commit(
+                self.table.tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, room,
+                self.link.session, indexes,
+            )  # fmt: skip
+            if status == NONE:
+                break
+            if status == NO_ROOM:
+                self._make_room(2 * num_rows, 2 * int(rows.num_sampled.sum()))
+            else:
+                self._rewind(int(rows.slots[status]), batch.text(status)[: rows.lengths[status] - rows.num_sampled[status]])
+                indexes = self.lookups.bundle.indexes()
+        self.lookups.extend(room.grown_slots[:num_grown], room.new_tokens, room.new_starts[: num_grown + 1], num_told)
         if num_ended:
-            self.link.send_ends(batch, room.ended[:num_ended], room.ended_slots[:num_ended], room.ends[:num_ended])
+            self.link.send_ends(batch, room.ended[:num_ended], room.ended_slots[:num_ended], room.ends)
         return room._replace(slots=room.slots[:num_live], rows=room.rows[:num_live])
 
     def _find_paths(self, batch: Batch, live: Live, picked: Ints) -> None:
         """The best paths of the picked live rows, with what the sources know behind their texts and behind these paths."""
-        if not len(picked):
+        lookups, requests, num = self.lookups, self.table.tries.requests, len(picked)
+        if not num:
             return
-        lookups, slots = self.lookups, live.slots[picked]
+        lookups.make_room(num)
         given = self.table.tries, self.calibration.tables, self._search, batch.rows, live, picked, self._floor(live)
-        num = len(picked)
-        found = lookups.ask(slots, live.limits[picked])
-        self._know_noise(found, slots, 0)
-        self._calls.find_paths(*given, found, lookups.indices)
-        queries = Queries(slots, live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])
-        found = lookups.ask_behind(queries)
-        self._know_noise(found, slots, queries.tail_lengths)
-        self._calls.extend_paths(*given, found, lookups.indices)
+        is_sampled = requests["temperature"][live.slots[picked]] > 0
+        if lookups.are_bundled and not is_sampled.any():
+            unknown = self._calls.find_whole_paths(*given, lookups.found, lookups.indices, lookups.bundle.indexes())
+            assert unknown == NONE
+            return
+        self._calls.ask(live, picked)
+        queries = Queries(live.keys[:num], live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])
+        for take in (self._calls.find_paths, self._calls.extend_paths):
+            found = lookups.ask(queries)
+            positions = requests["length"][queries.keys] + queries.tail_lengths - 1
+            know_noise(map(Found, *found), is_sampled, requests["seed"][queries.keys], positions)
+            take(*given, found, lookups.indices)
 
     def _floor(self, live: Live) -> float:
         """No token with a lower probability to be accepted will be verified: see `verify_length.least_threshold`."""
         return least_threshold(len(live.slots), *self.step_cost.estimate())
 
-    def _know_noise(self, found: Found, slots: Ints, tail_lengths: Ints | int) -> None:
-        """What was found behind texts and tails, with the noise that sampled requests draw with."""
-        requests = self.table.tries.requests
-        is_sampled = requests["temperature"][slots] > 0
-        if is_sampled.any():
-            positions = requests["length"][slots] + tail_lengths - 1
-            know_noise(map(Found, *found), is_sampled, requests["seed"][slots], positions)
-
     def _choose(self, batch: Batch, live: Live, chosen: Ints) -> None:
         """Cut the paths of the chosen live rows, as long as they pay beside those of all, and send them to the worker."""
-        self._calls.cut_chains(self.table.tries, live, chosen, *self.step_cost.estimate())
+        self._calls.cut_chains(self.table.tries, self.counters.tally, live, chosen, *self.step_cost.estimate())
         self.link.send_commits(batch, live.rows[chosen], live.slots[chosen])
 
     def _chains(self, num_rows: int, live: Live) -> list[list[int]]:
@@ -247,11 +248,9 @@ class Proposer:
     def _awaited(self, live: Live, everyone: Ints) -> Ints:
         """The live rows for whose next draft tokens the target waits: all to which one is worth its verification, or none."""
         nobody = everyone[:0]
-        lengths, slots = live.path_lengths[: len(everyone)], live.slots
-        requests = self.table.tries.requests
-        requests["missed"][slots[lengths == 0]] = True
         if not self._may_wait or not len(everyone) or not self.waiting.is_prompt():
             return nobody
+        lengths, slots, requests = live.path_lengths[: len(everyone)], live.slots, self.table.tries.requests
         known = requests[["session", "has_drafted", "pause"]][slots]
         may_draft = (known["session"] != 0) & (known["session"] == self.link.session) & known["has_drafted"]
         awaited = everyone[may_draft & (known["pause"] == 0) & (lengths < live.limits[: len(everyone)])]
