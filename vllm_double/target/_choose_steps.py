@@ -176,7 +176,7 @@ def find_whole_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any,
 def cut_chains(tries: Any, tally: Any, live: Any, chosen: Any, fixed: float, per_token: float) -> None:
     """The chains of the chosen live rows: their paths as far as they pay beside those of all. See `StepCost.estimate`."""
     counts = tally.counts[0]
-    threshold = pay_threshold(live.paths, live.path_lengths, len(live.slots), fixed, per_token)
+    threshold = pay_threshold(live.paths, live.path_lengths, live.summary[0], fixed, per_token)
     for index in range(len(chosen)):
         one = chosen[index]
         slot, length = live.slots[one], 0

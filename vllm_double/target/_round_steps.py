@@ -178,21 +178,20 @@ def _walk(tries: Any, tables: Any, counts: Any, means: Any, slot: int, text: Any
 
 def commit(
     tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any, session: Any, indexes: Any
-) -> tuple[int, int, int, int, int]:  # fmt: skip
+) -> int:  # fmt: skip
     """Take in what was sampled, and let the sources of the bundle know.
 
-    Returns NONE, how many rows want drafts, how many texts went on, how many of these have ended, and how many sources know. If
-    nothing was done, the first is NO_ROOM (in ``live``), or the first row whose text is not what was committed last.
+    Returns NONE, or why nothing was done: NO_ROOM in ``live``, or the first row whose text is not what was committed last.
 
-    Rows of unknown requests have slot NONE. Written into ``live``: of the rows that want drafts ``rows``, ``slots`` and
-    ``limits`` (of their chains); of the texts that went on ``grown_slots`` and, flat, ``new_tokens`` with ``new_starts``; of
-    those that ended ``ended``, ``ended_slots`` and, by row of the batch, ``ends``.
+    Rows of unknown requests have slot NONE. Written into ``live``: the ``summary``; of the rows that want drafts ``rows``,
+    ``slots`` and ``limits`` (of their chains); of the texts that went on ``grown_slots`` and, flat, ``new_tokens`` with
+    ``new_starts``; of those that ended ``ended``, ``ended_slots`` and, by row of the batch, ``ends``.
     """
     status = _unready(tries, rows, live)
     if status != NONE:
-        return status, 0, 0, 0, 0
+        return status
     counts = tally.counts[0]
-    num_live = num_grown = num_ended = num_tokens = 0
+    num_live = num_sampled_rows = num_grown = num_ended = num_tokens = 0
     live.new_starts[0] = 0
     for row in range(len(rows.slots)):
         slot, num_sampled = rows.slots[row], as_int(rows.num_sampled[row])
@@ -238,10 +237,13 @@ def commit(
         live.rows[num_live], live.slots[num_live] = row, slot
         live.limits[num_live] = min(tries.chains.shape[1], max(request.max_length - request.length - 1, 0))
         num_live += 1
+        num_sampled_rows += request.temperature > 0
     counts.nodes_evicted += tries.pool[0].nodes_evicted
     tries.pool[0].nodes_evicted = 0
     num_told = extend(indexes, live.grown_slots[:num_grown], live.new_tokens, live.new_starts[: num_grown + 1])
-    return NONE, num_live, num_grown, num_ended, num_told
+    summary = live.summary
+    summary[0], summary[1], summary[2], summary[3], summary[4] = num_live, num_sampled_rows, num_grown, num_ended, num_told
+    return NONE
 
 
 @view_part

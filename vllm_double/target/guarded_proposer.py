@@ -167,10 +167,10 @@ class GuardedProposer:
 
     def _judge(self) -> None:
         """Open the breaker where the last rounds would have been faster without drafts."""
+        if self.counters.rounds - self._judged[0] < _JUDGED_ROUNDS:
+            return
         totals = self._totals()
         rounds, rows, committed, proposed, seconds = (now - before for now, before in zip(totals, self._judged, strict=True))
-        if rounds < _JUDGED_ROUNDS:
-            return
         self._judged = totals
         if rows and speed_up(rounds, rows, committed, proposed, seconds, *self.step_cost.estimate()) < _LEAST_SPEED_UP:
             self.counters.losses += 1

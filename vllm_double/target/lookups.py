@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from vllm_double.retrieval.base import Found, Queries, Source, Tokens
 from vllm_double.retrieval.bundle import Bundle
+from vllm_double.target.batch import Live
 
 __all__ = ["Lookups"]
 
@@ -61,11 +62,11 @@ class Lookups:
         self._num_waiting = max(0, self._num_waiting - budget_tokens)
         return self._num_waiting > 0
 
-    def extend(self, slots: Ints, tokens: Ints, starts: Ints, num_told: int) -> None:
-        """Texts go on with ``tokens[starts[i] : starts[i + 1]]``; num_told: the first sources know."""
+    def extend(self, live: Live, num_grown: int, num_told: int) -> None:
+        """Texts have grown; so many sources know it."""
         self._num_waiting = max(self._num_waiting, _HOUSEKEEPING_TOKENS)
         for source in self.sources[num_told:]:
-            source.extend_many(slots, tokens, starts)
+            source.extend_many(live.grown_slots[:num_grown], live.new_tokens, live.new_starts[: num_grown + 1])
 
     @property
     def are_bundled(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.known_noise import know_noise
 from vllm_double.target._round_steps import NO_ROOM
 from vllm_double.target._trie_steps import NONE
-from vllm_double.target.batch import Batch, Live, Row
+from vllm_double.target.batch import Batch, Live, Row, Summary
 from vllm_double.target.calibration import Calibration
 from vllm_double.target.draft_link import DraftLink
 from vllm_double.target.lookups import Lookups
@@ -37,6 +38,21 @@ Ints = npt.NDArray[np.int32]
 
 def _no_nap() -> None:
     """Look again at once."""
+
+
+class _Round(NamedTuple):
+    """What holds during one round. fixed_s, token_s: of a target step, see `StepCost.estimate`."""
+
+    batch: Batch
+    live: Live
+    summary: Summary
+    fixed_s: float
+    token_s: float
+
+    @property
+    def floor(self) -> float:
+        """No token with a lower probability to be accepted will be verified."""
+        return least_threshold(self.summary.num_live, self.fixed_s, self.token_s)
 
 
 class Proposer:
@@ -67,7 +83,7 @@ class Proposer:
 
     def _make_room(self, num_rows: int, num_new: int) -> None:
         """For so many rows, and so many sampled tokens in all."""
-        self._room = Live.empty(num_rows, self.table.max_chain, num_new)
+        self._live = Live.empty(num_rows, self.table.max_chain, num_new)
         self._everyone = np.arange(num_rows, dtype=np.int32)
 
     # ---- lifecycle --------------------------------------------------------------------------------------------
@@ -146,14 +162,14 @@ class Proposer:
         self.link.begin_round()
         self._drain()
         self.link.flush()
-        live = self._commit(batch)
-        everyone = self._everyone[: len(live.slots)]
-        self._find_paths(batch, live, everyone)
-        awaited = self._awaited(live, everyone)
-        self._choose(batch, live, np.setdiff1d(everyone, awaited) if len(awaited) else everyone)
+        now = self._commit(batch)
+        everyone = self._everyone[: now.summary.num_live]
+        self._find_paths(now, everyone)
+        awaited = self._awaited(now, everyone)
+        self._choose(now, np.setdiff1d(everyone, awaited) if len(awaited) else everyone)
         if len(awaited):
-            waited = yield from self._wait(batch, live, awaited)
-        chains = self._chains(len(batch.request_ids), live)
+            waited = yield from self._wait(now, awaited)
+        chains = self._chains(now)
         self.counters.proposed(self._clock() - started - waited)
         return chains
 
@@ -168,64 +184,61 @@ class Proposer:
         for nodes in self.link.receive():
             self._calls.file_nodes(self.table.tries, self.counters.tally, nodes)
 
-    def _commit(self, batch: Batch) -> Live:
-        """Take in what was sampled; returns the rows that want drafts."""
-        rows, num_rows = batch.rows, len(batch.request_ids)
+    def _commit(self, batch: Batch) -> _Round:
+        """Take in what was sampled."""
+        rows, lookups = batch.rows, self.lookups
         rows.slots[:] = [self._slots.get(request_id, NONE) for request_id in batch.request_ids]
-        indexes, status = self.lookups.bundle.indexes(), 0
         while True:
-            room = self._room
-            status, num_live, num_grown, num_ended, num_told = self._calls.commit(
-                self.table.tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, room,
-                self.link.session, indexes,
+            live = self._live
+            status = self._calls.commit(
+                self.table.tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, live,
+                self.link.session, lookups.bundle.indexes(),
             )  # fmt: skip
             if status == NONE:
                 break
             if status == NO_ROOM:
-                self._make_room(2 * num_rows, 2 * int(rows.num_sampled.sum()))
+                self._make_room(2 * len(rows.slots), 2 * int(rows.num_sampled.sum()))
             else:
                 self._rewind(int(rows.slots[status]), batch.text(status)[: rows.lengths[status] - rows.num_sampled[status]])
-                indexes = self.lookups.bundle.indexes()
-        self.lookups.extend(room.grown_slots[:num_grown], room.new_tokens, room.new_starts[: num_grown + 1], num_told)
-        if num_ended:
-            self.link.send_ends(batch, room.ended[:num_ended], room.ended_slots[:num_ended], room.ends)
-        return room._replace(slots=room.slots[:num_live], rows=room.rows[:num_live])
+        summary = Summary(*live.summary.tolist())
+        lookups.extend(live, summary.num_grown, summary.num_told)
+        if summary.num_ended:
+            self.link.send_ends(batch, live.ended[: summary.num_ended], live.ended_slots[: summary.num_ended], live.ends)
+        return _Round(batch, live, summary, *self.step_cost.estimate())
 
-    def _find_paths(self, batch: Batch, live: Live, picked: Ints) -> None:
+    def _find_paths(self, now: _Round, picked: Ints) -> None:
         """The best paths of the picked live rows, with what the sources know behind their texts and behind these paths."""
-        lookups, requests, num = self.lookups, self.table.tries.requests, len(picked)
+        lookups, live, num = self.lookups, now.live, len(picked)
         if not num:
             return
         lookups.make_room(num)
-        given = self.table.tries, self.calibration.tables, self._search, batch.rows, live, picked, self._floor(live)
-        is_sampled = requests["temperature"][live.slots[picked]] > 0
-        if lookups.are_bundled and not is_sampled.any():
+        given = self.table.tries, self.calibration.tables, self._search, now.batch.rows, live, picked, now.floor
+        if lookups.are_bundled and not now.summary.num_sampled:
             unknown = self._calls.find_whole_paths(*given, lookups.found, lookups.indices, lookups.bundle.indexes())
             assert unknown == NONE
             return
         self._calls.ask(live, picked)
         queries = Queries(live.keys[:num], live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])
+        requests = self.table.tries.requests[queries.keys]
         for take in (self._calls.find_paths, self._calls.extend_paths):
             found = lookups.ask(queries)
-            positions = requests["length"][queries.keys] + queries.tail_lengths - 1
-            know_noise(map(Found, *found), is_sampled, requests["seed"][queries.keys], positions)
+            if now.summary.num_sampled:
+                positions = requests["length"] + queries.tail_lengths - 1
+                know_noise(map(Found, *found), requests["temperature"] > 0, requests["seed"], positions)
             take(*given, found, lookups.indices)
 
-    def _floor(self, live: Live) -> float:
-        """No token with a lower probability to be accepted will be verified: see `verify_length.least_threshold`."""
-        return least_threshold(len(live.slots), *self.step_cost.estimate())
-
-    def _choose(self, batch: Batch, live: Live, chosen: Ints) -> None:
+    def _choose(self, now: _Round, chosen: Ints) -> None:
         """Cut the paths of the chosen live rows, as long as they pay beside those of all, and send them to the worker."""
-        self._calls.cut_chains(self.table.tries, self.counters.tally, live, chosen, *self.step_cost.estimate())
-        self.link.send_commits(batch, live.rows[chosen], live.slots[chosen])
+        live = now.live
+        self._calls.cut_chains(self.table.tries, self.counters.tally, live, chosen, now.fixed_s, now.token_s)
+        self.link.send_commits(now.batch, live.rows[chosen], live.slots[chosen])
 
-    def _chains(self, num_rows: int, live: Live) -> list[list[int]]:
-        """Of all rows."""
-        chains: list[list[int]] = [[] for _ in range(num_rows)]
-        lengths = self.table.tries.requests["chain_length"][live.slots].tolist()
-        tokens = live.paths["token"][: len(lengths)].tolist()
-        for row, path, length in zip(live.rows.tolist(), tokens, lengths, strict=True):
+    def _chains(self, now: _Round) -> list[list[int]]:
+        """Of all rows of the batch."""
+        num, live = now.summary.num_live, now.live
+        chains: list[list[int]] = [[] for _ in now.batch.request_ids]
+        lengths = self.table.tries.requests["chain_length"][live.slots[:num]].tolist()
+        for row, path, length in zip(live.rows[:num].tolist(), live.paths["token"][:num].tolist(), lengths, strict=True):
             chains[row] = path[:length]
         return chains
 
@@ -242,19 +255,18 @@ class Proposer:
 
     # ---- waiting ----------------------------------------------------------------------------------------------
 
-    def _rates(self, live: Live) -> Rates:
-        return self.waiting.rule.rates(*self.step_cost.estimate(), len(live.slots))
+    def _rates(self, now: _Round) -> Rates:
+        return self.waiting.rule.rates(now.fixed_s, now.token_s, now.summary.num_live)
 
-    def _awaited(self, live: Live, everyone: Ints) -> Ints:
+    def _awaited(self, now: _Round, everyone: Ints) -> Ints:
         """The live rows for whose next draft tokens the target waits: all to which one is worth its verification, or none."""
-        nobody = everyone[:0]
-        if not self._may_wait or not len(everyone) or not self.waiting.is_prompt():
+        nobody, live, num = everyone[:0], now.live, len(everyone)
+        if not self._may_wait or not num or not self.waiting.is_prompt():
             return nobody
-        lengths, slots, requests = live.path_lengths[: len(everyone)], live.slots, self.table.tries.requests
-        known = requests[["session", "has_drafted", "pause"]][slots]
+        known = self.table.tries.requests[["session", "has_drafted", "pause"]][live.slots[:num]]
         may_draft = (known["session"] != 0) & (known["session"] == self.link.session) & known["has_drafted"]
-        awaited = everyone[may_draft & (known["pause"] == 0) & (lengths < live.limits[: len(everyone)])]
-        rates, prospects = self._rates(live), self._prospects(live, awaited)
+        awaited = everyone[may_draft & (known["pause"] == 0) & (live.path_lengths[:num] < live.limits[:num])]
+        rates, prospects = self._rates(now), self._prospects(live, awaited)
         pay = self.waiting.rule.pay_to_verify(prospects, rates)
         return awaited[pay] if self.waiting.pays(prospects.only(pay), rates) else nobody
 
@@ -264,24 +276,25 @@ class Proposer:
         accept_probs = live.paths["accept_prob"][picked, np.maximum(lengths - 1, 0)]
         return self.waiting.rule.prospects(self.table.tries.requests["temperature"][live.slots[picked]], lengths, accept_probs)
 
-    def _wait(self, batch: Batch, live: Live, awaited: Ints) -> Generator[None, None, float]:
+    def _wait(self, now: _Round, awaited: Ints) -> Generator[None, None, float]:
         """Wait for the next draft tokens of these live rows, and choose; returns the seconds."""
-        tries, slots = self.table.tries, live.slots[awaited]
+        tries, live = self.table.tries, now.live
+        slots = live.slots[awaited]
         tries.requests["waited"][slots] = tries.requests["missed"][slots]
-        self.link.send_commits(batch, live.rows[awaited], slots, waits=True)
-        found, no_sources, floor = self.lookups.found, self.lookups.indices[:0], self._floor(live)
+        self.link.send_commits(now.batch, live.rows[awaited], slots, waits=True)
+        found, no_sources = self.lookups.found, self.lookups.indices[:0]
 
         def look() -> tuple[int, Prospects]:
             self._drain()
             self._calls.find_paths(
-                tries, self.calibration.tables, self._search, batch.rows, live, awaited, floor, found, no_sources
-            )  # fmt: skip
+                tries, self.calibration.tables, self._search, now.batch.rows, live, awaited, now.floor, found, no_sources
+            )
             return int(live.path_lengths[awaited].sum()), self._prospects(live, awaited)
 
         num_known = int(live.path_lengths[awaited].sum())
-        waited = yield from self.waiting.wait(look, self._rates(live), num_known)
-        self._find_paths(batch, live, awaited)
-        self._choose(batch, live, awaited)
+        waited = yield from self.waiting.wait(look, self._rates(now), num_known)
+        self._find_paths(now, awaited)
+        self._choose(now, awaited)
         return waited
 
     @property

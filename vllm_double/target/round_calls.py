@@ -25,7 +25,7 @@ class RoundCalls(NamedTuple):
     """See `_round_steps` and `_choose_steps`."""
 
     file_nodes: Callable[..., None]
-    commit: Callable[..., tuple[int, int, int, int, int]]
+    commit: Callable[..., int]
     ask: Callable[..., None]
     find_paths: Callable[..., None]
     extend_paths: Callable[..., None]
