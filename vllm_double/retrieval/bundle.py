@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class Bundle:
         if context is None or edit is None:
             return nothing
         return Indexes(
-            context.arena.arrays, context.rows.requests, context.queues, context.at_once, edit.rows, nothing.scratch, self.num_sources,
-            nothing.readers if history is None else history.rows, nothing.past if history is None else history.past,
-            nothing.evidence,
+            context.arena.arrays, context.rows.requests, context.queues, context.at_once, edit.rows, nothing.scratch,
+            self.num_sources, nothing.readers if history is None else history.rows,
+            nothing.past if history is None else history.past, nothing.evidence,
         )  # fmt: skip

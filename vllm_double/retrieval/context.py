@@ -83,7 +83,7 @@ class ContextRetriever(ArraySource):
                 break
             self._end_growth(moved)
         self.arena.clean(max(1, budget_tokens // _SLICE))
-        key = NONE
+        key = NONE if budget > 0 else len(self.requests)  # first what waits
         while (key := self._steps.crowded(self.arrays, self.requests, key + 1, SPARE)) != NONE:
             self._grow(key, SPARE)
             self._steps.enqueue(self.requests, self.queues, key)

@@ -83,9 +83,9 @@ def find_paths(
 ) -> None:  # fmt: skip
     """The best paths of the picked live rows, with what was found behind their texts inserted; and what to ask for behind them.
 
-    floor: see `verify_length.least_threshold`. found: Founds [sources, picked]; sources: their indices. Written: ``live.paths``,
-    ``path_lengths``; for those paths that may go on ``tails``, ``tail_lengths`` and ``tail_limits`` (0: nothing is to be asked),
-    in the order of ``picked``.
+    floor: see `verify_length.least_threshold`. found: Founds [sources, picked]; sources: their indices. Written:
+    ``live.paths``, ``path_lengths``; for those paths that may go on ``tails``, ``tail_lengths`` and ``tail_limits`` (0: nothing
+    is to be asked), in the order of ``picked``.
     """
     num_place = tries.limits[0].place_tokens
     for index in range(len(picked)):
@@ -96,7 +96,8 @@ def find_paths(
         for place in range(len(sources) if limit > 0 else 0):
             beliefs = found.beliefs[place, index]
             length = _price(tries, tables.curve, slot, search.recent, num_recent, found.tokens[place, index],
-                            min(found.lengths[place, index], limit), beliefs, 1.0, floor, sources[place], search.path)  # fmt: skip
+                            min(found.lengths[place, index], limit), beliefs, 1.0, floor, sources[place],
+                            search.path)  # fmt: skip
             _insert(tries, slot, request.root_hash, request.length, search.path, length, beliefs)
         path = live.paths[one]
         length = best_path(tries, tables.curve[DRAFT, request.temperature], slot, limit, floor, search.stack, search.ways,
@@ -160,7 +161,7 @@ _ask, _find, _extend = view_part(ask), view_part(find_paths), view_part(extend_p
 
 def find_whole_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any,
                      sources: Any, indexes: Any) -> int:  # fmt: skip
-    """All of that in one call, if all sources are in the bundle. Returns the row of a request that these do not know, or NONE."""
+    """All of that in one call, if all sources are in the bundle; the row of a request that these do not know, or NONE."""
     num = len(picked)
     _ask(live, picked)
     queries = Queries(live.keys[:num], live.tails, live.tail_lengths, live.tail_limits)
@@ -190,8 +191,8 @@ def cut_chains(tries: Any, tally: Any, live: Any, chosen: Any, fixed: float, per
 
 @view_part
 def pay_threshold(paths: Any, path_lengths: Any, num_rows: int, fixed: float, per_token: float) -> float:
-    """Verify the tokens that are accepted with a higher probability than this: the tokens that the batch decodes while one more is
-    verified, when it decodes as fast as it can. Dinkelbach 1967: what the tokens above one threshold give is the next one.
+    """Verify the tokens that are accepted with a higher probability than this: the tokens that the batch decodes while one more
+    is verified, when it decodes as fast as it can. Dinkelbach 1967: what tokens above one threshold give is the next one.
     """
     threshold = 0.0
     while True:

@@ -251,9 +251,9 @@ def _unready(tries: Any, rows: Any, live: Any) -> int:
     """See `commit`."""
     num_sampled = 0
     for row in range(len(rows.slots)):
-        slot = rows.slots[row]
+        slot, known = rows.slots[row], rows.lengths[row] - rows.num_sampled[row]
         num_sampled += rows.num_sampled[row]
-        if slot != NONE and rows.num_sampled[row] > 0 and rows.lengths[row] - rows.num_sampled[row] != tries.requests[slot].length:
+        if slot != NONE and rows.num_sampled[row] > 0 and known != tries.requests[slot].length:
             return row
     return NO_ROOM if num_sampled > len(live.new_tokens) or len(rows.slots) > len(live.grown_slots) else NONE
 

@@ -148,7 +148,8 @@ class Live(NamedTuple):
 
         n = num_rows
         return cls(
-            summary=ints(len(Summary._fields)), slots=ints(n), rows=ints(n), keys=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN), path_lengths=ints(n),
-            tails=ints(n, max_chain), tail_lengths=ints(n), tail_limits=ints(n), grown_slots=ints(n), new_tokens=ints(num_new),
-            new_starts=ints(n + 1), ended=ints(n), ended_slots=ints(n), ends=ints(n),
+            summary=ints(len(Summary._fields)),
+            slots=ints(n), rows=ints(n), keys=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN),
+            path_lengths=ints(n), tails=ints(n, max_chain), tail_lengths=ints(n), tail_limits=ints(n), grown_slots=ints(n),
+            new_tokens=ints(num_new), new_starts=ints(n + 1), ended=ints(n), ended_slots=ints(n), ends=ints(n),
         )  # fmt: skip

@@ -182,12 +182,12 @@ class DraftLink:
                 self._pack(batch, rows[place], slots[place], batch.rows.lengths, waits, True)
 
     def send_ends(self, batch: Batch, rows: Ints, slots: Ints, ends: Ints) -> None:
-        """Send where texts end (``ends``: by row), for the history of the draft's side, which goes without if there is no room."""
+        """Send where texts end (``ends``: by row) to the history of the draft's side, which goes without for lack of room."""
         if self.session != 0:
             self._pack(batch, rows, slots, ends, False, False)
 
     def _pack(self, batch: Batch, rows: Ints, slots: Ints, ends: Ints, waits: bool, is_needed: bool) -> list[int]:
-        """Send commits up to ``ends``, by row of the batch, one record for all; returns which requests the worker does not know.
+        """Send commits up to ``ends``, by row of the batch, in one record; returns which requests the worker does not know.
 
         is_needed: requests whose commit finds no room are released, to be admitted again when there is room.
         """
