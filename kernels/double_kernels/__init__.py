@@ -5,20 +5,17 @@ numba.
 """
 
 from double_kernels.fork_pages import fork_pages
-from double_kernels.insert_guidance import GuidanceBatch, insert_guidance
 from double_kernels.noise import Noise, draw_chances, gumbel_noise, quick_gumbel_noise
 from double_kernels.sample_with_noise import sample_with_noise
 from double_kernels.support import Support
 from double_kernels.top_branches import top_branches
 
 __all__ = [
-    "GuidanceBatch",
     "Noise",
     "Support",
     "draw_chances",
     "fork_pages",
     "gumbel_noise",
-    "insert_guidance",
     "quick_gumbel_noise",
     "sample_with_noise",
     "top_branches",

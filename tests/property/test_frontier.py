@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_view import check_integrity, trees
-from tests.fakes.engine import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits, rows_of
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.engine.base import Batch
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -107,7 +107,7 @@ def test_the_most_probable_path_is_worked_on_first() -> None:
         request = next(iter(trees(frontier).values()))
         assert request.root is not None
         (node,) = (node for node in _nodes(request.root) if node.branch >= 0 and not node.alternatives)
-        assert [row.tokens for row in batch] == [[node.token]]
+        assert [row.tokens for row in rows_of(batch)] == [[node.token]]
         reaches.append(math.exp(node.log_prob - request.root.log_prob))
         left = [
             parent.log_prob + log_prob - request.root.log_prob
@@ -149,7 +149,7 @@ def test_what_is_retrieved_is_read_in_one_forward_and_the_draft_confirms_it() ->
     engine, frontier = make(retrieval=True, logits=_period, nodes_per_iteration=16)
     admit(frontier, 1, PERIOD * 3)
     batch = frontier.select()
-    assert [row.tokens for row in batch] == [PERIOD * 3], "nothing is indexed yet"
+    assert [row.tokens for row in rows_of(batch)] == [PERIOD * 3], "nothing is indexed yet"
     answer(engine, frontier, batch)
     commit(frontier, 1, 15, [3])
     batch = frontier.select()

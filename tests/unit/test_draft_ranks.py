@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fakes.engine import rows_of
 from vllm_double.config import DoubleConfig
 from vllm_double.draft import build
 from vllm_double.draft.engine.base import Batch, Row
@@ -25,7 +26,7 @@ class NotingEngine:
         self.calls: list[Any] = []
 
     def forward(self, batch: Any, num_children: int) -> Any:
-        self.calls.append(("forward", list(batch), num_children))
+        self.calls.append(("forward", rows_of(batch), num_children))
         return np.zeros((len(batch), num_children), np.int32), np.ones((len(batch), num_children), np.float32)
 
     def copy_slots(self, triples: Any) -> None:

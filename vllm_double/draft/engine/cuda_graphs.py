@@ -218,20 +218,17 @@ class _Bucket:
 
     def fill(self, batch: Batch, page_size: int) -> None:
         """Put the batch's tokens in, one a row, and padding behind them."""
-        num_tokens = len(batch.token_ids)
+        num_tokens, positions = len(batch.token_ids), batch.positions
         row = np.repeat(np.arange(len(batch)), np.diff(batch.query_start))
-        place = np.arange(num_tokens)
-        positions = place + (batch.starts - batch.query_start[:-1])[row]
-        table = self._arrays["block_table"]
         for name, (_, padding) in _BUFFERS.items():
             self._arrays[name][:] = padding
-        pages = batch.pages[row, : table.shape[1]]
-        table[:num_tokens, : pages.shape[1]] = pages
+        pages = batch.pages[row, : self._arrays["block_table"].shape[1]]
+        self._arrays["block_table"][:num_tokens, : pages.shape[1]] = pages
         sampling = batch.sampling[row]
         for name, values in (
             ("input_ids", batch.token_ids),
             ("positions", positions),
-            ("slot_mapping", table[place, positions // page_size].astype(np.int64) * page_size + positions % page_size),
+            ("slot_mapping", batch.slot_mapping(page_size)),
             ("seq_lens", positions + 1),
             ("temperatures", np.where(sampling["temperature"] > 0, sampling["temperature"], 1.0)),
             ("seeds", sampling["seed"]),
