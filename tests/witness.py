@@ -5,7 +5,6 @@ All token ids are below 256, so that a text is ``bytes``, and to have been said 
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.fakes.engine import FakeEngine
+from tests.faults import Channel, QueueTargetEnd
 from tests.references.automaton import check_context, check_history
 from vllm_double.draft.engine.base import Row
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Continuation, Source, Tokens
-from vllm_double.transport.inprocess import Channel, InProcessTargetEnd, Link
 from vllm_double.transport.messages import (
     NODE_DTYPE,
     NODES,
@@ -177,16 +176,16 @@ class Wire(Channel):
             self.on_push(np.frombuffer(payload, NODE_DTYPE))
         return super().push(kind, session, payload)
 
-    def drain(self, max_bytes: int) -> list[Record]:
+    def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
         """See Channel."""
         records = super().drain(max_bytes)
-        for kind, session, payload in records:
-            if kind == NODES:
+        for found_kind, session, payload, _ in records:
+            if found_kind == NODES:
                 self.on_drain(session, np.frombuffer(payload, NODE_DTYPE))
         return records
 
 
-class WitnessEnd(InProcessTargetEnd):
+class WitnessEnd(QueueTargetEnd):
     """The target's end, and what the attached worker was told.
 
     room: commands that are still taken, all where None. refused: whether one was not, since this was set to False.
@@ -199,7 +198,7 @@ class WitnessEnd(InProcessTargetEnd):
     reports: Wire
 
     def __init__(self, commands: Wire, reports: Wire) -> None:
-        super().__init__(Link(commands, reports, random.Random(0), lambda seconds: None))
+        super().__init__(commands, reports, lambda seconds: None)
         self.room: int | None = None
         self.refused = False
         self.admitted: set[int] = set()

@@ -133,7 +133,7 @@ def test_a_full_channel_refuses_and_has_room_again_after_a_drain():
     assert worker.stats.full == 1
     assert handles(target.drain(1 << 20)) == list(range(sent))
     assert worker.publish(nodes(1))
-    with pytest.raises(ValueError, match="in a channel of 500"):
+    with pytest.raises(ValueError, match="in a ring of 500"):
         worker.publish(nodes(*range(10)))
 
 
@@ -173,15 +173,11 @@ def test_a_new_worker_supersedes_the_old_one_and_gets_nothing_of_it():
 
 def test_closing_the_target_sends_the_worker_away():
     target, worker = faulty_pair()
-    assert worker.target_alive()
     target.close()
     target.close()
     assert worker.superseded
-    assert not worker.target_alive()
     assert not target.send(commit(1))
     assert target.drain(1 << 20) == []
-    with pytest.raises(RuntimeError, match="closed"):
-        target.attach()
 
 
 def test_waiting_uses_the_given_sleep_and_no_clock():

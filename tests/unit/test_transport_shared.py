@@ -17,6 +17,7 @@ from vllm_double.transport import (
     SharedTargetEnd,
     SharedWorkerEnd,
     WorkerStats,
+    base,
     shared,
 )
 
@@ -178,13 +179,13 @@ def test_commands_to_an_earlier_worker_do_not_reach_the_next(target, attach):
 
 def test_commands_that_slip_in_while_a_worker_attaches_are_stale(target, attach, monkeypatch):
     old = attach()
-    draw = shared.new_session
+    draw = base.new_session
 
     def sent_meanwhile(previous):
         target.send(commit(1))
         return draw(previous)
 
-    monkeypatch.setattr(shared, "new_session", sent_meanwhile)
+    monkeypatch.setattr(base, "new_session", sent_meanwhile)
     new = attach()
     assert old.superseded
     target.send(commit(2))
@@ -241,13 +242,12 @@ def test_a_closed_worker_end_does_nothing(target, attach):
     assert not worker.publish(nodes(1))
     worker.beat()
     worker.wait(10)
-    assert not worker.target_alive()
 
 
 def test_a_damaged_command_ends_the_session(target, attach):
     worker = attach()
     target.send(commit(1))
-    worker._command_ring._data[30] ^= 1
+    worker._commands._data[30] ^= 1
     assert worker.receive() == []
     assert worker.superseded
     assert worker.stats.corrupt == 1
@@ -259,7 +259,7 @@ def test_a_damaged_command_ends_the_session(target, attach):
 
 def test_a_sound_record_that_is_no_command_ends_the_session(target, attach):
     worker = attach()
-    target._command_ring.push(99, target.session & 0xFFFF_FFFF, b"?")
+    target._commands.push(99, target.session & 0xFFFF_FFFF, b"?")
     assert worker.receive() == []
     assert worker.superseded
 
@@ -267,10 +267,10 @@ def test_a_sound_record_that_is_no_command_ends_the_session(target, attach):
 def test_a_damaged_report_is_counted_and_skipped(target, attach):
     worker = attach()
     worker.publish(nodes(1))
-    target._path_ring._data[40] ^= 1
+    target._reports._data[40] ^= 1
     assert target.drain(1 << 20) == []
     assert target.stats.corrupt == 1
-    worker._path_ring.push(99, target.session & 0xFFFF_FFFF, b"?")
+    worker._reports.push(99, target.session & 0xFFFF_FFFF, b"?")
     worker.publish(nodes(2))
     assert handles(target.drain(1 << 20)) == [2]
     assert (target.stats.corrupt, target.stats.drained) == (2, 1)
@@ -295,8 +295,8 @@ def test_another_token_is_refused(target):
         (shared._MAGIC_WORD, 1, "not our memory"),
         (shared._VERSION_WORD, shared.PROTOCOL_VERSION + 1, "speaks protocol"),
         (shared._PID_WORD, 1, "another target"),
-        (shared._PATH_BYTES_WORD, 1 << 40, "sizes"),
-        (shared._COMMAND_BYTES_WORD, 2**64 - 1, "sizes"),
+        (base.REPORT_BYTES_WORD, 1 << 40, "sizes"),
+        (base.COMMAND_BYTES_WORD, 2**64 - 1, "sizes"),
     ],
 )
 def test_a_control_block_that_does_not_fit_is_refused(target, word, value, sentence):
@@ -457,7 +457,7 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
     assert target.stats.corrupt == 0
 
 
-def test_an_orphaned_worker_notices_and_what_it_holds_is_the_last_of_it(start):
+def test_what_an_orphaned_worker_holds_is_the_last_of_it(start):
     process = start(
         """
         target = SharedTargetEnd.create()
@@ -466,12 +466,8 @@ def test_an_orphaned_worker_notices_and_what_it_holds_is_the_last_of_it(start):
         """
     )
     worker = SharedWorkerEnd.attach(process.stdout.readline().strip())
-    assert worker.target_alive()
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not worker.target_alive(), "a zombie is no target"
     process.communicate()
-    assert not worker.target_alive()
     assert worker.publish(nodes(1)), "its memory stays until the worker leaves"
     worker.close()
     assert not [line for line in mappings() if "vllm-double" in line]
@@ -480,7 +476,7 @@ def test_an_orphaned_worker_notices_and_what_it_holds_is_the_last_of_it(start):
 def test_the_address_of_a_dead_target_is_refused(start):
     process = start("print(SharedTargetEnd.create().address)")
     address = process.communicate()[0].strip()
-    with pytest.raises(AttachError, match="not there"):
+    with pytest.raises(AttachError, match="cannot attach"):
         SharedWorkerEnd.attach(address)
 
 

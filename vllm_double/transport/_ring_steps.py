@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_double.jit import as_int, part
 
-_HEADER_BYTES, _CRC_BYTES = 24, 4  # see ring._HEADER
+_HEADER_BYTES, _CRC_BYTES = 24, 4  # see ring.seal_frame
 
 
 def _crc_tables() -> Any:
