@@ -54,7 +54,7 @@ def open_frame(frame: bytes) -> Record | None:
     crc, length, kind, session = struct.unpack_from("<IIII", frame)
     if length != len(frame) - HEADER_BYTES or zlib.crc32(frame[4:]) != crc:
         return None
-    return kind, session, memoryview(frame)[HEADER_BYTES:], 1
+    return kind, session, memoryview(frame)[HEADER_BYTES:]
 
 
 class Channel:
@@ -119,6 +119,7 @@ class QueueTargetEnd(InProcessTargetEnd):
         worker = super().attach()
         worker._commands, worker._reports = cast(Any, self.commands), cast(Any, self.reports)
         self.commands.skip()
+        self.commands.corrupt = 0
         return worker
 
 

@@ -179,7 +179,7 @@ class Wire(Channel):
     def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
         """See Channel."""
         records = super().drain(max_bytes)
-        for found_kind, session, payload, _ in records:
+        for found_kind, session, payload in records:
             if found_kind == NODES:
                 self.on_drain(session, np.frombuffer(payload, NODE_DTYPE))
         return records

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
-from double_kernels.noise import hash_prefix, hash_word
+from double_kernels.noise import hash_finished, hash_mixed, hash_prefix, hash_word
 from double_kernels.support import fill_up
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def score_errors(scores: npt.NDArray[np.float64], scales: npt.NDArray[np.float32
 
 @functools.lru_cache(maxsize=4)
 def _token_words(vocab_size: int) -> npt.NDArray[np.uint32]:
-    return hash_word(np.arange(vocab_size, dtype=np.uint32))
+    return hash_word(np.arange(vocab_size, dtype=np.uint32))  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -103,30 +103,13 @@ def _threads(num_threads: int, _process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="ranked-tokens")
 
 
-@numba.njit
-def _word(token: Any) -> Any:
-    """hash_word"""
-    word = np.uint32(token * np.uint32(0xCC9E2D51))
-    return np.uint32(np.uint32(np.uint32(word << np.uint32(15)) | np.uint32(word >> np.uint32(17))) * np.uint32(0x1B873593))
+_word, _mixed, _finished = map(numba.njit, (hash_word, hash_mixed, hash_finished))
 
 
 @numba.njit
 def _hash(prefix: Any, word: Any) -> Any:
-    """The hash of a seed and a position, whose `hash_prefix` this is, and a token."""
-    state = np.uint32(prefix ^ word)
-    state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
-    state = np.uint32(np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64)) ^ np.uint32(16))
-    state = np.uint32(np.uint32(state ^ np.uint32(state >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-    state = np.uint32(np.uint32(state ^ np.uint32(state >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return np.uint32(state ^ np.uint32(state >> np.uint32(16)))
-
-
-@numba.njit
-def _mixed(state: Any, value: Any) -> Any:
-    """The state of the hash with four bytes more."""
-    state = np.uint32(state ^ _word(value))
-    state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
-    return np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64))
+    """Of a seed and a position, whose `hash_prefix` this is, and a token."""
+    return _finished(_mixed(prefix, word))
 
 
 @numba.njit
@@ -181,9 +164,10 @@ def _chances(
 ) -> None:
     """See `noise.draw_chances`."""
     for row in range(len(lengths)):
-        seed = _mixed(_mixed(np.uint32(0), np.uint32(seeds[row] & _LOW_BITS)), np.uint32((seeds[row] >> 32) & _LOW_BITS))
+        seed = _mixed(np.uint32(0), _word(np.uint32(seeds[row] & _LOW_BITS)))
+        seed = _mixed(seed, _word(np.uint32((seeds[row] >> 32) & _LOW_BITS)))
         for place in range(lengths[row]):
-            prefix = _mixed(seed, np.uint32((positions[row] + place) & _LOW_BITS))
+            prefix = _mixed(seed, _word(np.uint32((positions[row] + place) & _LOW_BITS)))
             exponential = _exponential(_hash(prefix, _word(np.uint32(tokens[row, place]))))
             prob = min(max(np.float64(probs[row, place]), _LEAST_PROB), 1.0)
             probs[row, place] = math.exp((prob - 1.0) / prob * exponential)

@@ -41,7 +41,7 @@ class RingAgainstDeque(RuleBasedStateMachine):
                 break
             expected.append(self.twin.popleft())
         got = self.consumer.drain(max_bytes)
-        assert [(kind, session, bytes(payload)) for kind, session, payload, _ in got] == expected
+        assert [(kind, session, bytes(payload)) for kind, session, payload in got] == expected
 
     @rule()
     def skip(self):
@@ -82,7 +82,7 @@ def test_wounds_anywhere_never_let_a_wrong_record_pass_and_always_heal(capacity,
     def turn(payload):
         sent.append(payload)
         fits = producer.push(len(sent) - 1, 5, payload)
-        for kind, session, got, _ in consumer.drain(1 << 20):
+        for kind, session, got in consumer.drain(1 << 20):
             assert session == 5
             assert got == sent[kind]
         return fits

@@ -287,7 +287,7 @@ class TwoSides(RuleBasedStateMachine):
         self.worker.turn()
         frontier = self.worker.frontier
         self.engine.poison(free_pages(frontier._pool))
-        self.starved |= frontier.num_requests_evicted > 0
+        self.starved |= frontier.counters["requests_evicted"] > 0
         check_integrity(frontier)
         texts = self.end.texts
         for handle, request in frontier._requests.items():

@@ -501,10 +501,10 @@ def test_a_reset_and_new_weights_take_what_the_draft_read_before(call: str | Non
         getattr(world.proposer, call)()
     world.admit("s", [index % 7 for index in range(21)])
     world.step()
-    assert world.worker.frontier.num_prefix_hits == num_hits
+    assert world.worker.frontier.counters["prefix_cache_hits"] == num_hits
     world.admit("t", [index % 7 for index in range(21)])
     world.step()
-    assert world.worker.frontier.num_prefix_hits == num_hits + 20, "and finds what it has read since"
+    assert world.worker.frontier.counters["prefix_cache_hits"] == num_hits + 20, "and finds what it has read since"
 
 
 def test_every_source_forgets_history_when_the_weights_change() -> None:

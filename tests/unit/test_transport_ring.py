@@ -15,7 +15,7 @@ def ring(capacity=4096):
 
 
 def drain(consumer, max_bytes=EVERYTHING):
-    return [(kind, session, bytes(payload)) for kind, session, payload, _ in consumer.drain(max_bytes)]
+    return [(kind, session, bytes(payload)) for kind, session, payload in consumer.drain(max_bytes)]
 
 
 def test_records_arrive_in_order_with_all_they_carry():
@@ -81,7 +81,7 @@ def test_drain_takes_no_more_than_it_may_but_at_least_one():
 def test_a_payload_is_not_overwritten_by_later_records():
     _, producer, consumer = ring(256)
     producer.push(1, 0, b"a" * 100)
-    [(_, _, payload, _)] = consumer.drain(EVERYTHING)
+    [(_, _, payload)] = consumer.drain(EVERYTHING)
     for _ in range(10):
         producer.push(1, 0, b"b" * 100)
         consumer.drain(EVERYTHING)
@@ -120,7 +120,7 @@ def test_a_record_is_whole_and_fenced_before_the_head_shows_it(start):
     producer._fence = lambda: (events.append(("fence", None)), fence())
     producer._indices = Watched(producer._indices, look)
     assert producer.push(5, 6, payload)
-    assert events == [("fence", None), ("head", (5, 6, payload, 1))]
+    assert events == [("fence", None), ("head", (5, 6, payload))]
 
 
 def test_room_is_given_back_only_after_reading_and_a_fence():
@@ -233,7 +233,7 @@ def test_10000_mutations_deliver_no_wrong_record_and_never_stop_the_ring():
             else:
                 at = chooser.choice((chooser.randrange(len(buffer)), chooser.randrange(8), TAIL))
             buffer[at] ^= chooser.randrange(1, 256)
-        for kind, session, payload, _ in consumer.drain(chooser.choice((0, 500, EVERYTHING))):
+        for kind, session, payload in consumer.drain(chooser.choice((0, 500, EVERYTHING))):
             assert (session, payload) == (9, sent[kind]), f"turn {turn}"
             num_delivered += 1
         num_harmed += consumer.corrupt - corrupt
@@ -249,4 +249,4 @@ def test_10000_mutations_deliver_no_wrong_record_and_never_stop_the_ring():
 @pytest.mark.parametrize("cut", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 2])
 def test_a_cut_frame_is_not_opened(cut):
     assert open_frame(seal_frame(1, 2, 3, b"abc")[:cut]) is None
-    assert open_frame(seal_frame(1, 2, 3, b"abc")) == (1, 2, b"abc", 1)
+    assert open_frame(seal_frame(1, 2, 3, b"abc")) == (1, 2, b"abc")

@@ -8,24 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_double.transport import (
-    NODE_DTYPE,
-    AttachError,
-    Commit,
-    Nodes,
-    Release,
-    SharedTargetEnd,
-    SharedWorkerEnd,
-    WorkerStats,
-    base,
-    shared,
-)
+from vllm_double.transport import base, shared
+from vllm_double.transport.base import AttachError
+from vllm_double.transport.messages import NODE_DTYPE, Commit, Nodes, Release, WorkerStats
+from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
 
 ROOT = str(Path(__file__).resolve().parents[2])
 PRELUDE = """
 import os, sys
 import numpy as np
-from vllm_double.transport import *
+from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE
+from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
 def node(number):
     records = np.zeros(1 + number % 3, NODE_DTYPE)
     records["handle"] = number
@@ -104,23 +97,19 @@ def test_both_directions_carry_messages(target, attach):
     assert isinstance(drawn, Nodes)
     assert handles([drawn]) == [7, 8, 9]
     assert stats == WorkerStats({"rows": 3.0})
-    assert (target.stats.sent, target.stats.drained) == (2, 3)
-    assert (worker.stats.sent, worker.stats.drained) == (3, 2)
 
 
 def test_without_a_worker_nothing_is_sent_and_nothing_comes(target):
     assert target.session == 0
     assert not target.send(commit())
     assert target.drain(1 << 20) == []
-    assert target.stats.sent == 0
 
 
-def test_a_full_ring_refuses_without_blocking_and_is_counted(target, attach):
+def test_a_full_ring_refuses_without_blocking(target, attach):
     worker = attach()
     sent = 0
     while target.send(commit(sent)):
         sent += 1
-    assert (target.stats.sent, target.stats.full) == (sent, 1)
     assert [command.handle for command in worker.receive()] == list(range(sent))
     assert target.send(commit())
 
@@ -174,7 +163,6 @@ def test_commands_to_an_earlier_worker_do_not_reach_the_next(target, attach):
     assert new.receive() == []
     target.send(commit(2))
     assert [command.handle for command in new.receive()] == [2]
-    assert new.stats.stale == 0
 
 
 def test_commands_that_slip_in_while_a_worker_attaches_are_stale(target, attach, monkeypatch):
@@ -190,7 +178,6 @@ def test_commands_that_slip_in_while_a_worker_attaches_are_stale(target, attach,
     assert old.superseded
     target.send(commit(2))
     assert [command.handle for command in new.receive()] == [2]
-    assert new.stats.stale == 1
 
 
 def test_records_of_an_earlier_worker_are_discarded(target, attach):
@@ -200,11 +187,9 @@ def test_records_of_an_earlier_worker_are_discarded(target, attach):
     new = attach()
     new.publish(nodes(2))
     assert handles(target.drain(1 << 20)) == [2]
-    assert target.stats.stale == 2
     new.publish(nodes(3))
     new.close()
     assert target.drain(1 << 20) == []
-    assert target.stats.stale == 3
 
 
 def test_heartbeat_moves_with_every_beat_and_across_workers(target, attach):
@@ -250,7 +235,6 @@ def test_a_damaged_command_ends_the_session(target, attach):
     worker._commands._data[30] ^= 1
     assert worker.receive() == []
     assert worker.superseded
-    assert worker.stats.corrupt == 1
     assert target.session == 0
     successor = attach()
     target.send(commit(2))
@@ -264,16 +248,14 @@ def test_a_sound_record_that_is_no_command_ends_the_session(target, attach):
     assert worker.superseded
 
 
-def test_a_damaged_report_is_counted_and_skipped(target, attach):
+def test_a_damaged_report_is_skipped(target, attach):
     worker = attach()
     worker.publish(nodes(1))
     target._reports._data[40] ^= 1
     assert target.drain(1 << 20) == []
-    assert target.stats.corrupt == 1
     worker._reports.push(99, target.session & 0xFFFF_FFFF, b"?")
     worker.publish(nodes(2))
     assert handles(target.drain(1 << 20)) == [2]
-    assert (target.stats.corrupt, target.stats.drained) == (2, 1)
 
 
 @pytest.mark.parametrize("address", ["", "1", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "99999999999999999999:1:2"])
@@ -398,7 +380,6 @@ def test_100000_records_of_another_process_arrive_unharmed_and_in_order(target, 
     assert expected == num
     assert worker.returncode == 0
     assert num_bytes > 100 * (1 << 16)
-    assert (target.stats.corrupt, target.stats.stale, target.stats.drained) == (0, 0, num)
 
 
 def test_commands_to_another_process_are_answered_one_by_one(target, start):
@@ -413,7 +394,6 @@ def test_commands_to_another_process_are_answered_one_by_one(target, start):
                 records["position"] = command.keep
                 while not worker.publish(records):
                     os.sched_yield()
-        print(worker.stats.drained, worker.stats.corrupt, worker.stats.stale)
         """,
         target.address,
     )
@@ -426,7 +406,8 @@ def test_commands_to_another_process_are_answered_one_by_one(target, start):
         answers += handles(target.drain(1 << 14))
     assert answers == list(range(20_000))
     target.close()
-    assert worker.communicate()[0].split() == ["20000", "0", "0"]
+    worker.communicate()
+    assert worker.returncode == 0
 
 
 def test_killed_workers_leave_nothing_but_whole_records(target, start):
@@ -454,7 +435,6 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
         assert target.heartbeat > 0
         sessions.add(target.session)
     assert len(sessions) == 4
-    assert target.stats.corrupt == 0
 
 
 def test_what_an_orphaned_worker_holds_is_the_last_of_it(start):

@@ -36,8 +36,7 @@ class DraftWorker:
         self._reported: dict[str, float] = {}
         self._step_seconds = 0.0  # of an iteration that reads no prompt, lately
         self._counters = dict.fromkeys(
-            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"),
-            0.0,
+            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"), 0.0
         )
 
     def run(self, should_stop: Callable[[], bool]) -> None:
@@ -50,14 +49,18 @@ class DraftWorker:
         """One iteration; False if there was nothing to draft."""
         began = self._clock()
         self._end.beat()
-        self.frontier.apply_all(self._end.receive())
+        for command in self._end.receive():
+            self.frontier.apply(command)
         batch = self.frontier.select()
         if len(batch):
             started = self._clock()
             if copies := self.frontier.tail_copies:
                 self._engine.copy_slots(copies)
             tokens, probs = self._engine.forward(batch, self._num_children)
-            self._count(started, len(batch.token_ids), len(batch))
+            self._counters["iterations"] += 1
+            self._counters["forward_seconds"] += self._clock() - started
+            self._counters["rows"] += len(batch)
+            self._counters["query_tokens"] += len(batch.token_ids)
             records = self.frontier.expand(tokens, probs)
             if len(records) and not self._end.publish(records):
                 self._counters["records_dropped"] += len(records)
@@ -74,12 +77,6 @@ class DraftWorker:
             self._last_report = float("-inf")  # the target waits for nobody of whom it does not know this
         self._step_seconds = seconds if known == 0.0 else known + _STEP_WEIGHT * (min(seconds, 3 * known) - known)
 
-    def _count(self, started: float, num_tokens: int, num_rows: int) -> None:
-        self._counters["iterations"] += 1
-        self._counters["forward_seconds"] += self._clock() - started
-        self._counters["rows"] += num_rows
-        self._counters["query_tokens"] += num_tokens
-
     def _report(self) -> None:
         now = self._clock()
         if now - self._last_report < _REPORT_INTERVAL_S:
@@ -87,17 +84,9 @@ class DraftWorker:
         self._last_report = now
         values = {
             **self._counters,
-            "late_commands": float(self.frontier.num_late_commands),
-            "committed_tokens": float(self.frontier.num_committed),
-            "foreseen_tokens": float(self.frontier.num_foreseen),
-            "retrieved_tokens": float(self.frontier.num_retrieved),
-            "confirmed_tokens": float(self.frontier.num_confirmed),
-            "prefix_cache_queries": float(self.frontier.num_prefix_queries),
-            "prefix_cache_hits": float(self.frontier.num_prefix_hits),
-            "nodes_evicted": float(self.frontier.num_nodes_evicted),
-            "requests_evicted": float(self.frontier.num_requests_evicted),
-            "requests": float(len(self.frontier)),
-            "nodes_per_iteration": float(self._limits.nodes_per_iteration),
+            **self.frontier.counters,
+            "requests": len(self.frontier),
+            "nodes_per_iteration": self._limits.nodes_per_iteration,
             "step_seconds": self._step_seconds,
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.

@@ -10,7 +10,6 @@ import mmap
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from vllm_double.transport.messages import (
@@ -30,7 +29,7 @@ from vllm_double.transport.messages import (
 )
 from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer
 
-__all__ = ["AttachError", "Region", "TargetEnd", "TransportStats", "WorkerEnd", "stamp"]
+__all__ = ["AttachError", "Region", "TargetEnd", "WorkerEnd", "stamp"]
 
 _RECEIVE_BYTES: Final = 1 << 20
 _SHORTEST_NAP_S: Final = 50e-6
@@ -48,21 +47,6 @@ HEARTBEAT_WORD: Final = 2 * _LINE_WORDS  # by the worker
 
 class AttachError(RuntimeError):
     """The address names no target of this protocol that is alive."""
-
-
-@dataclass(slots=True)
-class TransportStats:
-    """Records since this end was made.
-
-    ``sent``; ``full``: refused for lack of room; ``drained``: delivered to the caller; ``corrupt``: damaged
-    records or indices that were skipped; ``stale``: dropped because they were written under another session.
-    """
-
-    sent: int = 0
-    full: int = 0
-    drained: int = 0
-    corrupt: int = 0
-    stale: int = 0
 
 
 class Region:
@@ -123,7 +107,6 @@ class TargetEnd:
 
     def __init__(self, region: Region, command_bytes: int, report_bytes: int) -> None:
         warm_up()
-        self.stats = TransportStats()
         self._region, self._words = region, region.words
         self._words[COMMAND_BYTES_WORD], self._words[REPORT_BYTES_WORD] = command_bytes, report_bytes
         commands, reports = region.rings()
@@ -152,12 +135,12 @@ class TargetEnd:
         session = self.session
         if not session:
             return False
-        return _push(self._commands, session, command, self.stats)
+        return _push(self._commands, session, command)
 
     def drain(self, max_bytes: int) -> list[Report]:
         """What the attached worker published, at most so many bytes of it (but at least one record).
 
-        All nodes come first, in one Nodes message. Damaged and stale records are counted and skipped.
+        All nodes come first, in one Nodes message. Damaged and stale records are skipped.
         """
         if self._closed:
             return []
@@ -165,22 +148,14 @@ class TargetEnd:
         # Read after the records: a worker takes its session before it writes its first one.
         # Without a worker it is 0, which no record carries.
         current = stamp(self.session)
-        fresh = [(kind, payload) for kind, of, payload, _ in records if of == current]
-        reports, num_bad = decode_reports(fresh) if fresh else ([], 0)
-        stats = self.stats
-        stats.corrupt += num_bad + self._reports.corrupt
-        self._reports.corrupt = 0
-        num_fresh = sum([count for _, of, _, count in records if of == current])
-        stats.stale += sum([count for _, _, _, count in records]) - num_fresh
-        stats.drained += num_fresh - num_bad
-        return reports
+        fresh = [(kind, payload) for kind, of, payload in records if of == current]
+        return decode_reports(fresh) if fresh else []
 
 
 class WorkerEnd:
     """The worker's end: a consumer of commands and a producer of reports. It takes over from whoever was attached."""
 
     def __init__(self, region: Region, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.stats = TransportStats()
         self._region, self._words = region, region.words
         commands, reports = region.rings()
         self._commands = RingConsumer(commands)
@@ -225,24 +200,19 @@ class WorkerEnd:
         if self.superseded:
             return []
         records = self._commands.drain(_RECEIVE_BYTES)
-        num_bad = self._commands.corrupt
-        self._commands.corrupt = 0
         current = stamp(self._session)
         commands: list[Command] = []
-        for kind, of, payload, _ in records:
-            if of != current:
-                self.stats.stale += 1
-                continue
-            try:
-                commands.extend(decode_commands(kind, payload))
-            except MessageError:
-                num_bad += 1
-        if num_bad:
-            self.stats.corrupt += num_bad
+        is_damaged = self._commands.corrupt > 0
+        for kind, of, payload in records:
+            if of == current:
+                try:
+                    commands.extend(decode_commands(kind, payload))
+                except MessageError:
+                    is_damaged = True
+        if is_damaged:
             self._give_up()
             return []
         if commands:
-            self.stats.drained += len(commands)
             self._nap_s = _SHORTEST_NAP_S
         return commands
 
@@ -255,7 +225,7 @@ class WorkerEnd:
         return self._write(stats)
 
     def _write(self, message: Report) -> bool:
-        return not self.superseded and _push(self._reports, self._session, message, self.stats)
+        return not self.superseded and _push(self._reports, self._session, message)
 
     def wait(self, timeout_s: float) -> None:
         """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the end is
@@ -271,10 +241,6 @@ class WorkerEnd:
             self._nap_s = min(2 * self._nap_s, longest)
 
 
-def _push(producer: RingProducer, session: int, message: Command | Commits | Report, stats: TransportStats) -> bool:
+def _push(producer: RingProducer, session: int, message: Command | Commits | Report) -> bool:
     kind, payload = encode(message)
-    if producer.push(kind, stamp(session), payload):
-        stats.sent += 1
-        return True
-    stats.full += 1
-    return False
+    return producer.push(kind, stamp(session), payload)

@@ -37,12 +37,12 @@ _CRC: Final = struct.Struct("<I")
 _BODY: Final = struct.Struct("<IIIQ")  # length of the payload, kind, session, sequence number
 HEADER_BYTES: Final = _CRC.size + _BODY.size
 
-Record: TypeAlias = tuple[int, int, memoryview, int]
-"""(kind, session, payload, how many records it was); the payload is private memory of the reader."""
+Record: TypeAlias = tuple[int, int, memoryview]
+"""(kind, session, payload); the payload is private memory of the reader."""
 
 _MAX_ENTRIES: Final = 1024  # of one drain
 _ROOM_TO_ALIGN: Final = 8 * _MAX_ENTRIES
-ENTRY: Final = np.dtype([("kind", "u4"), ("session", "u4"), ("start", "i8"), ("end", "i8"), ("count", "i8")])
+ENTRY: Final = np.dtype([("kind", "u4"), ("session", "u4"), ("start", "i8"), ("end", "i8")])
 
 
 @functools.cache
@@ -178,8 +178,8 @@ class RingConsumer(_Ring):
         payloads = np.empty(used + _ROOM_TO_ALIGN, np.uint8)
         num_read, num_entries = self._read_records(self._bytes, tail, used, max_bytes, kind, size, payloads, self._entries)
         view = memoryview(payloads)  # type: ignore[arg-type]
-        for entry_kind, session, start, end, count in self._entries[:num_entries].tolist():
-            records.append((entry_kind, session, view[start:end], count))
+        for entry_kind, session, start, end in self._entries[:num_entries].tolist():
+            records.append((entry_kind, session, view[start:end]))
         return tail + num_read if num_read >= 0 else None
 
     def close(self) -> None:

@@ -250,7 +250,7 @@ class _Builder:
         with self._progress("link", len(windows) * len(order)) as progress:
             for low in windows:
                 ranks = np.full(min(_WINDOW, self._header.num_tokens - low), NONE, np.int32)
-                self._steps.rank(order, 0, low, ranks)
+                self._steps.rank(order, low, ranks)
                 self._steps.link(order, low, ranks, successors)
                 progress.update(len(order))
 
