@@ -134,7 +134,7 @@ def test_a_given_chain_is_read_in_one_forward() -> None:
     # certain tokens come before all siblings
     frontier.apply(Commit(1, 3, NO_TOKENS, np.array(chain, np.int32), np.ones(4, np.float32)))
     batch = frontier.select()
-    assert next(iter(batch)).tokens == chain
+    assert rows_of(batch)[0].tokens == chain
     answer(engine, frontier, batch)
 
 
@@ -153,7 +153,7 @@ def test_what_is_retrieved_is_read_in_one_forward_and_the_draft_confirms_it() ->
     answer(engine, frontier, batch)
     commit(frontier, 1, 15, [3])
     batch = frontier.select()
-    assert next(iter(batch)).tokens == [3, 4, 5, 6, 7, 3, 4]
+    assert rows_of(batch)[0].tokens == [3, 4, 5, 6, 7, 3, 4]
     records = answer(engine, frontier, batch)
     assert records["tokens"][:7, 0].tolist() == [4, 5, 6, 7, 3, 4, 5]
     assert frontier.counters["retrieved_tokens"] == frontier.counters["confirmed_tokens"] == 6
@@ -173,7 +173,7 @@ def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> Non
     assert wrong.is_retrieved and wrong.log_prob - request.root.log_prob < math.log(0.01)
     assert frontier.counters["retrieved_tokens"] == 6 and frontier.counters["confirmed_tokens"] == 0
     batch = frontier.select()
-    assert next(iter(batch)).tokens == [1], "work went on behind what the draft does not believe"
+    assert rows_of(batch)[0].tokens == [1], "work went on behind what the draft does not believe"
 
 
 def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
@@ -193,7 +193,7 @@ def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
     frontier._lookups.sources.append(Corpus())
     admit(frontier, 1, PERIOD)
     batch = frontier.select()
-    assert set(next(iter(batch)).tokens[len(PERIOD) :]) == {4}
+    assert set(rows_of(batch)[0].tokens[len(PERIOD) :]) == {4}
     answer(engine, frontier, batch)
 
 
