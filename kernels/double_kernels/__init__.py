@@ -1,7 +1,6 @@
 """Operations of the draft engine that plain model code does not have: torch and, on a GPU, triton only.
 
-Each op has a file with its contract, dispatch and reference, and a file triton_* with its kernels. With noise, a CPU also needs
-numba.
+Each op has a file with its contract, dispatch and reference, and a file triton_* with its kernels. A CPU also needs numba.
 """
 
 from double_kernels.fork_pages import fork_pages

@@ -141,8 +141,8 @@ def _ranked(
     from double_kernels.ranking import ranked_tokens  # here: a GPU needs no numba
 
     numbers = None if noise is None else (noise.seeds.numpy(), noise.positions.numpy(), noise.scales.numpy())
-    of_rows = (None if values is None else values.numpy() for values in (temperatures, floors))
-    return torch.from_numpy(ranked_tokens(scores.numpy(), count, numbers, *of_rows)[0])
+    divisors, limits = (None if values is None else values.numpy() for values in (temperatures, floors))
+    return torch.from_numpy(ranked_tokens(scores.numpy(), count, numbers, divisors, limits)[0])
 
 
 def _softmax(scores: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:

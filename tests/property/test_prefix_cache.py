@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_view import cached_pages, check_integrity, check_pool, free_pages, run_handles, trees
-from tests.fakes.engine import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits, rows_of
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.page_pool import PagePool, num_available, page_key, partition_key, release_page, share_page, take_page
 from vllm_double.transport.messages import Admit, Commit, Release
@@ -52,7 +52,7 @@ class World:
             self.engine.copy_slots(self.frontier.tail_copies)
             self.frontier.expand(*self.engine.forward(batch, self.frontier._limits.children_per_node))
         handles = run_handles(self.frontier)
-        for handle, row in zip(handles, batch, strict=True):
+        for handle, row in zip(handles, rows_of(batch), strict=True):
             self.read[handle] += max(0, min(trees(self.frontier)[handle].length - row.start, len(row.tokens)))
         check_integrity(self.frontier)
         return set(handles)

@@ -213,8 +213,8 @@ class Datastore:
 
     def verify(self) -> None:
         """Compare all checksums, and every number with what it can be. Raises DatastoreError that names the bad sections."""
-        pairs = zip(Sections._fields, self.sections, self.header.checksums, strict=True)
-        damaged = [name for name, array, checksum in pairs if zlib.crc32(array.data) != checksum]
+        pairs = zip(self.sections._asdict().items(), self.header.checksums, strict=True)
+        damaged = [name for (name, array), checksum in pairs if zlib.crc32(array.data) != checksum]
         if damaged:
             raise DatastoreError(f'The datastore "{self.path}" is damaged: the checksum of {", ".join(damaged)} differs.')
         bounds = _bounds(self.header)
