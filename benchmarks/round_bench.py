@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,12 @@ import numpy as np
 
 from benchmarks import rows
 from benchmarks.stats import quantile
+from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.prefix_hash import mix, seed
 from vllm_double.retrieval.sources import Sources
+from vllm_double.target._round_steps import SLOT_BITS
+from vllm_double.target.batch import Batch
+from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import Proposer, RequestParams
 from vllm_double.transport.messages import NODE_DTYPE, Admit, Commit, Release
 from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
@@ -60,11 +64,12 @@ class Worker:
         self.hashes: dict[int, tuple[int, int]] = {}  # root hash and position by handle
         self.names: dict[int, int] = {}  # request numbers by handle
 
-    def receive(self, admitted: list[int]) -> None:
+    def receive(self, name_of: Callable[[int], int]) -> None:
+        """name_of: the request's number by its handle."""
         for command in self.end.receive():
             if isinstance(command, Admit):
                 self.hashes[command.handle] = seed(command.handle), len(command.tokens)
-                self.names[command.handle] = admitted.pop(0)
+                self.names[command.handle] = name_of(command.handle)
             elif isinstance(command, Commit):
                 value, position = self.hashes[command.handle]
                 for token in command.tokens.tolist():
@@ -111,18 +116,6 @@ class Worker:
             self.end.publish(everything[start : start + NODES_PER_ITERATION])
 
 
-def make_batch(names: list[str], texts: np.ndarray, lengths: np.ndarray, sampled: list[int], verified: list[list[int]]) -> Any:
-    """As the V1 runner's adapter makes it, whichever tree this runs in."""
-    try:
-        from vllm_double.target.batch import Batch
-    except ImportError:
-        from vllm_double.target.proposer import Row  # before there were batches
-
-        places = range(len(names))
-        return [Row(names[i], texts[i, : lengths[i]], sampled[i], verified[i]) for i in places]
-    return Batch.at(names, texts, range(len(names)), lengths.tolist(), sampled, verified)
-
-
 class Engine:
     """A target of ``batch`` rows, whose requests come and go."""
 
@@ -133,7 +126,9 @@ class Engine:
         self.worker = Worker(SharedWorkerEnd.attach(self.channel.address))
         sources = Sources(history_tokens=HISTORY_TOKENS, share_history=True).open()
         self.fill_history(sources)
-        self.proposer = Proposer(K, self.channel, sources, time.perf_counter, VOCAB, may_wait=False)
+        proposer = Proposer(K, self.channel, sources, time.perf_counter, VOCAB, may_wait=False)
+        self.slots = proposer._slots
+        self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
         for num_tokens in range(1, 40):
             self.proposer.step_cost.observe(num_tokens, 0.02 + 0.0004 * num_tokens)
         self.params = RequestParams(temperature, 100_000, frozenset({0}), seed=7)
@@ -156,9 +151,13 @@ class Engine:
 
     def index(self) -> None:
         """What the thread beside the forward does."""
-        work = getattr(self.proposer, "index", lambda budget: False)  # an older round did it itself
-        while work(64):
+        while self.proposer.index():
             pass
+
+    def name_of(self, handle: int) -> int:
+        """The request that a handle was given to."""
+        slot = handle & ((1 << SLOT_BITS) - 1)
+        return next(int(name) for name, its_slot in self.slots.items() if its_slot == slot)
 
     def fill_history(self, sources: Sequence[Any]) -> None:
         (history,) = (source for source in sources if source.name == "history")
@@ -178,7 +177,7 @@ class Engine:
         for row in free:
             self.rows[row] = self.new_request(row)
         fresh = [self.rows[row] for row in free]
-        prompts = [self.buffer[row, :PROMPT_TOKENS].copy() for row in free]
+        prompts = [self.buffer[row, :PROMPT_TOKENS].copy() for row in free]  # as the V1 runner's adapter hands them over
         self.cold += 1
         cpu, started = time.thread_time(), time.perf_counter()
         for number in gone:
@@ -198,11 +197,11 @@ class Engine:
             sampled.append(num_right + 1)
             verified.append(chain)
         names = [str(number) for number in self.rows]
-        self.worker.receive(list(fresh))
+        self.worker.receive(self.name_of)
         self.worker.publish(self.texts, num_nodes)
         self.cold += 1
         cpu_started, started = time.thread_time(), time.perf_counter()
-        batch = make_batch(names, self.buffer, self.lengths, sampled, verified)
+        batch = Batch.at(names, self.buffer, range(len(names)), self.lengths.tolist(), sampled, verified)
         chains = self.proposer.propose(batch)
         seconds, cpu = seconds + time.perf_counter() - started, cpu + time.thread_time() - cpu_started
         self.chains = dict(zip(self.rows, chains, strict=True))

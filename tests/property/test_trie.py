@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.references.trie import Edge, PathToken, TwinCalibration, TwinTrie
 from vllm_double.prefix_hash import mix, seed
 from vllm_double.retrieval.base import Found
+from vllm_double.retrieval.bundle import Indexes
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import NUM_BUCKETS, Tables
 from vllm_double.target.means import Means
@@ -70,10 +71,10 @@ class Arena:
         self.texts[slot].extend(tokens)
         rows = self._rows(slot, len(tokens)).rows
         tally = self.counters.tally
-        self.calls.commit(self.table.tries, self.tables, tally, self.means, rows, self.live, SESSION)
+        self.calls.commit(self.table.tries, self.tables, tally, self.means, rows, self.live, SESSION, Indexes.empty())
 
     def best_path(
-        self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None
+        self, slot: int, limit: int, found: list[tuple[int, list[int], list[float]]] | None = None, floor: float = 0.0
     ) -> list[PathToken]:
         """found: (source, tokens, beliefs), which are inserted behind the root first."""
         found = found or []
@@ -87,7 +88,7 @@ class Arena:
         live.slots[0], live.rows[0], live.limits[0] = slot, 0, limit
         picked = np.zeros(1, np.int32)
         self.calls.find_paths(
-            self.table.tries, self.tables, self.search, self._rows(slot, 0).rows, live, picked, answers, sources
+            self.table.tries, self.tables, self.search, self._rows(slot, 0).rows, live, picked, floor, answers, sources
         )
         path = live.paths[0, : live.path_lengths[0]]
         return [PathToken(int(step["token"]), *step[["prob", "source", "accept_prob"]].item()) for step in path]

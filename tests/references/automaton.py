@@ -114,7 +114,7 @@ def check_context(retriever: ContextRetriever, others: list[int] | None = None) 
     """Raise AssertionError if queue, texts and automata contradict each other; others: automata that have another owner."""
     automata, requests = retriever.arrays.automata, retriever.requests
     live = np.flatnonzero(requests["live"] & (requests["slot"] != NONE)).tolist()
-    queued, key = [], int(retriever._queues["first"][0])
+    queued, key = [], int(retriever.queues["first"][0])
     while key != NONE:
         queued.append(key)
         key = int(requests["next"][key])
@@ -139,7 +139,7 @@ def check_history(retriever: HistoryRetriever, others: list[int] | None = None) 
     assert retriever._charge == sum(generation.charge for generation in held) <= retriever.max_tokens
     numbers = [tenant.number for tenant in tenants]
     assert sorted(numbers + retriever._free_numbers) == list(range(len(numbers) + len(retriever._free_numbers)))
-    past, requests, automata = retriever._past, retriever.requests, retriever.arena.arrays.automata
+    past, requests, automata = retriever.past, retriever.requests, retriever.arena.arrays.automata
     for tenant in tenants:
         serials = [generation.serial for generation in tenant.generations]
         assert (serials or tenant.num_users) and serials == sorted(serials, reverse=True)

@@ -162,8 +162,9 @@ def test_requests_that_ended_while_it_was_off_do_not_come_back() -> None:
     world.run(2)
     assert world.inner.num_requests == 1 and len(world.worker.frontier) == 1
     world.guarded.finish("s")
+    world.index()
     world.worker.turn()
-    assert len(world.worker.frontier) == 0 and world.guarded._dormant == {}
+    assert len(world.worker.frontier) == 0 and world.inner.num_requests == len(world.guarded._live)
 
 
 def test_a_request_that_declined_drafts_gets_none_after_the_switch() -> None:
@@ -281,12 +282,13 @@ def test_an_exception_outside_the_round_ends_in_the_guard_too(monkeypatch: pytes
         with monkeypatch.context() as patch:
             patch.setattr(world.inner, name, fail)
             call()
+            world.index()
         assert world.guarded.breaker.state == "open"
         world.now += MOST_S
         if name == "admit":
             world.run(4)
             assert world.accepted() > 0
-    assert world.guarded.counters.failures == 3 and world.guarded._dormant == {}
+    assert world.guarded.counters.failures == 3 and world.inner.num_requests == len(world.guarded._live)
 
 
 def test_a_request_whose_admission_failed_when_it_was_sent_is_released() -> None:
@@ -300,6 +302,7 @@ def test_a_request_whose_admission_failed_when_it_was_sent_is_released() -> None
 
     world.target_end.send = fail  # type: ignore[method-assign]
     world.admit("r", [1, 5])
+    world.index()
     assert world.guarded.counters.failures == 1
     world.worker.turn()
     assert world.worker.frontier.counters["prefix_cache_queries"] == 2 and len(world.worker.frontier) == 0
@@ -311,6 +314,7 @@ def test_an_id_that_comes_again_has_its_new_parameters(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(world.inner, "admit", failing())
         world.admit("r", [1, 5] * 6, RequestParams(0.0, 200, frozenset(), use_drafts=False))
+        world.index()
     world.now += FIRST_S
     for _ in range(4):
         world.step()
@@ -444,11 +448,12 @@ def test_exceptions_anywhere_in_the_proposer_leak_nothing_and_drafting_comes_bac
     world.run(8)
     world.check_texts(prompts)
     assert world.accepted() > accepted
-    assert world.guarded._dormant == {} and world.inner.num_requests == len(prompts) == len(world.worker.frontier)
+    assert world.inner.num_requests == len(world.guarded._live) == len(prompts) == len(world.worker.frontier)
     for source in sources:
         assert source.requests["live"].sum() == len(prompts)
     for name in prompts:
         world.guarded.finish(name)
+    world.index()
     world.worker.turn()
     assert len(world.worker.frontier) == 0 and world.worker.frontier._pool.num_free == 599
     assert not any(source.requests["live"].any() for source in sources)

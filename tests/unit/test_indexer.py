@@ -84,6 +84,7 @@ def test_an_exception_in_the_indexer_pauses_drafting_and_ends_nothing(monkeypatc
     def fail(budget: int) -> None:
         raise RuntimeError("something of ours")
 
+    world.index()
     monkeypatch.setattr(source, "work", fail)
     assert world.guarded.index() is False
     monkeypatch.undo()

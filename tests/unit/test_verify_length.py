@@ -11,15 +11,19 @@ from vllm_double.target import _choose_steps as choosing
 from vllm_double.target import _round_steps as steps
 from vllm_double.target._trie_steps import learn
 from vllm_double.target.calibration import NUM_BUCKETS, Calibration
-from vllm_double.target.speculation_trie import Tries
+from vllm_double.target.speculation_trie import CHAIN_TOKEN, Tries
 from vllm_double.target.step_cost import StepCost
-from vllm_double.target.verify_length import speed_up
+from vllm_double.target.verify_length import least_threshold, speed_up
 
 
 def chain_lengths(accept_probs: list[list[float]], fixed: float, per_token: float) -> list[int]:
     """As the compiled choice does it."""
-    flat = np.array([prob for row in accept_probs for prob in row])
-    threshold = choosing.pay_threshold(flat, len(accept_probs), fixed, per_token)
+    paths = np.zeros((len(accept_probs), 8), CHAIN_TOKEN)
+    for path, row in zip(paths, accept_probs, strict=True):
+        path["accept_prob"][: len(row)] = row
+    lengths = np.array([len(row) for row in accept_probs], np.int32)
+    threshold = choosing.pay_threshold(paths, lengths, len(accept_probs), fixed, per_token)
+    assert threshold >= least_threshold(len(accept_probs), fixed, per_token) * (1 - 1e-12)
     return [sum(prob > threshold for prob in row) for row in accept_probs]
 
 

@@ -43,11 +43,12 @@ class ContextRetriever(ArraySource):
         if max_match < 1:
             raise ValueError(f"max_match must be at least 1, not {max_match}")
         self.max_match = max_match
+        self.at_once = _AT_ONCE
         self.arena = arena or Arena()
         self.num_unindexed = 0
         """Requests that found no room for an index, or for a larger one."""
         self.rows = Contexts(np.zeros(16, CONTEXT))
-        self._queues = np.full(1, NONE, QUEUE)
+        self.queues = np.full(1, NONE, QUEUE)
         self._steps = context_steps()
 
     @property
@@ -65,7 +66,7 @@ class ContextRetriever(ArraySource):
             start = self.arrays.automata["start"][slot]
             self.arrays.text[start : start + len(tokens)] = tokens
             self.arrays.automata["length"][slot] = len(tokens)
-            self._steps.enqueue(self.requests, self._queues, key)
+            self._steps.enqueue(self.requests, self.queues, key)
 
     def stop(self, key: int, keep: bool = False) -> None:
         """Forget the request and free its memory: its text is of use to itself only. KeyError: unknown key."""
@@ -77,7 +78,7 @@ class ContextRetriever(ArraySource):
         """Index at most ``budget_tokens`` queued tokens, taking turns between the requests that wait."""
         budget = budget_tokens
         while budget > 0:
-            budget, moved = self._steps.work(self.arrays, self.requests, self._queues, budget, _SLICE)
+            budget, moved = self._steps.work(self.arrays, self.requests, self.queues, budget, _SLICE)
             if moved == NONE:
                 break
             self._end_growth(moved)
@@ -86,7 +87,7 @@ class ContextRetriever(ArraySource):
     def extend_many(self, keys: npt.NDArray[np.int32], tokens: Tokens, starts: npt.NDArray[np.int32]) -> None:
         """See Source. KeyError: unknown key, and nothing is appended."""
         while True:
-            row = self._steps.extend(self.arrays, self.requests, self._queues, keys, tokens, starts, _AT_ONCE)
+            row = self._steps.extend(self.arrays, self.requests, self.queues, keys, tokens, starts, self.at_once)
             if row == NONE:
                 return
             if row < 0:
@@ -98,7 +99,7 @@ class ContextRetriever(ArraySource):
         slot = int(self.requests["slot"][key])
         automaton = self.arrays.automata[slot]
         while automaton["grown_capacity"]:  # a text that has doubled again before `work` could move it
-            _, moved = self._steps.work(self.arrays, self.requests, self._queues, int(automaton["capacity"]), _SLICE)
+            _, moved = self._steps.work(self.arrays, self.requests, self.queues, int(automaton["capacity"]), _SLICE)
             if moved != NONE:
                 self._end_growth(moved)
         length = int(automaton["length"]) + num_tokens

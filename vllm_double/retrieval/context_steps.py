@@ -73,7 +73,7 @@ def _enqueue(requests: Records, queues: Records, key: int) -> None:
     _put(requests, queues[0], key)
 
 
-def _extend(
+def extend(
     arrays: Arrays, requests: Records, queues: Records, keys: Ints, tokens: Tokens, starts: Ints, at_once: int
 ) -> int:  # fmt: skip
     """Append to texts, and index them if few tokens wait. If not NONE is returned, nothing was done: see `unready_row`."""
@@ -119,7 +119,7 @@ def _work(arrays: Arrays, requests: Records, queues: Records, budget: int, turn:
     return budget, NONE
 
 
-def _lookup(arrays: Arrays, requests: Records, queries: Queries, found: Found, evidence: Records) -> int:
+def look_up(arrays: Arrays, requests: Records, queries: Queries, found: Found, evidence: Records) -> int:
     """Answer all queries; see `ContextRetriever`. Returns the row of an unknown key, or NONE."""
     unknown = unknown_row(requests, queries.keys)
     if unknown != NONE:
@@ -127,6 +127,8 @@ def _lookup(arrays: Arrays, requests: Records, queries: Queries, found: Found, e
     for row in range(queries.keys.size):
         key = queries.keys[row]
         found.lengths[row] = 0
+        if queries.max_tokens[row] <= 0:
+            continue
         if requests[key].slot == NONE:
             continue
         automaton = arrays.automata[requests[key].slot]
@@ -176,7 +178,7 @@ def context_steps() -> ContextSteps:
     tokens = np.zeros(0, np.int32)
     return ContextSteps(
         machine_code(_enqueue, requests, queues, 0, counts_references=False),
-        machine_code(_extend, arrays, requests, queues, tokens, tokens, tokens, 0, counts_references=False),
+        machine_code(extend, arrays, requests, queues, tokens, tokens, tokens, 0, counts_references=False),
         machine_code(_work, arrays, requests, queues, 0, 0, releases_gil=True, counts_references=False),
-        machine_code(_lookup, arrays, requests, *EXAMPLES, counts_references=False),
+        machine_code(look_up, arrays, requests, *EXAMPLES, counts_references=False),
     )

@@ -226,7 +226,7 @@ def _ahead(
     return 0 if is_plain else num_found
 
 
-def _extend(arrays: Arrays, contexts: Records, edits: Edits, keys: Ints, tokens: Tokens, starts: Ints) -> int:
+def extend(arrays: Arrays, contexts: Records, edits: Edits, keys: Ints, tokens: Tokens, starts: Ints) -> int:
     """Follow texts that have these tokens already. Returns the row of an unknown key, or NONE."""
     unknown = unknown_row(edits.requests, keys)
     if unknown != NONE:
@@ -246,7 +246,7 @@ def _extend(arrays: Arrays, contexts: Records, edits: Edits, keys: Ints, tokens:
     return NONE
 
 
-def _lookup(
+def look_up(
     arrays: Arrays, contexts: Records, edits: Edits, scratch: Records, queries: Queries, found: Found, evidence: Records
 ) -> int:  # fmt: skip
     """Answer all queries; see `EditRetriever`. Returns the row of an unknown key, or NONE.
@@ -259,6 +259,8 @@ def _lookup(
     for row in range(queries.keys.size):
         key = queries.keys[row]
         found.lengths[row] = 0
+        if queries.max_tokens[row] <= 0:
+            continue
         copying = edits.requests[key]
         if contexts[key].slot == NONE or copying.source == NONE:
             continue
@@ -287,6 +289,6 @@ def edit_steps() -> EditSteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     arrays, contexts, edits, tokens = Arena(0).arrays, np.zeros(0, CONTEXT), Edits.empty(0), np.zeros(0, np.int32)
     return EditSteps(
-        machine_code(_extend, arrays, contexts, edits, tokens, tokens, tokens, counts_references=False),
-        machine_code(_lookup, arrays, contexts, edits, np.zeros(0, COPYING), *EXAMPLES, counts_references=False),
+        machine_code(extend, arrays, contexts, edits, tokens, tokens, tokens, counts_references=False),
+        machine_code(look_up, arrays, contexts, edits, np.zeros(0, COPYING), *EXAMPLES, counts_references=False),
     )

@@ -101,7 +101,7 @@ class HistoryRetriever(ArraySource):
         self._largest = max(2, max_tokens // _SHARE)
         self._steps = history_steps()
         self.rows = Readers.empty(16)
-        self._past = Past.empty(16)
+        self.past = Past.empty(16)
         self._tenants: dict[str | None, _Tenant] = {}
         self._users: dict[int, _Tenant] = {}  # by key
         self._free_numbers: list[int] = []
@@ -157,7 +157,7 @@ class HistoryRetriever(ArraySource):
             self._leave(tenant, slot)
 
     def _look_up(self, queries: Queries, found: Found, evidence: npt.NDArray[Any]) -> int:
-        return self._steps.lookup(self.arena.arrays, self.rows, self._past, queries, found, evidence)
+        return self._steps.lookup(self.arena.arrays, self.rows, self.past, queries, found, evidence)
 
     def _enlarge(self, key: int, num_tokens: int) -> None:
         """Move a text to a larger range, with room for so many tokens more and a separator."""
@@ -182,9 +182,9 @@ class HistoryRetriever(ArraySource):
         tenant = self._tenants.get(name)
         if tenant is None:
             number = self._free_numbers.pop() if self._free_numbers else len(self._tenants)
-            past = self._past
-            self._past = past._replace(tenants=with_room(past.tenants, number), generations=with_room(past.generations, number))
-            self._past.tenants[number] = (0, 0)
+            past = self.past
+            self.past = past._replace(tenants=with_room(past.tenants, number), generations=with_room(past.generations, number))
+            self.past.tenants[number] = (0, 0)
             self._tenants[name] = tenant = _Tenant(name, number)
         return tenant
 
@@ -275,10 +275,10 @@ class HistoryRetriever(ArraySource):
         tenant.generations.appendleft(generation)
         self._generations[generation.serial] = generation
         self._charge += generation.charge
-        row = self._past.tenants[tenant.number]
+        row = self.past.tenants[tenant.number]
         row["newest"] = (row["newest"] + 1) % MAX_GENERATIONS
         row["num_generations"] += 1
-        self._past.generations[tenant.number, row["newest"]] = slot
+        self.past.generations[tenant.number, row["newest"]] = slot
         return generation
 
     def _evict(self, generation: _Generation) -> None:
@@ -288,7 +288,7 @@ class HistoryRetriever(ArraySource):
         self._charge -= generation.charge
         tenant = generation.tenant
         tenant.generations.pop()
-        self._past.tenants["num_generations"][tenant.number] -= 1
+        self.past.tenants["num_generations"][tenant.number] -= 1
         self.arena.close(generation.slot)
         if self._current is not None and self._current[0] is generation:
             self._end_text()

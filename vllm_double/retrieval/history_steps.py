@@ -26,7 +26,7 @@ from vllm_double.retrieval.suffix_automaton.automaton_steps import (
     unready_row,
 )
 
-MAX_GENERATIONS = 32
+MAX_GENERATIONS = 32  # a power of two
 REQUEST = np.dtype(
     [("live", np.bool_), ("slot", np.int32), ("tenant", np.int32), ("output", np.int64)],
     align=True,
@@ -34,10 +34,12 @@ REQUEST = np.dtype(
 """``slot``: where its text is, the prompt's last tokens and its output; NONE: it neither reads nor leaves anything. ``output``:
 where in the text begins what it may leave."""
 CURSOR = np.dtype(
-    [("serial", np.int64), ("position", np.int64), ("num_tokens", np.int32), ("state", np.int32), ("length", np.int32)],
+    [("serial", np.int64), ("position", np.int64)]
+    + [(name, np.int32) for name in ("num_tokens", "state", "length", "tail_state", "tail_length")],
     align=True,
 )
-"""The longest suffix of a request's text up to ``position`` that occurred in a generation when that had ``num_tokens``."""
+"""The longest suffix of a request's text up to ``position`` that occurred in a generation when that had ``num_tokens``; and of
+a query's text and tail."""
 TENANT = np.dtype([("newest", np.int32), ("num_generations", np.int32)])
 """``newest``: place of the newest generation. Older ones are at the places before it, modulo MAX_GENERATIONS."""
 
@@ -64,7 +66,7 @@ class Past(NamedTuple):
         return cls(np.zeros(num_tenants, TENANT), np.zeros((num_tenants, MAX_GENERATIONS), np.int32))
 
 
-def _extend(arrays: Arrays, readers: Readers, keys: Ints, tokens: Tokens, starts: Ints) -> int:
+def extend(arrays: Arrays, readers: Readers, keys: Ints, tokens: Tokens, starts: Ints) -> int:
     """Append to texts, and leave room for a separator. If not NONE is returned, nothing was done: see `unready_row`."""
     unready = unready_row(arrays, readers.requests, keys, starts, 1)
     if unready != NONE:
@@ -86,30 +88,55 @@ def _index(arrays: Arrays, generation: int, slot: int, start: int, stop: int) ->
 
 
 @view_part
-def _follow(index: Index, automaton: Record, text: Ints, cursor: Record) -> None:
-    """Move a cursor to the end of the text."""
-    max_match = automaton.max_match
-    first = max(0, text.size - max_match)
-    state, length, position = cursor.state, cursor.length, cursor.position
-    is_valid = cursor.serial == automaton.serial and position >= first
-    if is_valid and cursor.num_tokens != automaton.num_tokens:
+def _is_valid(index: Index, automaton: Record, text: Ints, cursor: Record) -> bool:
+    """Whether a cursor still names the longest suffix of what it has followed; texts may have been added to its generation."""
+    max_match, length, position = automaton.max_match, cursor.length, cursor.position
+    if cursor.serial != automaton.serial or position < text.size - max_match:
+        return False
+    if cursor.num_tokens != automaton.num_tokens:
         # States keep their numbers. Longer suffixes may occur now, and if any does, the one longer by a token does.
         if length < min(max_match, position) and occurs(index, text[position - length - 1 : position]):
-            is_valid = False
-        else:
-            state = clamp(index.states, state, length)
-    if not is_valid:
-        state, length, position = ROOT, 0, first
-    for i in range(position, text.size):
-        state, length = advance(index, state, length, text[i], max_match)
-    cursor.serial = automaton.serial
-    cursor.num_tokens = automaton.num_tokens
-    cursor.position = text.size
-    cursor.state = state
-    cursor.length = length
+            return False
+        cursor.state = clamp(index.states, cursor.state, length)
+        cursor.num_tokens = automaton.num_tokens
+    return True
 
 
-def _lookup(
+@view_part
+def _place_of(tenant: Record, n: int) -> int:
+    """Place of the n-th generation; 0: the newest."""
+    return (tenant.newest - n) & (MAX_GENERATIONS - 1)  # type: ignore[no-any-return]
+
+
+@view_part
+def _follow(arrays: Arrays, cursors: Records, slots: Ints, tenant: Record, text: Ints) -> None:
+    """Move the cursors to the end of the text, and begin its tail there.
+
+    Token by token in all generations: each step waits for memory, and the generations do not wait for each other.
+    """
+    first = text.size
+    for n in range(tenant.num_generations):
+        place = _place_of(tenant, n)
+        cursor, automaton = cursors[place], arrays.automata[slots[place]]
+        if not _is_valid(index_of(arrays, automaton), automaton, text, cursor):
+            cursor.serial, cursor.num_tokens = automaton.serial, automaton.num_tokens
+            cursor.state, cursor.length, cursor.position = ROOT, 0, max(0, text.size - automaton.max_match)
+        first = min(first, cursor.position)
+    for i in range(first, text.size):
+        for n in range(tenant.num_generations):
+            place = _place_of(tenant, n)
+            cursor = cursors[place]
+            if cursor.position <= i:
+                automaton = arrays.automata[slots[place]]
+                index = index_of(arrays, automaton)
+                cursor.state, cursor.length = advance(index, cursor.state, cursor.length, text[i], automaton.max_match)
+                cursor.position = i + 1
+    for n in range(tenant.num_generations):
+        cursor = cursors[_place_of(tenant, n)]
+        cursor.tail_state, cursor.tail_length = cursor.state, cursor.length
+
+
+def look_up(
     arrays: Arrays, readers: Readers, past: Past, queries: Queries, found: Found, evidence: Records
 ) -> int:  # fmt: skip
     """Answer all queries; see `HistoryRetriever`. Returns the row of an unknown key, or NONE."""
@@ -119,26 +146,27 @@ def _lookup(
     for row in range(queries.keys.size):
         key = queries.keys[row]
         found.lengths[row] = 0
-        if readers.requests[key].slot == NONE:
+        if queries.max_tokens[row] <= 0 or readers.requests[key].slot == NONE:
             continue
         own = arrays.automata[readers.requests[key].slot]
-        text = arrays.text[own.start : own.start + own.length]
-        number = readers.requests[key].tenant
-        tenant = past.tenants[number]
+        number, cursors = readers.requests[key].tenant, readers.cursors[key]
+        tenant, slots = past.tenants[number], past.generations[number]
+        _follow(arrays, cursors, slots, tenant, arrays.text[own.start : own.start + own.length])
+        for i in range(queries.tail_lengths[row]):
+            for n in range(tenant.num_generations):
+                place = _place_of(tenant, n)
+                cursor, automaton = cursors[place], arrays.automata[slots[place]]
+                index, token = index_of(arrays, automaton), queries.tails[row, i]
+                cursor.tail_state, cursor.tail_length = advance(
+                    index, cursor.tail_state, cursor.tail_length, token, automaton.max_match
+                )
         best, best_state, best_length = NONE, ROOT, 0
         for n in range(tenant.num_generations):
-            place = (tenant.newest - n) % MAX_GENERATIONS
-            slot = past.generations[number, place]
-            automaton = arrays.automata[slot]
-            index = index_of(arrays, automaton)
-            cursor = readers.cursors[key, place]
-            _follow(index, automaton, text, cursor)
-            state, length = cursor.state, cursor.length
-            for i in range(queries.tail_lengths[row]):
-                state, length = advance(index, state, length, queries.tails[row, i], automaton.max_match)
-            state, length = followed(index.states, state, length)
+            place = _place_of(tenant, n)
+            states = index_of(arrays, arrays.automata[slots[place]]).states
+            state, length = followed(states, cursors[place].tail_state, cursors[place].tail_length)
             if length > best_length:
-                best, best_state, best_length = slot, state, length
+                best, best_state, best_length = slots[place], state, length
         if best != NONE:
             automaton = arrays.automata[best]
             max_tokens = min(queries.max_tokens[row], found.tokens.shape[1])
@@ -160,7 +188,7 @@ def history_steps() -> HistorySteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     arrays, readers, tokens = Arena(0).arrays, Readers.empty(0), np.zeros(0, np.int32)
     return HistorySteps(
-        machine_code(_extend, arrays, readers, tokens, tokens, tokens, counts_references=False),
+        machine_code(extend, arrays, readers, tokens, tokens, tokens, counts_references=False),
         machine_code(_index, arrays, 0, 0, 0, 0, releases_gil=True, counts_references=False),
-        machine_code(_lookup, arrays, readers, Past.empty(0), *EXAMPLES, counts_references=False),
+        machine_code(look_up, arrays, readers, Past.empty(0), *EXAMPLES, counts_references=False),
     )

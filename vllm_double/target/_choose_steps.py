@@ -6,7 +6,9 @@
 
 from typing import Any
 
-from vllm_double.jit import as_int, part
+from vllm_double.jit import as_int, view_part
+from vllm_double.retrieval.base import Queries
+from vllm_double.retrieval.bundle import look_up
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -23,14 +25,16 @@ from vllm_double.target._trie_steps import (
 _MIN_ACCEPT_PROB = 0.01  # a retrieved path is taken no further than this
 
 
-@part
+@view_part
 def _price(tries: Any, curve: Any, slot: int, recent: Any, num_recent: int, tokens: Any, num_tokens: int, beliefs: Any,
-           accept_prob: float, source: int, path: Any) -> int:  # fmt: skip
+           accept_prob: float, floor: float, source: int, path: Any) -> int:  # fmt: skip
     """Write retrieved tokens with their calibrated probabilities, as far as they are worth a place in the trie.
 
     recent: the text's end, behind which the tokens are written; accept_prob: of what they come behind.
     """
     for place in range(num_tokens):
+        if place > 0 and accept_prob <= floor:
+            return place
         said = curve[source, tries.requests[slot].temperature]
         prob = said[bucket_of(said, beliefs[place])]
         accept_prob *= prob
@@ -44,7 +48,7 @@ def _price(tries: Any, curve: Any, slot: int, recent: Any, num_recent: int, toke
     return num_tokens
 
 
-@part
+@view_part
 def _insert(tries: Any, slot: int, prefix_hash: Any, position: int, path: Any, length: int, beliefs: Any) -> None:
     """A retrieved path becomes edges behind a prefix."""
     reserve(tries, length, length)
@@ -57,7 +61,7 @@ def _insert(tries: Any, slot: int, prefix_hash: Any, position: int, path: Any, l
         prefix_hash = mix(prefix_hash, step.token)
 
 
-@part
+@view_part
 def _copy_end(rows: Any, row: int, num_tokens: int, recent: Any) -> int:
     """The last tokens of a row's text; returns how many."""
     text, end = rows.texts[rows.places[row]], rows.lengths[row]
@@ -67,11 +71,21 @@ def _copy_end(rows: Any, row: int, num_tokens: int, recent: Any) -> int:
     return end - start  # type: ignore[no-any-return]
 
 
-def find_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, found: Any, sources: Any) -> None:
+def ask(live: Any, picked: Any) -> None:
+    """What to ask of the sources about the picked live rows: what follows their texts."""
+    for index in range(len(picked)):
+        one = picked[index]
+        live.keys[index], live.tail_lengths[index], live.tail_limits[index] = live.slots[one], 0, live.limits[one]
+
+
+def find_paths(
+    tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any, sources: Any
+) -> None:  # fmt: skip
     """The best paths of the picked live rows, with what was found behind their texts inserted; and what to ask for behind them.
 
-    found: Founds [sources, picked]; sources: their indices. Written: ``live.paths``, ``path_lengths``; for those paths that may
-    go on ``tails``, ``tail_lengths`` and ``tail_limits`` (0: nothing is to be asked), in the order of ``picked``.
+    floor: see `verify_length.least_threshold`. found: Founds [sources, picked]; sources: their indices. Written: ``live.paths``,
+    ``path_lengths``; for those paths that may go on ``tails``, ``tail_lengths`` and ``tail_limits`` (0: nothing is to be asked),
+    in the order of ``picked``.
     """
     num_place = tries.limits[0].place_tokens
     for index in range(len(picked)):
@@ -82,18 +96,23 @@ def find_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picke
         for place in range(len(sources) if limit > 0 else 0):
             beliefs = found.beliefs[place, index]
             length = _price(tries, tables.curve, slot, search.recent, num_recent, found.tokens[place, index],
-                            min(found.lengths[place, index], limit), beliefs, 1.0, sources[place], search.path)  # fmt: skip
+                            min(found.lengths[place, index], limit), beliefs, 1.0, floor, sources[place], search.path)  # fmt: skip
             _insert(tries, slot, request.root_hash, request.length, search.path, length, beliefs)
         path = live.paths[one]
-        length = best_path(tries, tables.curve[DRAFT, request.temperature], slot, limit, search.stack, search.ways, path)
+        length = best_path(tries, tables.curve[DRAFT, request.temperature], slot, limit, floor, search.stack, search.ways,
+                           path)  # fmt: skip
+        if length == 0:
+            request.missed = True
         live.path_lengths[one] = length
         live.tail_lengths[index] = length
-        live.tail_limits[index] = limit - length if length > 0 else 0
+        live.tail_limits[index] = limit - length if length > 0 and path[length - 1].accept_prob > floor else 0
         for place in range(length):
             live.tails[index, place] = path[place].token
 
 
-def extend_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, found: Any, sources: Any) -> None:
+def extend_paths(
+    tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any, sources: Any
+) -> None:  # fmt: skip
     """Behind the end of a path, where the trie knows nothing, the best of what was found is the way on.
 
     A path ends with a stop token.
@@ -114,7 +133,7 @@ def extend_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, pic
             for place in range(len(sources)):
                 length = _price(tries, tables.curve, slot, search.recent, num_recent, found.tokens[place, index],
                                 min(found.lengths[place, index], live.tail_limits[index]), found.beliefs[place, index],
-                                path[num_tail - 1].accept_prob, sources[place], search.path)  # fmt: skip
+                                path[num_tail - 1].accept_prob, floor, sources[place], search.path)  # fmt: skip
                 gain, accept_prob = 0.0, 1.0
                 for step in range(length):
                     accept_prob *= search.path[step].prob
@@ -136,50 +155,54 @@ def extend_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, pic
                 break
 
 
-def cut_chains(tries: Any, live: Any, chosen: Any, accept_probs: Any, fixed: float, per_token: float) -> None:
-    """The chains of the chosen live rows: their paths as far as they pay beside those of all.
+_ask, _find, _extend = view_part(ask), view_part(find_paths), view_part(extend_paths)
 
-    accept_probs: float64 [tokens of all paths] at least; fixed, per_token: see `StepCost.estimate`.
-    """
-    num_tokens = 0
-    for one in range(len(live.slots)):
-        for place in range(live.path_lengths[one]):
-            accept_probs[num_tokens] = live.paths[one, place].accept_prob
-            num_tokens += 1
-    threshold = pay_threshold(accept_probs[:num_tokens], len(live.slots), fixed, per_token)
+
+def find_whole_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any,
+                     sources: Any, indexes: Any) -> int:  # fmt: skip
+    """All of that in one call, if all sources are in the bundle. Returns the row of a request that these do not know, or NONE."""
+    num = len(picked)
+    _ask(live, picked)
+    queries = Queries(live.keys[:num], live.tails, live.tail_lengths, live.tail_limits)
+    unknown = look_up(indexes, queries, found)
+    if unknown == NONE:
+        _find(tries, tables, search, rows, live, picked, floor, found, sources)
+        unknown = look_up(indexes, queries, found)
+    if unknown == NONE:
+        _extend(tries, tables, search, rows, live, picked, floor, found, sources)
+    return unknown
+
+
+def cut_chains(tries: Any, tally: Any, live: Any, chosen: Any, fixed: float, per_token: float) -> None:
+    """The chains of the chosen live rows: their paths as far as they pay beside those of all. See `StepCost.estimate`."""
+    counts = tally.counts[0]
+    threshold = pay_threshold(live.paths, live.path_lengths, live.summary[0], fixed, per_token)
     for index in range(len(chosen)):
         one = chosen[index]
         slot, length = live.slots[one], 0
         while length < live.path_lengths[one] and live.paths[one, length].accept_prob > threshold:
             tries.chains[slot, length] = live.paths[one, length]
+            counts.expected_tokens += live.paths[one, length].accept_prob
             length += 1
         tries.requests[slot].chain_length = length
-
-
-@part
-def pay_threshold(accept_probs: Any, num_rows: int, fixed: float, per_token: float) -> float:
-    """Verify the tokens that are accepted with a higher probability than this. Sorts ``accept_probs``."""
-    expected, seconds = float(num_rows), fixed + per_token * num_rows
-    accept_probs.sort()
-    for place in range(len(accept_probs) - 1, -1, -1):
-        accept_prob = accept_probs[place]
-        if accept_prob * seconds <= per_token * expected:
-            return accept_prob  # type: ignore[no-any-return]
-        expected += accept_prob
-        seconds += per_token
-    return 0.0
-
-
-def count_proposed(tries: Any, tally: Any, live: Any) -> None:
-    """Count the chains of all live rows, and the nodes that had to go for lack of room."""
-    counts = tally.counts[0]
-    counts.nodes_evicted += tries.pool[0].nodes_evicted
-    tries.pool[0].nodes_evicted = 0
-    for one in range(len(live.slots)):
-        slot = live.slots[one]
-        length = tries.requests[slot].chain_length
         counts.proposed_tokens += length
-        expected = 0.0
-        for place in range(length):
-            expected += tries.chains[slot, place].accept_prob
-        counts.expected_tokens += expected
+
+
+@view_part
+def pay_threshold(paths: Any, path_lengths: Any, num_rows: int, fixed: float, per_token: float) -> float:
+    """Verify the tokens that are accepted with a higher probability than this: the tokens that the batch decodes while one more is
+    verified, when it decodes as fast as it can. Dinkelbach 1967: what the tokens above one threshold give is the next one.
+    """
+    threshold = 0.0
+    while True:
+        expected, seconds = float(num_rows), fixed + per_token * num_rows
+        for row in range(num_rows):
+            for place in range(path_lengths[row]):
+                accept_prob = paths[row, place].accept_prob
+                if accept_prob > threshold:
+                    expected += accept_prob
+                    seconds += per_token
+        price = per_token * expected / seconds
+        if price <= threshold:
+            return threshold
+        threshold = price

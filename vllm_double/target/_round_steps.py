@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.jit import as_int, part
+from vllm_double.jit import as_int, view_part
+from vllm_double.retrieval.bundle import extend
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -27,6 +28,7 @@ from vllm_double.target._trie_steps import (
 
 SLOT_BITS = 20
 """The low bits of a handle are the slot of its request."""
+NO_ROOM = -2
 DECAY = 0.98
 """Of a mean."""
 _RATE_WEIGHT = 0.02  # of a row's forward in the mean of tokens per forward; the first ones count more
@@ -65,14 +67,14 @@ def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
 # ---- commit ---------------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def observe(means: Any, index: int, value: float) -> None:
     """One more value of a decaying mean."""
     means[index].total = means[index].total * DECAY + value
     means[index].weight = means[index].weight * DECAY + 1.0
 
 
-@part
+@view_part
 def observe_use(request: Any, limits: Any, num_committed: int, num_accepted: int) -> bool:
     """So many tokens were committed, ``num_accepted`` of them from the draft; True if the draft pauses from now on.
 
@@ -96,7 +98,7 @@ def observe_use(request: Any, limits: Any, num_committed: int, num_accepted: int
     return True
 
 
-@part
+@view_part
 def _num_counting(tries: Any, request: Any, text: Any, known: int, num_sampled: int) -> int:
     """Sampled tokens can run past the end of the text: only the scheduler trims them. Here that end is found."""
     if request.finished:
@@ -108,7 +110,7 @@ def _num_counting(tries: Any, request: Any, text: Any, known: int, num_sampled: 
     return num_sampled
 
 
-@part
+@view_part
 def _count_verified(tries: Any, tally: Any, slot: int, verified: Any, num_accepted: int) -> None:
     """The scheduler may cut a chain, or schedule tokens that nobody proposed."""
     chain = tries.chains[slot]
@@ -120,7 +122,7 @@ def _count_verified(tries: Any, tally: Any, slot: int, verified: Any, num_accept
             tally.accepted[chain[place].source] += 1
 
 
-@part
+@view_part
 def _judge_draft(tries: Any, slot: int, session: Any, num_verified: int, num_new: int, num_accepted: int) -> bool:
     """The draft is judged by what was verified while it was there to draft; True if it pauses from now on.
 
@@ -139,7 +141,7 @@ def _judge_draft(tries: Any, slot: int, session: Any, num_verified: int, num_new
     return pauses  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def _walk(tries: Any, tables: Any, counts: Any, means: Any, slot: int, text: Any, known: int, num_new: int) -> None:
     """Move the root by the new tokens; every token that was said about them is an example for the calibration."""
     request = tries.requests[slot]
@@ -174,15 +176,22 @@ def _walk(tries: Any, tables: Any, counts: Any, means: Any, slot: int, text: Any
         request.length = place + 1
 
 
-def commit(tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any, session: Any) -> tuple[int, int, int]:
-    """Take in what was sampled; returns how many rows want drafts, how many texts went on, and how many of these have ended.
+def commit(
+    tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any, session: Any, indexes: Any
+) -> int:  # fmt: skip
+    """Take in what was sampled, and let the sources of the bundle know.
 
-    Rows of unknown requests have slot NONE. Written into ``live``: of the rows that want drafts ``rows``, ``slots`` and
-    ``limits`` (of their chains); of the texts that went on ``grown``, ``grown_slots`` and, flat, ``new_tokens`` with
-    ``new_starts``; of those that ended ``ended`` and ``ends``.
+    Returns NONE, or why nothing was done: NO_ROOM in ``live``, or the first row whose text is not what was committed last.
+
+    Rows of unknown requests have slot NONE. Written into ``live``: the ``summary``; of the rows that want drafts ``rows``,
+    ``slots`` and ``limits`` (of their chains); of the texts that went on ``grown_slots`` and, flat, ``new_tokens`` with
+    ``new_starts``; of those that ended ``ended``, ``ended_slots`` and, by row of the batch, ``ends``.
     """
+    status = _unready(tries, rows, live)
+    if status != NONE:
+        return status
     counts = tally.counts[0]
-    num_live = num_grown = num_ended = num_tokens = 0
+    num_live = num_sampled_rows = num_grown = num_ended = num_tokens = 0
     live.new_starts[0] = 0
     for row in range(len(rows.slots)):
         slot, num_sampled = rows.slots[row], as_int(rows.num_sampled[row])
@@ -217,7 +226,7 @@ def commit(tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any
             drop_all(tries, slot)
             request.length = known + num_sampled
             if num_new > 0:
-                live.ended[num_ended], live.ended_slots[num_ended], live.ends[num_ended] = row, slot, known + num_new
+                live.ended[num_ended], live.ended_slots[num_ended], live.ends[row] = row, slot, known + num_new
                 num_ended += 1
             continue
         _walk(tries, tables, counts, means, slot, text, known, num_new)
@@ -228,10 +237,28 @@ def commit(tries: Any, tables: Any, tally: Any, means: Any, rows: Any, live: Any
         live.rows[num_live], live.slots[num_live] = row, slot
         live.limits[num_live] = min(tries.chains.shape[1], max(request.max_length - request.length - 1, 0))
         num_live += 1
-    return num_live, num_grown, num_ended
+        num_sampled_rows += request.temperature > 0
+    counts.nodes_evicted += tries.pool[0].nodes_evicted
+    tries.pool[0].nodes_evicted = 0
+    num_told = extend(indexes, live.grown_slots[:num_grown], live.new_tokens, live.new_starts[: num_grown + 1])
+    summary = live.summary
+    summary[0], summary[1], summary[2], summary[3], summary[4] = num_live, num_sampled_rows, num_grown, num_ended, num_told
+    return NONE
 
 
-@part
+@view_part
+def _unready(tries: Any, rows: Any, live: Any) -> int:
+    """See `commit`."""
+    num_sampled = 0
+    for row in range(len(rows.slots)):
+        slot = rows.slots[row]
+        num_sampled += rows.num_sampled[row]
+        if slot != NONE and rows.num_sampled[row] > 0 and rows.lengths[row] - rows.num_sampled[row] != tries.requests[slot].length:
+            return row
+    return NO_ROOM if num_sampled > len(live.new_tokens) or len(rows.slots) > len(live.grown_slots) else NONE
+
+
+@view_part
 def _observe_forward(means: Any, request: Any, num_verified: int, num_new: int, is_hit: bool) -> None:
     """A row's forward: what it gave, and whether its outcome was prepared."""
     if not request.missed:
@@ -253,7 +280,7 @@ def pack_commits(
     tries: Any, rows: Any, which: Any, slots: Any, ends: Any, session: Any, waits: bool, most: int, words: Any, floats: Any,
     unknown: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Write a commit for each of the rows ``which`` up to ``ends`` of their texts, as `messages` has it, into ``words``.
+    """Write a commit for each of the rows ``which`` up to ``ends`` (by row of the batch), as `messages` has it, into ``words``.
 
     A paused request is sent nothing but its end. floats: the same memory as ``words``. most: tokens of one command. Returns how
     many rows were looked at before the room ended, how many words were written, and how many rows are ``unknown``: the worker
@@ -265,7 +292,7 @@ def pack_commits(
         request = tries.requests[slot]
         if not request.use_worker or (request.pause > 0 and not request.finished):
             continue
-        num_tokens, num_chain = ends[index] - as_int(request.num_sent), as_int(request.chain_length)
+        num_tokens, num_chain = ends[row] - as_int(request.num_sent), as_int(request.chain_length)
         if request.session == 0 or request.session != session or num_tokens > most:
             unknown[num_unknown] = index
             num_unknown += 1
@@ -285,7 +312,7 @@ def pack_commits(
             words[size + place] = np.uint32(tries.chains[slot, place].token)
             floats[size + num_chain + place] = tries.chains[slot, place].prob
         size += 2 * num_chain
-        request.num_sent = ends[index]
+        request.num_sent = ends[row]
     return len(which), size, num_unknown
 
 
@@ -305,15 +332,6 @@ def forget_retrieved(tries: Any) -> None:
                     free_node(tries, node)
                 node = behind
             tries.at_position[slot, place] = kept
-
-
-def first_rewound(tries: Any, rows: Any, start: int) -> int:
-    """The first row from ``start`` on whose text is not what was committed last, or NONE."""
-    for row in range(start, len(rows.slots)):
-        slot, num_sampled = rows.slots[row], rows.num_sampled[row]
-        if slot != NONE and num_sampled > 0 and rows.lengths[row] - num_sampled != tries.requests[slot].length:
-            return row
-    return NONE
 
 
 def drop_request(tries: Any, slot: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_double.jit import as_int, part
+from vllm_double.jit import as_int, view_part
 
 DRAFT = 0
 """Index of the draft among the sources."""
@@ -28,13 +28,13 @@ _DECAY_AT = 4000.0  # trials in a bucket beyond which old ones count half
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def bucket_of(curve: Any, belief: float) -> int:
     """Entry of a calibration curve for a source's own probability; the last one is that of certainty."""
     return min(max(int(belief * (len(curve) - 1)), 0), len(curve) - 1)
 
 
-@part
+@view_part
 def learn(calibration: Any, source: int, temperature: int, belief: float, is_right: bool) -> None:
     """Count one example: whether the target continued with the token."""
     curve, hits, trials = calibration
@@ -53,7 +53,7 @@ def learn(calibration: Any, source: int, temperature: int, belief: float, is_rig
 # ---- stop tokens ----------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def is_stop(tries: Any, request: Any, token: int) -> bool:
     """Whether a token ends the request's text."""
     first, last = request.stops_start, request.stops_end
@@ -69,19 +69,19 @@ def is_stop(tries: Any, request: Any, token: int) -> bool:
 # ---- nodes ----------------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def mix(prefix_hash: Any, token: int) -> Any:
     """As `prefix_hash.mix`."""
     h = (prefix_hash ^ (np.uint64(token) + _ADDEND)) * _FACTOR
     return h ^ (h >> np.uint64(32))
 
 
-@part
+@view_part
 def _bucket(tries: Any, prefix_hash: Any) -> int:
     return as_int(prefix_hash & np.uint64(len(tries.heads) - 1))
 
 
-@part
+@view_part
 def find(tries: Any, slot: int, prefix_hash: Any) -> int:
     """The node of a prefix, or NONE."""
     nodes = tries.nodes
@@ -91,7 +91,7 @@ def find(tries: Any, slot: int, prefix_hash: Any) -> int:
     return node  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def make_node(tries: Any, slot: int, prefix_hash: Any, position: int) -> int:
     """The node of a prefix of ``position`` tokens, which is made if there is none. `reserve` came before.
 
@@ -114,7 +114,7 @@ def make_node(tries: Any, slot: int, prefix_hash: Any, position: int) -> int:
     return node  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def free_edges(tries: Any, node: int) -> None:
     """Drop what was inserted behind a node."""
     pool, edge = tries.pool[0], tries.nodes[node].first_edge
@@ -125,7 +125,7 @@ def free_edges(tries: Any, node: int) -> None:
     tries.nodes[node].first_edge = NONE
 
 
-@part
+@view_part
 def free_node(tries: Any, node: int) -> None:
     """Take a node out of the table; its position's list is the caller's."""
     nodes, pool = tries.nodes, tries.pool[0]
@@ -142,7 +142,7 @@ def free_node(tries: Any, node: int) -> None:
     pool.num_free_nodes += 1
 
 
-@part
+@view_part
 def drop_position(tries: Any, slot: int, position: int) -> int:
     """Drop all nodes of a request at a position; returns how many."""
     place, num_dropped = position & (tries.at_position.shape[1] - 1), 0
@@ -156,14 +156,14 @@ def drop_position(tries: Any, slot: int, position: int) -> int:
     return num_dropped
 
 
-@part
+@view_part
 def drop_all(tries: Any, slot: int) -> None:
     """Drop all nodes of a request."""
     for place in range(tries.at_position.shape[1]):
         drop_position(tries, slot, place)
 
 
-@part
+@view_part
 def reserve(tries: Any, num_nodes: int, num_edges: int) -> None:
     """Have so many nodes and edges free. The nodes that lie furthest behind their roots go first: they are used least often."""
     pool = tries.pool[0]
@@ -179,7 +179,7 @@ def reserve(tries: Any, num_nodes: int, num_edges: int) -> None:
 # ---- retrieved tokens -----------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def insert_edge(tries: Any, node: int, token: int, source: int, belief: float, prob: float) -> None:
     """A retrieved token behind a node; what its source said of it before is replaced. `reserve` came before."""
     edges, pool = tries.edges, tries.pool[0]
@@ -197,7 +197,7 @@ def insert_edge(tries: Any, node: int, token: int, source: int, belief: float, p
     edges[edge].belief, edges[edge].prob = belief, prob
 
 
-@part
+@view_part
 def _place_hash(key: Any, tokens: Any, start: int, end: int) -> Any:
     value = key
     for place in range(start, end):
@@ -205,7 +205,7 @@ def _place_hash(key: Any, tokens: Any, start: int, end: int) -> Any:
     return value
 
 
-@part
+@view_part
 def note_refusal(tries: Any, slot: int, tokens: Any, end: int, token: int, is_wrong: bool) -> None:
     """Remember that the target did not want ``token`` behind ``tokens[:end]``, or that it did after all."""
     request = tries.requests[slot]
@@ -225,7 +225,7 @@ def note_refusal(tries: Any, slot: int, tokens: Any, end: int, token: int, is_wr
         line[place] = np.uint64(0)
 
 
-@part
+@view_part
 def was_refused(tries: Any, slot: int, tokens: Any, end: int) -> bool:
     """Whether the last token before ``end`` was refused behind those before it."""
     request = tries.requests[slot]
@@ -242,7 +242,7 @@ def was_refused(tries: Any, slot: int, tokens: Any, end: int) -> bool:
 # ---- the best path --------------------------------------------------------------------------------------------------
 
 
-@part
+@view_part
 def _collect_ways(tries: Any, curve: Any, node: int, frame: Any, ways: Any) -> None:
     """Write the tokens behind a node that may lie on the best path into a frame, the most probable first."""
     listed = tries.nodes[node]
@@ -278,7 +278,7 @@ def _collect_ways(tries: Any, curve: Any, node: int, frame: Any, ways: Any) -> N
     tries.best[node].prob = 0.0
 
 
-@part
+@view_part
 def _sort_ways(ways: Any, num_ways: int) -> float:
     """By falling probability, then by falling token; returns the best probability."""
     for end in range(1, num_ways):
@@ -292,7 +292,7 @@ def _sort_ways(ways: Any, num_ways: int) -> float:
     return ways[0].prob  # type: ignore[no-any-return]
 
 
-@part
+@view_part
 def _weigh(tries: Any, frame: Any, worth: float, child: int) -> None:
     """The frame's next way is worth so many accepted tokens; ``child``: the node that it leads to."""
     if worth > frame.best:
@@ -303,30 +303,35 @@ def _weigh(tries: Any, frame: Any, worth: float, child: int) -> None:
     frame.next += 1
 
 
-@part
-def best_path(tries: Any, curve: Any, slot: int, max_tokens: int, stack: Any, ways: Any, path: Any) -> int:
+@view_part
+def best_path(
+    tries: Any, curve: Any, slot: int, max_tokens: int, floor: float, stack: Any, ways: Any, path: Any
+) -> int:  # fmt: skip
     """Write the path from the root with the highest expected number of accepted tokens; returns its length.
 
-    curve: of the draft at the request's temperature. stack: a frame for each of ``max_tokens``. A depth-first search: a way is
-    not followed if it is worth less than the best one even if all that follows is accepted.
+    curve: of the draft at the request's temperature. floor: nothing is looked for behind a token that is accepted with no higher
+    probability. stack: a frame for each of ``max_tokens``. A depth-first search: a way is not followed if it is worth less than
+    the best one even if all that follows is accepted.
     """
     root = find(tries, slot, tries.requests[slot].root_hash)
     if root == NONE or max_tokens <= 0:
         return 0
     _collect_ways(tries, curve, root, stack[0], ways)
+    stack[0].accept_prob = 1.0
     depth = 0
     while depth >= 0:
         frame, room = stack[depth], max_tokens - depth
         prob = frame.probs[frame.next] if frame.next < frame.num_ways else 0.0
         if prob * room > frame.best:
-            child = NONE
-            if room > 1:
+            child, accept_prob = NONE, frame.accept_prob * prob
+            if room > 1 and accept_prob > floor:
                 child = find(tries, slot, mix(tries.nodes[frame.node].prefix_hash, frame.tokens[frame.next]))
             if child == NONE:
                 _weigh(tries, frame, prob, NONE)
             else:
                 depth += 1
                 _collect_ways(tries, curve, child, stack[depth], ways)
+                stack[depth].accept_prob = accept_prob
         else:
             depth -= 1
             if depth >= 0:
@@ -335,7 +340,7 @@ def best_path(tries: Any, curve: Any, slot: int, max_tokens: int, stack: Any, wa
     return _read_path(tries, root, max_tokens, path)
 
 
-@part
+@view_part
 def _read_path(tries: Any, root: int, max_tokens: int, path: Any) -> int:
     node, length, accept_prob = root, 0, 1.0
     while node != NONE and length < max_tokens and tries.best[node].prob > 0.0:

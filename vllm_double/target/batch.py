@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from vllm_double.target.speculation_trie import CHAIN_TOKEN, Records
 
-__all__ = ["Batch", "Live", "Row", "Rows"]
+__all__ = ["Batch", "Live", "Row", "Rows", "Summary"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -76,11 +77,14 @@ class Batch(NamedTuple):
         """Texts as they lie with the model runner: no tokens are copied but the verified ones."""
         n = len(request_ids)
         starts = itertools.accumulate(map(len, verified), initial=0)
-        # One array for all: between two forwards each call into numpy finds cold caches.
-        ints = np.array([*places, *lengths, *num_sampled, *starts, *itertools.chain.from_iterable(verified)], np.int32)
+        # One array for all, which numpy does not make of a list: between two forwards each call into it finds cold caches.
+        all_of_them = array("i", bytes(4 * n))
+        for part in (places, lengths, num_sampled, starts, itertools.chain.from_iterable(verified)):
+            all_of_them.extend(part)
+        ints = np.frombuffer(all_of_them, np.int32)
         rows = Rows(
-            slots=np.empty(n, np.int32), texts=texts, places=ints[:n], lengths=ints[n : 2 * n],
-            num_sampled=ints[2 * n : 3 * n], verified=ints[4 * n + 1 :], verified_starts=ints[3 * n : 4 * n + 1],
+            slots=ints[:n], texts=texts, places=ints[n : 2 * n], lengths=ints[2 * n : 3 * n],
+            num_sampled=ints[3 * n : 4 * n], verified=ints[5 * n + 1 :], verified_starts=ints[4 * n : 5 * n + 1],
         )  # fmt: skip
         return cls(request_ids, rows)
 
@@ -89,15 +93,34 @@ class Batch(NamedTuple):
         return self.rows.texts[self.rows.places[row], : self.rows.lengths[row]]
 
 
+class Summary(NamedTuple):
+    """How much there is in `Live`."""
+
+    num_live: int
+    """Rows that want drafts."""
+    num_sampled: int
+    """Those of them that are not greedy."""
+    num_grown: int
+    """Texts that went on,"""
+    num_ended: int
+    """and of these, that have ended."""
+    num_told: int
+    """Sources that know of it."""
+
+
 class Live(NamedTuple):
     """What a round finds out of its rows. The first arrays are by live row, which is one that wants drafts.
 
-    Arrays are reused from round to round, and longer than what is in them, but for ``slots`` after the commit.
+    Arrays are reused from round to round, and longer than what is in them.
     """
 
+    summary: Ints
+    """A `Summary`."""
     slots: Ints
     rows: Ints
     """Which row of the batch."""
+    keys: Ints
+    """Slots of the rows that the sources are asked about."""
     limits: Ints
     """Most tokens of its chain."""
     paths: Records
@@ -125,7 +148,7 @@ class Live(NamedTuple):
 
         n = num_rows
         return cls(
-            slots=ints(n), rows=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN), path_lengths=ints(n),
+            summary=ints(len(Summary._fields)), slots=ints(n), rows=ints(n), keys=ints(n), limits=ints(n), paths=np.zeros((n, max_chain), CHAIN_TOKEN), path_lengths=ints(n),
             tails=ints(n, max_chain), tail_lengths=ints(n), tail_limits=ints(n), grown_slots=ints(n), new_tokens=ints(num_new),
             new_starts=ints(n + 1), ended=ints(n), ended_slots=ints(n), ends=ints(n),
         )  # fmt: skip

@@ -173,21 +173,21 @@ class DraftLink:
             for slot in slots[self._table.tries.requests["session"][slots] != 0].tolist():
                 self.release(slot)
             return
-        for index in self._pack(batch, rows, slots, batch.rows.lengths[rows], waits, True):
+        for index in self._pack(batch, rows, slots, batch.rows.lengths, waits, True):
             slot = int(slots[index])
             self.release(slot)
             self.admit(slot, batch.text(int(rows[index])))
             if self._table.tries.requests["session"][slot] != 0:
                 place = slice(index, index + 1)
-                self._pack(batch, rows[place], slots[place], batch.rows.lengths[rows[place]], waits, True)
+                self._pack(batch, rows[place], slots[place], batch.rows.lengths, waits, True)
 
     def send_ends(self, batch: Batch, rows: Ints, slots: Ints, ends: Ints) -> None:
-        """Send how texts end, for the history of the draft's side, which goes without it if there is no room."""
+        """Send where texts end (``ends``: by row), for the history of the draft's side, which goes without if there is no room."""
         if self.session != 0:
             self._pack(batch, rows, slots, ends, False, False)
 
     def _pack(self, batch: Batch, rows: Ints, slots: Ints, ends: Ints, waits: bool, is_needed: bool) -> list[int]:
-        """Send commits, one record for all; returns which requests the worker does not know.
+        """Send commits up to ``ends``, by row of the batch, one record for all; returns which requests the worker does not know.
 
         is_needed: requests whose commit finds no room are released, to be admitted again when there is room.
         """
@@ -198,7 +198,7 @@ class DraftLink:
         start, session = 0, self._channel.session
         while start < len(rows):
             num_done, num_words, num_unknown = self._calls.pack_commits(
-                self._table.tries, batch.rows, rows[start:], slots[start:], ends[start:], session, waits,
+                self._table.tries, batch.rows, rows[start:], slots[start:], ends, session, waits,
                 messages.MAX_TOKENS, self._words, self._floats, self._unknown,
             )  # fmt: skip
             missing = self._unknown[:num_unknown].tolist()

@@ -7,6 +7,7 @@ state that an exception leaves behind.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,8 +50,10 @@ class GuardedProposer:
         self.breaker = breaker
         self._proposer = proposer
         self._is_drafting = True
-        self._dormant: dict[str, RequestParams] = {}  # live requests that the proposer does not know
-        self._suspects: set[str] = set()  # requests whose latest admission failed
+        self._live: dict[str, RequestParams] = {}
+        self._suspects: set[str] = set()  # live requests whose latest admission failed
+        # Who has come, with a text, and who has gone, without one: the proposer is told while the forward runs.
+        self._changes: deque[tuple[str, npt.NDArray[np.int32] | None]] = deque()
         self._judged = self._totals()
 
     @property
@@ -87,8 +90,14 @@ class GuardedProposer:
         self._stop()
 
     def index(self) -> bool:
-        """Index a slice of what waits; whether more may wait. For an `Indexer`, which has the turnstile's lock."""
+        """Take in one request that has come or gone, or index a slice of what waits; whether more may wait.
+
+        For an `Indexer`, which has the turnstile's lock.
+        """
         try:
+            if self._changes:
+                self._take_in(*self._changes.popleft())
+                return True
             return self._is_drafting and self._proposer.index(_INDEX_TOKENS)
         except Exception:
             self._fail()
@@ -97,19 +106,15 @@ class GuardedProposer:
     # ---- the proposer's methods -------------------------------------------------------------------------------
 
     def admit(self, request_id: str, tokens: npt.NDArray[np.int32], params: RequestParams) -> None:
-        """See Proposer.admit."""
-        self._dormant[request_id] = params
-        if self._is_drafting:
-            with self.guard():
-                self._wake(request_id, tokens)
+        """See Proposer.admit. Costs next to nothing: the request is taken in by `index`, at the latest by its next round."""
+        self._live[request_id] = params
+        self._change(request_id, tokens)
 
     def finish(self, request_id: str) -> None:
-        """See Proposer.finish."""
-        if self._is_drafting:
-            with self.guard():
-                self._proposer.finish(request_id)
-        self._dormant.pop(request_id, None)
+        """See Proposer.finish; as `admit`."""
+        self._live.pop(request_id, None)
         self._suspects.discard(request_id)
+        self._change(request_id, None)
 
     def forget_history(self) -> None:
         """See Proposer.forget_history."""
@@ -157,14 +162,15 @@ class GuardedProposer:
 
     def _stop(self) -> None:
         self._is_drafting = False
-        self._dormant = self._proposer.reset() | self._dormant
+        self._changes.clear()
+        self._proposer.reset()
 
     def _judge(self) -> None:
         """Open the breaker where the last rounds would have been faster without drafts."""
+        if self.counters.rounds - self._judged[0] < _JUDGED_ROUNDS:
+            return
         totals = self._totals()
         rounds, rows, committed, proposed, seconds = (now - before for now, before in zip(totals, self._judged, strict=True))
-        if rounds < _JUDGED_ROUNDS:
-            return
         self._judged = totals
         if rows and speed_up(rounds, rows, committed, proposed, seconds, *self.step_cost.estimate()) < _LEAST_SPEED_UP:
             self.counters.losses += 1
@@ -175,23 +181,38 @@ class GuardedProposer:
         counters = self.counters
         return counters.rounds, counters.rows, counters.committed_tokens, counters.proposed_tokens, counters.propose_seconds
 
+    # ---- who has come and gone --------------------------------------------------------------------------------
+
+    def _change(self, request_id: str, tokens: npt.NDArray[np.int32] | None) -> None:
+        if self._is_drafting:
+            with self.turnstile:
+                self._changes.append((request_id, tokens))
+
+    def _take_in(self, request_id: str, tokens: npt.NDArray[np.int32] | None) -> None:
+        if tokens is None:
+            self._proposer.finish(request_id)
+        elif request_id in self._live:
+            self._wake(request_id, tokens)
+
     def _wake_all(self, batch: Batch) -> None:
-        """Admit requests that the proposer does not know, with what their texts were before this step."""
-        if not self._dormant:
+        """Have the proposer know all requests: what it does not know begins with what its text was before this step."""
+        while self._changes:
+            self._take_in(*self._changes.popleft())
+        if self._proposer.num_requests == len(self._live):
             return
         budget = _WAKE_TOKENS_PER_ROUND
         for row, request_id in enumerate(batch.request_ids):
-            if request_id in self._dormant and budget > 0:
+            if budget > 0 and request_id in self._live and not self._proposer.knows(request_id):
                 text = batch.text(row)
                 budget -= len(text)
                 self._wake(request_id, text[: len(text) - batch.rows.num_sampled[row]])
 
     def _wake(self, request_id: str, tokens: npt.NDArray[np.int32]) -> None:
-        params = self._dormant[request_id]
+        params = self._live[request_id]
         if request_id in self._suspects:
             # Where it fails again it goes without drafts from now on: at every trial it would take all others' with it.
-            self._dormant[request_id] = replace(params, use_drafts=False)
+            self._live[request_id] = replace(params, use_drafts=False)
         self._suspects.add(request_id)
         self._proposer.admit(request_id, tokens, params)
         self._suspects.discard(request_id)
-        del self._dormant[request_id]
+        self._live[request_id] = params

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.retrieval.base import Found, Queries, Source, Tokens
+from vllm_double.retrieval.bundle import Bundle
+from vllm_double.target.batch import Live
 
 __all__ = ["Lookups"]
 
@@ -23,8 +25,8 @@ class Lookups:
         self.indices = np.array(indices, np.int32)
         self._max_tokens = max_tokens
         self._num_waiting = 0  # tokens that may not be indexed yet, at most
+        self.bundle = Bundle(self.sources)
         self.found = self._room(1)
-        self._no_tails = np.zeros((1, 0), np.int32), np.zeros(1, np.int32)
 
     def _room(self, num_queries: int) -> Found:
         shape = (len(self.sources), num_queries, self._max_tokens)
@@ -60,24 +62,25 @@ class Lookups:
         self._num_waiting = max(0, self._num_waiting - budget_tokens)
         return self._num_waiting > 0
 
-    def extend(self, slots: Ints, tokens: Ints, starts: Ints) -> None:
-        """Texts go on with ``tokens[starts[i] : starts[i + 1]]``."""
+    def extend(self, live: Live, num_grown: int, num_told: int) -> None:
+        """Texts have grown; so many sources know it."""
         self._num_waiting = max(self._num_waiting, _HOUSEKEEPING_TOKENS)
-        for source in self.sources:
-            source.extend_many(slots, tokens, starts)
+        for source in self.sources[num_told:]:
+            source.extend_many(live.grown_slots[:num_grown], live.new_tokens, live.new_starts[: num_grown + 1])
 
-    def ask(self, slots: Ints, max_tokens: Ints) -> Found:
-        """What follows these texts, by each source."""
-        num_queries = len(slots)
-        if num_queries > len(self._no_tails[1]):
-            self._no_tails = np.zeros((num_queries, 0), np.int32), np.zeros(num_queries, np.int32)
-        return self.ask_behind(Queries(slots, self._no_tails[0][:num_queries], self._no_tails[1][:num_queries], max_tokens))
+    @property
+    def are_bundled(self) -> bool:
+        """Whether all sources are in the bundle."""
+        return self.bundle.num_sources == len(self.sources)
 
-    def ask_behind(self, queries: Queries) -> Found:
-        """What follows texts with tails, by each source. The answer is good until the next question."""
-        num_queries = len(queries.keys)
+    def make_room(self, num_queries: int) -> None:
+        """For answers to so many queries."""
         if num_queries > self.found.lengths.shape[1]:
             self.found = self._room(2 * num_queries)
+
+    def ask(self, queries: Queries) -> Found:
+        """What follows texts with tails, by each source. The answer is good until the next question."""
+        self.make_room(len(queries.keys))
         for source, lengths, tokens, beliefs in zip(self.sources, *self.found, strict=True):
             source.lookup_many(queries, Found(lengths, tokens, beliefs))
         return self.found

@@ -9,14 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.known_noise import know_noise
+from vllm_double.target._round_steps import NO_ROOM
 from vllm_double.target._trie_steps import NONE
-from vllm_double.target.batch import Batch, Live, Row
+from vllm_double.target.batch import Batch, Live, Row, Summary
 from vllm_double.target.calibration import Calibration
 from vllm_double.target.draft_link import DraftLink
 from vllm_double.target.lookups import Lookups
@@ -25,6 +27,7 @@ from vllm_double.target.round_calls import calls
 from vllm_double.target.speculation_trie import Search
 from vllm_double.target.stats import Counters
 from vllm_double.target.step_cost import StepCost
+from vllm_double.target.verify_length import least_threshold
 from vllm_double.target.waiting import Prospects, Rates, Waiting
 from vllm_double.transport.base import TargetEnd
 
@@ -35,6 +38,21 @@ Ints = npt.NDArray[np.int32]
 
 def _no_nap() -> None:
     """Look again at once."""
+
+
+class _Round(NamedTuple):
+    """What holds during one round. fixed_s, token_s: of a target step, see `StepCost.estimate`."""
+
+    batch: Batch
+    live: Live
+    summary: Summary
+    fixed_s: float
+    token_s: float
+
+    @property
+    def floor(self) -> float:
+        """No token with a lower probability to be accepted will be verified."""
+        return least_threshold(self.summary.num_live, self.fixed_s, self.token_s)
 
 
 class Proposer:
@@ -65,9 +83,8 @@ class Proposer:
 
     def _make_room(self, num_rows: int, num_new: int) -> None:
         """For so many rows, and so many sampled tokens in all."""
-        self._room = Live.empty(num_rows, self.table.max_chain, num_new)
+        self._live = Live.empty(num_rows, self.table.max_chain, num_new)
         self._everyone = np.arange(num_rows, dtype=np.int32)
-        self._accept_probs = np.zeros(num_rows * self.table.max_chain)
 
     # ---- lifecycle --------------------------------------------------------------------------------------------
 
@@ -111,16 +128,18 @@ class Proposer:
         """What the draft has read so far is not found by requests that are admitted to it from now on."""
         self.link.reset_prefix_cache()
 
-    def reset(self) -> dict[str, RequestParams]:
-        """Drop the state of all live requests on both sides, sound or not; returns what they are. History stays."""
-        slots, params = self._slots, self.table.params
-        self._slots = {}
-        for slot in slots.values():
+    def reset(self) -> None:
+        """Drop the state of all live requests on both sides, sound or not. History stays."""
+        for slot in self._slots.values():
             self.lookups.drop(slot)
+        self._slots = {}
         self.table.clear()
         with suppress(Exception):
             self.link.release_all()
-        return {request_id: params[slot] for request_id, slot in slots.items()}
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request is live."""
+        return request_id in self._slots
 
     # ---- the round --------------------------------------------------------------------------------------------
 
@@ -143,15 +162,14 @@ class Proposer:
         self.link.begin_round()
         self._drain()
         self.link.flush()
-        live = self._commit(batch)
-        everyone = self._everyone[: len(live.slots)]
-        self._find_paths(batch, live, everyone)
-        awaited = self._awaited(live, everyone)
-        self._choose(batch, live, np.setdiff1d(everyone, awaited) if len(awaited) else everyone)
+        now = self._commit(batch)
+        everyone = self._everyone[: now.summary.num_live]
+        self._find_paths(now, everyone)
+        awaited = self._awaited(now, everyone)
+        self._choose(now, np.setdiff1d(everyone, awaited) if len(awaited) else everyone)
         if len(awaited):
-            waited = yield from self._wait(batch, live, awaited)
-        self._calls.count_proposed(self.table.tries, self.counters.tally, live)
-        chains = self._chains(len(batch.request_ids), live)
+            waited = yield from self._wait(now, awaited)
+        chains = self._chains(now)
         self.counters.proposed(self._clock() - started - waited)
         return chains
 
@@ -166,59 +184,61 @@ class Proposer:
         for nodes in self.link.receive():
             self._calls.file_nodes(self.table.tries, self.counters.tally, nodes)
 
-    def _commit(self, batch: Batch) -> Live:
-        """Take in what was sampled; returns the rows that want drafts."""
-        rows, tries = batch.rows, self.table.tries
+    def _commit(self, batch: Batch) -> _Round:
+        """Take in what was sampled."""
+        rows, lookups = batch.rows, self.lookups
         rows.slots[:] = [self._slots.get(request_id, NONE) for request_id in batch.request_ids]
-        row = NONE
-        while (row := self._calls.first_rewound(tries, rows, row + 1)) != NONE:
-            self._rewind(int(rows.slots[row]), batch.text(row)[: rows.lengths[row] - rows.num_sampled[row]])
-        num_new = int(rows.num_sampled.sum())
-        if len(rows.slots) > len(self._room.slots) or num_new > len(self._room.new_tokens):
-            self._make_room(2 * len(rows.slots), 2 * num_new)
-        room = self._room
-        num_live, num_grown, num_ended = self._calls.commit(
-            tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, room, self.link.session
-        )
-        self.lookups.extend(room.grown_slots[:num_grown], room.new_tokens, room.new_starts[: num_grown + 1])
-        if num_ended:
-            self.link.send_ends(batch, room.ended[:num_ended], room.ended_slots[:num_ended], room.ends[:num_ended])
-        return room._replace(slots=room.slots[:num_live], rows=room.rows[:num_live])
+        while True:
+            live = self._live
+            status = self._calls.commit(
+                self.table.tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, live,
+                self.link.session, lookups.bundle.indexes(),
+            )  # fmt: skip
+            if status == NONE:
+                break
+            if status == NO_ROOM:
+                self._make_room(2 * len(rows.slots), 2 * int(rows.num_sampled.sum()))
+            else:
+                self._rewind(int(rows.slots[status]), batch.text(status)[: rows.lengths[status] - rows.num_sampled[status]])
+        summary = Summary(*live.summary.tolist())
+        lookups.extend(live, summary.num_grown, summary.num_told)
+        if summary.num_ended:
+            self.link.send_ends(batch, live.ended[: summary.num_ended], live.ended_slots[: summary.num_ended], live.ends)
+        return _Round(batch, live, summary, *self.step_cost.estimate())
 
-    def _find_paths(self, batch: Batch, live: Live, picked: Ints) -> None:
+    def _find_paths(self, now: _Round, picked: Ints) -> None:
         """The best paths of the picked live rows, with what the sources know behind their texts and behind these paths."""
-        if not len(picked):
+        lookups, live, num = self.lookups, now.live, len(picked)
+        if not num:
             return
-        lookups, slots = self.lookups, live.slots[picked]
-        given = self.table.tries, self.calibration.tables, self._search, batch.rows, live, picked
-        num = len(picked)
-        found = lookups.ask(slots, live.limits[picked])
-        self._know_noise(found, slots, 0)
-        self._calls.find_paths(*given, found, lookups.indices)
-        queries = Queries(slots, live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])
-        found = lookups.ask_behind(queries)
-        self._know_noise(found, slots, queries.tail_lengths)
-        self._calls.extend_paths(*given, found, lookups.indices)
+        lookups.make_room(num)
+        given = self.table.tries, self.calibration.tables, self._search, now.batch.rows, live, picked, now.floor
+        if lookups.are_bundled and not now.summary.num_sampled:
+            unknown = self._calls.find_whole_paths(*given, lookups.found, lookups.indices, lookups.bundle.indexes())
+            assert unknown == NONE
+            return
+        self._calls.ask(live, picked)
+        queries = Queries(live.keys[:num], live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])
+        requests = self.table.tries.requests[queries.keys]
+        for take in (self._calls.find_paths, self._calls.extend_paths):
+            found = lookups.ask(queries)
+            if now.summary.num_sampled:
+                positions = requests["length"] + queries.tail_lengths - 1
+                know_noise(map(Found, *found), requests["temperature"] > 0, requests["seed"], positions)
+            take(*given, found, lookups.indices)
 
-    def _know_noise(self, found: Found, slots: Ints, tail_lengths: Ints | int) -> None:
-        """What was found behind texts and tails, with the noise that sampled requests draw with."""
-        requests = self.table.tries.requests
-        is_sampled = requests["temperature"][slots] > 0
-        if is_sampled.any():
-            positions = requests["length"][slots] + tail_lengths - 1
-            know_noise(map(Found, *found), is_sampled, requests["seed"][slots], positions)
-
-    def _choose(self, batch: Batch, live: Live, chosen: Ints) -> None:
+    def _choose(self, now: _Round, chosen: Ints) -> None:
         """Cut the paths of the chosen live rows, as long as they pay beside those of all, and send them to the worker."""
-        self._calls.cut_chains(self.table.tries, live, chosen, self._accept_probs, *self.step_cost.estimate())
-        self.link.send_commits(batch, live.rows[chosen], live.slots[chosen])
+        live = now.live
+        self._calls.cut_chains(self.table.tries, self.counters.tally, live, chosen, now.fixed_s, now.token_s)
+        self.link.send_commits(now.batch, live.rows[chosen], live.slots[chosen])
 
-    def _chains(self, num_rows: int, live: Live) -> list[list[int]]:
-        """Of all rows."""
-        chains: list[list[int]] = [[] for _ in range(num_rows)]
-        lengths = self.table.tries.requests["chain_length"][live.slots].tolist()
-        tokens = live.paths["token"][: len(lengths)].tolist()
-        for row, path, length in zip(live.rows.tolist(), tokens, lengths, strict=True):
+    def _chains(self, now: _Round) -> list[list[int]]:
+        """Of all rows of the batch."""
+        num, live = now.summary.num_live, now.live
+        chains: list[list[int]] = [[] for _ in now.batch.request_ids]
+        lengths = self.table.tries.requests["chain_length"][live.slots[:num]].tolist()
+        for row, path, length in zip(live.rows[:num].tolist(), live.paths["token"][:num].tolist(), lengths, strict=True):
             chains[row] = path[:length]
         return chains
 
@@ -235,21 +255,18 @@ class Proposer:
 
     # ---- waiting ----------------------------------------------------------------------------------------------
 
-    def _rates(self, live: Live) -> Rates:
-        return self.waiting.rule.rates(*self.step_cost.estimate(), len(live.slots))
+    def _rates(self, now: _Round) -> Rates:
+        return self.waiting.rule.rates(now.fixed_s, now.token_s, now.summary.num_live)
 
-    def _awaited(self, live: Live, everyone: Ints) -> Ints:
+    def _awaited(self, now: _Round, everyone: Ints) -> Ints:
         """The live rows for whose next draft tokens the target waits: all to which one is worth its verification, or none."""
-        nobody = everyone[:0]
-        lengths, slots = live.path_lengths[: len(everyone)], live.slots
-        requests = self.table.tries.requests
-        requests["missed"][slots[lengths == 0]] = True
-        if not self._may_wait or not len(everyone) or not self.waiting.is_prompt():
+        nobody, live, num = everyone[:0], now.live, len(everyone)
+        if not self._may_wait or not num or not self.waiting.is_prompt():
             return nobody
-        known = requests[["session", "has_drafted", "pause"]][slots]
+        known = self.table.tries.requests[["session", "has_drafted", "pause"]][live.slots[:num]]
         may_draft = (known["session"] != 0) & (known["session"] == self.link.session) & known["has_drafted"]
-        awaited = everyone[may_draft & (known["pause"] == 0) & (lengths < live.limits[: len(everyone)])]
-        rates, prospects = self._rates(live), self._prospects(live, awaited)
+        awaited = everyone[may_draft & (known["pause"] == 0) & (live.path_lengths[:num] < live.limits[:num])]
+        rates, prospects = self._rates(now), self._prospects(live, awaited)
         pay = self.waiting.rule.pay_to_verify(prospects, rates)
         return awaited[pay] if self.waiting.pays(prospects.only(pay), rates) else nobody
 
@@ -259,24 +276,25 @@ class Proposer:
         accept_probs = live.paths["accept_prob"][picked, np.maximum(lengths - 1, 0)]
         return self.waiting.rule.prospects(self.table.tries.requests["temperature"][live.slots[picked]], lengths, accept_probs)
 
-    def _wait(self, batch: Batch, live: Live, awaited: Ints) -> Generator[None, None, float]:
+    def _wait(self, now: _Round, awaited: Ints) -> Generator[None, None, float]:
         """Wait for the next draft tokens of these live rows, and choose; returns the seconds."""
-        tries, slots = self.table.tries, live.slots[awaited]
+        tries, live = self.table.tries, now.live
+        slots = live.slots[awaited]
         tries.requests["waited"][slots] = tries.requests["missed"][slots]
-        self.link.send_commits(batch, live.rows[awaited], slots, waits=True)
+        self.link.send_commits(now.batch, live.rows[awaited], slots, waits=True)
         found, no_sources = self.lookups.found, self.lookups.indices[:0]
 
         def look() -> tuple[int, Prospects]:
             self._drain()
             self._calls.find_paths(
-                tries, self.calibration.tables, self._search, batch.rows, live, awaited, found, no_sources
-            )  # fmt: skip
+                tries, self.calibration.tables, self._search, now.batch.rows, live, awaited, now.floor, found, no_sources
+            )
             return int(live.path_lengths[awaited].sum()), self._prospects(live, awaited)
 
         num_known = int(live.path_lengths[awaited].sum())
-        waited = yield from self.waiting.wait(look, self._rates(live), num_known)
-        self._find_paths(batch, live, awaited)
-        self._choose(batch, live, awaited)
+        waited = yield from self.waiting.wait(look, self._rates(now), num_known)
+        self._find_paths(now, awaited)
+        self._choose(now, awaited)
         return waited
 
     @property

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vllm_double.jit import machine_code
+from vllm_double import jit
 from vllm_double.retrieval.base import Found
+from vllm_double.retrieval.bundle import Indexes
 from vllm_double.target import _choose_steps as choosing
 from vllm_double.target import _round_steps as steps
 from vllm_double.target.batch import Batch, Live, Row
@@ -24,12 +25,12 @@ class RoundCalls(NamedTuple):
     """See `_round_steps` and `_choose_steps`."""
 
     file_nodes: Callable[..., None]
-    first_rewound: Callable[..., int]
-    commit: Callable[..., tuple[int, int, int]]
+    commit: Callable[..., int]
+    ask: Callable[..., None]
     find_paths: Callable[..., None]
     extend_paths: Callable[..., None]
+    find_whole_paths: Callable[..., int]
     cut_chains: Callable[..., None]
-    count_proposed: Callable[..., None]
     pack_commits: Callable[..., tuple[int, int, int]]
     forget_retrieved: Callable[..., None]
     drop_request: Callable[..., None]
@@ -41,18 +42,19 @@ def calls() -> RoundCalls:
     tries, tables, tally, means = Tries.empty(1, 1, 1, 1), Tables.prior(1), Counters().tally, Means.empty()
     rows = Batch.of([Row("", np.zeros(1, np.int32), 1, [0])]).rows
     live, search = Live.empty(1, 1, 1), Search.empty(1)
-    ints, session, floats = np.zeros(1, np.int32), np.uint64(1), np.zeros(1)
+    ints, session = np.zeros(1, np.int32), np.uint64(1)
     found = Found(np.zeros((1, 1), np.int32), np.zeros((1, 1, 1), np.int32), np.zeros((1, 1, 1), np.float32))
-    words = np.zeros(1, np.uint32)
-    paths: tuple[Any, ...] = (tries, tables, search, rows, live, ints, found, ints)
+    words, indexes = np.zeros(1, np.uint32), Indexes.empty()
+    machine_code = functools.partial(jit.machine_code, counts_references=False)
+    paths: tuple[Any, ...] = (tries, tables, search, rows, live, ints, 0.5, found, ints)
     return RoundCalls(
         file_nodes=machine_code(steps.file_nodes, tries, tally, np.zeros(1, NODE_DTYPE)),
-        first_rewound=machine_code(steps.first_rewound, tries, rows, 0),
-        commit=machine_code(steps.commit, tries, tables, tally, means, rows, live, session),
+        commit=machine_code(steps.commit, tries, tables, tally, means, rows, live, session, indexes),
+        ask=machine_code(choosing.ask, live, ints),
         find_paths=machine_code(choosing.find_paths, *paths),
         extend_paths=machine_code(choosing.extend_paths, *paths),
-        cut_chains=machine_code(choosing.cut_chains, tries, live, ints, floats, 0.5, 0.5),
-        count_proposed=machine_code(choosing.count_proposed, tries, tally, live),
+        find_whole_paths=machine_code(choosing.find_whole_paths, *paths, indexes),
+        cut_chains=machine_code(choosing.cut_chains, tries, tally, live, ints, 0.5, 0.5),
         pack_commits=machine_code(
             steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, words, words.view(np.float32), ints
         ),

@@ -65,7 +65,7 @@ CHAIN_TOKEN = np.dtype([("token", "i4"), ("source", "i4"), ("prob", "f8"), ("acc
 WAY = np.dtype([("token", "i4"), ("source", "i4"), ("prob", "f8"), ("child", "i4")], align=True)
 FRAME = np.dtype(
     [
-        ("node", "i4"), ("num_ways", "i4"), ("next", "i4"), ("best", "f8"),
+        ("node", "i4"), ("num_ways", "i4"), ("next", "i4"), ("best", "f8"), ("accept_prob", "f8"),
         ("tokens", "i4", (3,)), ("sources", "i4", (3,)), ("probs", "f8", (3,)),
     ],
     align=True,

@@ -4,7 +4,13 @@ A token is verified while it pays for what it costs the target: tokens are taken
 accepted, as long as each raises the batch's expected tokens per second. `_choose_steps.pay_threshold` finds where that ends.
 """
 
-__all__ = ["speed_up"]
+__all__ = ["least_threshold", "speed_up"]
+
+
+def least_threshold(num_rows: int, fixed: float, per_token: float) -> float:
+    """What `pay_threshold` is at least, whatever the tokens: to verify one more pays if the probability that it is accepted
+    exceeds what it costs in tokens of plain decoding, and the batch never decodes slower than that."""
+    return per_token * num_rows / (fixed + per_token * num_rows)
 
 
 def speed_up(
