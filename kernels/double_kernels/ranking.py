@@ -111,6 +111,7 @@ def _threads(num_threads: int, _process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="ranked-tokens")
 
 
+# numba's cache looks at this file alone; but the steps of the hash never change.
 _word, _mixed, _finished = map(numba.njit, (hash_word, hash_mixed, hash_finished))
 
 
