@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from vllm_double.transport.base import WorkerEnd
-from vllm_double.transport.inprocess import InProcessTargetEnd
+from vllm_double.transport.base import DraftChannel
+from vllm_double.transport.inprocess import InProcessTargetChannel
 from vllm_double.transport.ring import HEADER_BYTES, Record, seal_frame
 
-__all__ = ["Channel", "Faults", "FaultyChannel", "QueueTargetEnd", "faulty_pair", "inject", "open_frame"]
+__all__ = ["Faults", "FaultyQueue", "Queue", "QueueTargetChannel", "faulty_pair", "inject", "open_frame"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def open_frame(frame: bytes) -> Record | None:
     return kind, session, memoryview(frame)[HEADER_BYTES:]
 
 
-class Channel:
+class Queue:
     """A ring's producer and consumer in one, on a deque of sealed records. ``capacity``: bytes, as a ring counts them."""
 
     def __init__(self, capacity: int) -> None:
@@ -106,16 +106,16 @@ class Channel:
         return records
 
 
-class QueueTargetEnd(InProcessTargetEnd):
-    """A target's end with channels in the place of the rings, and so are the ends of its workers."""
+class QueueTargetChannel(InProcessTargetChannel):
+    """A target's channel with queues in the place of the rings, and so have its workers."""
 
-    def __init__(self, commands: Channel, reports: Channel, sleep: Callable[[float], None]) -> None:
+    def __init__(self, commands: Queue, reports: Queue, sleep: Callable[[float], None]) -> None:
         super().__init__(HEADER_BYTES, sleep)
         self.commands = commands
         self.reports = reports
         self._commands, self._reports = cast(Any, commands), cast(Any, reports)
 
-    def attach(self) -> WorkerEnd:
+    def attach(self) -> DraftChannel:
         worker = super().attach()
         worker._commands, worker._reports = cast(Any, self.commands), cast(Any, self.reports)
         self.commands.skip()
@@ -123,8 +123,8 @@ class QueueTargetEnd(InProcessTargetEnd):
         return worker
 
 
-class FaultyChannel(Channel):
-    """A Channel with faults, which `inject` changes for the records still to come."""
+class FaultyQueue(Queue):
+    """A Queue with faults, which `inject` changes for the records still to come."""
 
     def __init__(self, capacity: int, faults: Faults, seed: int) -> None:
         super().__init__(capacity)
@@ -161,9 +161,9 @@ class FaultyChannel(Channel):
         return super().drain(max_bytes)
 
 
-def inject(channel: Channel, faults: Faults) -> None:
+def inject(channel: Queue, faults: Faults) -> None:
     """Replace the faults for the records still to come."""
-    assert isinstance(channel, FaultyChannel)
+    assert isinstance(channel, FaultyQueue)
     channel.faults = faults
 
 
@@ -174,7 +174,7 @@ def faulty_pair(
     reports: Faults = _NO_FAULTS,
     seed: int = 0,
     sleep: Callable[[float], None] = time.sleep,
-) -> tuple[QueueTargetEnd, WorkerEnd]:
+) -> tuple[QueueTargetChannel, DraftChannel]:
     """As `in_process_pair`, with faults in either direction."""
-    target = QueueTargetEnd(FaultyChannel(capacity, commands, 2 * seed), FaultyChannel(capacity, reports, 2 * seed + 1), sleep)
+    target = QueueTargetChannel(FaultyQueue(capacity, commands, 2 * seed), FaultyQueue(capacity, reports, 2 * seed + 1), sleep)
     return target, target.attach()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.fakes.engine import FakeEngine
-from tests.faults import Channel, QueueTargetEnd
+from tests.faults import Queue, QueueTargetChannel
 from tests.references.automaton import check_context, check_history
 from vllm_double.draft.engine.base import Row
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
@@ -31,7 +31,7 @@ from vllm_double.transport.messages import (
 )  # fmt: skip
 from vllm_double.transport.ring import Record
 
-__all__ = ["Kept", "Wire", "WitnessEnd", "WitnessEngine", "WitnessRetriever"]
+__all__ = ["Kept", "Wire", "WitnessChannel", "WitnessEngine", "WitnessRetriever"]
 
 
 class WitnessEngine(FakeEngine):
@@ -143,8 +143,8 @@ class WitnessRetriever(Source):
             check_history(self._source)
 
 
-class Wire(Channel):
-    """A Channel of which single records can be taken out and put back elsewhere, later or twice.
+class Wire(Queue):
+    """A Queue of which single records can be taken out and put back elsewhere, later or twice.
 
     on_push: called with the payload of each Nodes record, on_drain: with session and payload of each that is delivered.
     """
@@ -171,13 +171,13 @@ class Wire(Channel):
         self._used += len(frame)
 
     def push(self, kind: int, session: int, payload: bytes) -> bool:
-        """See Channel."""
+        """See Queue."""
         if kind == NODES:
             self.on_push(np.frombuffer(payload, NODE_DTYPE))
         return super().push(kind, session, payload)
 
     def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
-        """See Channel."""
+        """See Queue."""
         records = super().drain(max_bytes)
         for found_kind, session, payload in records:
             if found_kind == NODES:
@@ -185,7 +185,7 @@ class Wire(Channel):
         return records
 
 
-class WitnessEnd(QueueTargetEnd):
+class WitnessChannel(QueueTargetChannel):
     """The target's end, and what the attached worker was told.
 
     room: commands that are still taken, all where None. refused: whether one was not, since this was set to False.
@@ -220,7 +220,7 @@ class WitnessEnd(QueueTargetEnd):
         return self._chains if self.session == self._told_session else {}
 
     def send(self, command: Command | Commits) -> bool:
-        """See TargetEnd."""
+        """See TargetChannel."""
         if self.room == 0 or not super().send(command):
             self.refused = True
             return False

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.draft_view import check_integrity, free_pages, trees
-from tests.witness import Wire, WitnessEnd, WitnessEngine, WitnessRetriever
+from tests.witness import Wire, WitnessChannel, WitnessEngine, WitnessRetriever
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft import lookups
 from vllm_double.draft.frontier import FrontierLimits
@@ -130,7 +130,7 @@ class TwoSides(RuleBasedStateMachine):
         self.live: dict[str, Live] = {}
         self.num_late = 0
         self.contexts: dict[tuple[int, int], bytes] = {}  # of each record, by handle and hash
-        self.end = WitnessEnd(Wire(1 << 16), Wire(1 << 13))
+        self.end = WitnessChannel(Wire(1 << 16), Wire(1 << 13))
         self.end.reports.on_push = self.published
         self.end.reports.on_drain = self.delivered
         self.sources = self.make_sources() if retrieval else {}

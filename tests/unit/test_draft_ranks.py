@@ -16,7 +16,7 @@ from vllm_double.draft.engine.base import Batch, Row
 from vllm_double.draft.engine.config import EngineConfig
 from vllm_double.draft.engine.ranks import Follower, Meeting
 from vllm_double.hosting.settings import DraftSettings
-from vllm_double.transport.shared import SharedWorkerEnd
+from vllm_double.transport.shared import SharedDraftChannel
 
 
 class NotingEngine:
@@ -99,7 +99,7 @@ def test_the_first_rank_alone_attaches_to_the_logs_and_only_when_all_is_loaded(
     engine.__dict__.update(VllmDraftEngine=lambda config: noting)
     monkeypatch.setitem(sys.modules, engine.__name__, engine)
     monkeypatch.setattr(build, "Meeting", FakeMeeting)
-    monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
+    monkeypatch.setattr(SharedDraftChannel, "attach", attach)
     settings = DraftSettings(
         double=DoubleConfig(children_per_node=4, draft_retrieval=False),
         engine=EngineConfig(""),

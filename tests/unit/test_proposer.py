@@ -18,8 +18,8 @@ from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.datastore.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.transport.base import WorkerEnd
-from vllm_double.transport.inprocess import InProcessTargetEnd, in_process_pair
+from vllm_double.transport.base import DraftChannel
+from vllm_double.transport.inprocess import InProcessTargetChannel, in_process_pair
 from vllm_double.transport.messages import Admit
 
 VOCAB = 24
@@ -41,7 +41,7 @@ class World:
 
     def __init__(
         self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0,
-        pair: tuple[InProcessTargetEnd, WorkerEnd] | None = None,
+        pair: tuple[InProcessTargetChannel, DraftChannel] | None = None,
     ) -> None:  # fmt: skip
         self.target_end, self.worker_end = pair or in_process_pair(capacity=1 << 20)
         target, other = hashed_logits(VOCAB, seed=1, spread=6.0), hashed_logits(VOCAB, seed=2)

@@ -11,14 +11,14 @@ import pytest
 from vllm_double.transport import base, shared
 from vllm_double.transport.base import AttachError
 from vllm_double.transport.messages import NODE_DTYPE, Commit, Nodes, Release, WorkerStats
-from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
+from vllm_double.transport.shared import SharedDraftChannel, SharedTargetChannel
 
 ROOT = str(Path(__file__).resolve().parents[2])
 PRELUDE = """
 import os, sys
 import numpy as np
 from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE
-from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
+from vllm_double.transport.shared import SharedTargetChannel, SharedDraftChannel
 def node(number):
     records = np.zeros(1 + number % 3, NODE_DTYPE)
     records["handle"] = number
@@ -51,7 +51,7 @@ def start(processes):
 
 @pytest.fixture
 def target():
-    end = SharedTargetEnd.create(1 << 16, 1 << 16)
+    end = SharedTargetChannel(1 << 16, 1 << 16)
     yield end
     end.close()
 
@@ -61,7 +61,7 @@ def attach(target):
     ends = []
 
     def attach():
-        ends.append(SharedWorkerEnd.attach(target.address))
+        ends.append(SharedDraftChannel.attach(target.address))
         return ends[-1]
 
     yield attach
@@ -215,7 +215,7 @@ def test_closing_the_target_sends_the_worker_away(target, attach):
     assert not target.send(commit())
     assert target.drain(1 << 20) == []
     with pytest.raises(AttachError):
-        SharedWorkerEnd.attach(address)
+        SharedDraftChannel.attach(address)
 
 
 def test_a_closed_worker_end_does_nothing(target, attach):
@@ -261,13 +261,13 @@ def test_a_damaged_report_is_skipped(target, attach):
 @pytest.mark.parametrize("address", ["", "1", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "99999999999999999999:1:2"])
 def test_an_address_that_is_none_is_refused(address):
     with pytest.raises(AttachError):
-        SharedWorkerEnd.attach(address)
+        SharedDraftChannel.attach(address)
 
 
 def test_another_token_is_refused(target):
     pid, fd, token = target.address.split(":")
     with pytest.raises(AttachError, match="another target"):
-        SharedWorkerEnd.attach(f"{pid}:{fd}:{int(token, 16) ^ 1:x}")
+        SharedDraftChannel.attach(f"{pid}:{fd}:{int(token, 16) ^ 1:x}")
     assert target.session == 0
 
 
@@ -284,7 +284,7 @@ def test_another_token_is_refused(target):
 def test_a_control_block_that_does_not_fit_is_refused(target, word, value, sentence):
     target._words[word] = value
     with pytest.raises(AttachError, match=sentence):
-        SharedWorkerEnd.attach(target.address)
+        SharedDraftChannel.attach(target.address)
 
 
 def test_a_descriptor_of_something_else_is_refused_and_not_waited_for(tmp_path):
@@ -297,7 +297,7 @@ def test_a_descriptor_of_something_else_is_refused_and_not_waited_for(tmp_path):
     try:
         for fd in descriptors:
             with pytest.raises(AttachError):
-                SharedWorkerEnd.attach(f"{os.getpid()}:{fd}:1")
+                SharedDraftChannel.attach(f"{os.getpid()}:{fd}:1")
     finally:
         for fd in descriptors:
             os.close(fd)
@@ -306,7 +306,7 @@ def test_a_descriptor_of_something_else_is_refused_and_not_waited_for(tmp_path):
 @pytest.mark.parametrize("sizes", [(0, 1 << 16), (1 << 16, 4095), (-1, -1)])
 def test_rings_too_small_to_be_useful_are_refused(sizes):
     with pytest.raises(ValueError, match="at least"):
-        SharedTargetEnd.create(*sizes)
+        SharedTargetChannel(*sizes)
 
 
 def test_nobody_can_cut_the_memory_under_the_other(target):
@@ -324,8 +324,8 @@ def mappings():
 
 def test_the_memory_has_no_name_and_closing_leaves_nothing():
     before, open_before = mappings(), descriptors()
-    target = SharedTargetEnd.create(12_345, 54_321)
-    worker = SharedWorkerEnd.attach(target.address)
+    target = SharedTargetChannel(12_345, 54_321)
+    worker = SharedDraftChannel.attach(target.address)
     assert target.send(commit())
     assert len(worker.receive()) == 1
     ours = [line for line in mappings() if "vllm-double" in line]
@@ -343,7 +343,7 @@ def test_failed_attachments_leave_nothing(target):
     before = descriptors()
     for address in (f"{pid}:{fd}:1", f"{pid}:99999:{token}", f"{pid}:{fd}"):
         with pytest.raises(AttachError):
-            SharedWorkerEnd.attach(address)
+            SharedDraftChannel.attach(address)
     assert descriptors() == before
     assert len([line for line in mappings() if "vllm-double" in line]) == 1
 
@@ -352,7 +352,7 @@ def test_100000_records_of_another_process_arrive_unharmed_and_in_order(target, 
     num = 100_000
     worker = start(
         """
-        worker = SharedWorkerEnd.attach(sys.argv[1])
+        worker = SharedDraftChannel.attach(sys.argv[1])
         for number in range(int(sys.argv[2])):
             records = node(number)
             while not worker.publish(records):
@@ -385,7 +385,7 @@ def test_100000_records_of_another_process_arrive_unharmed_and_in_order(target, 
 def test_commands_to_another_process_are_answered_one_by_one(target, start):
     worker = start(
         """
-        worker = SharedWorkerEnd.attach(sys.argv[1])
+        worker = SharedDraftChannel.attach(sys.argv[1])
         while not worker.superseded:
             worker.wait(0.1)
             for command in worker.receive():
@@ -415,7 +415,7 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
     for _ in range(4):
         worker = start(
             """
-            worker = SharedWorkerEnd.attach(sys.argv[1])
+            worker = SharedDraftChannel.attach(sys.argv[1])
             number = 0
             while True:
                 worker.beat()
@@ -440,12 +440,12 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
 def test_what_an_orphaned_worker_holds_is_the_last_of_it(start):
     process = start(
         """
-        target = SharedTargetEnd.create()
+        target = SharedTargetChannel()
         print(target.address, flush=True)
         sys.stdin.read()
         """
     )
-    worker = SharedWorkerEnd.attach(process.stdout.readline().strip())
+    worker = SharedDraftChannel.attach(process.stdout.readline().strip())
     process.kill()
     process.communicate()
     assert worker.publish(nodes(1)), "its memory stays until the worker leaves"
@@ -454,10 +454,10 @@ def test_what_an_orphaned_worker_holds_is_the_last_of_it(start):
 
 
 def test_the_address_of_a_dead_target_is_refused(start):
-    process = start("print(SharedTargetEnd.create().address)")
+    process = start("print(SharedTargetChannel().address)")
     address = process.communicate()[0].strip()
     with pytest.raises(AttachError, match="cannot attach"):
-        SharedWorkerEnd.attach(address)
+        SharedDraftChannel.attach(address)
 
 
 def test_waiting_returns_at_once_when_a_command_is_there(target, attach):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from vllm_double.draft.engine.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.retrieval.base import Source
-from vllm_double.transport.base import WorkerEnd
+from vllm_double.transport.base import DraftChannel
 from vllm_double.transport.messages import WorkerStats
 
 __all__ = ["DraftWorker"]
@@ -20,17 +20,17 @@ _STEP_WEIGHT = 0.05
 
 
 class DraftWorker:
-    """One draft engine, one frontier, one end of the logs. ``clock`` gives seconds."""
+    """One draft engine, one frontier, one channel. ``clock`` gives seconds."""
 
     def __init__(
-        self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter,
-        retrievers: Sequence[Source] = (), prefix_caching: bool = True,
+        self, engine: DraftEngine, channel: DraftChannel, limits: FrontierLimits,
+        clock: Callable[[], float] = time.perf_counter, retrievers: Sequence[Source] = (), prefix_caching: bool = True,
     ) -> None:  # fmt: skip
         self.frontier = Frontier(engine, limits, retrievers, prefix_caching)
         self._limits = limits
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._engine = engine
-        self._end = end
+        self._channel = channel
         self._clock = clock
         self._last_report = float("-inf")
         self._reported: dict[str, float] = {}
@@ -41,15 +41,15 @@ class DraftWorker:
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """The drafting loop: commands, one forward for the most useful nodes, publish, again."""
-        while not (should_stop() or self._end.superseded):
+        while not (should_stop() or self._channel.superseded):
             if not self.turn():
-                self._end.wait(_IDLE_WAIT_S if len(self.frontier) else _EMPTY_WAIT_S)
+                self._channel.wait(_IDLE_WAIT_S if len(self.frontier) else _EMPTY_WAIT_S)
 
     def turn(self) -> bool:
         """One iteration; False if there was nothing to draft."""
         began = self._clock()
-        self._end.beat()
-        for command in self._end.receive():
+        self._channel.beat()
+        for command in self._channel.receive():
             self.frontier.apply(command)
         batch = self.frontier.select()
         if len(batch):
@@ -62,7 +62,7 @@ class DraftWorker:
             self._counters["rows"] += len(batch)
             self._counters["query_tokens"] += len(batch.token_ids)
             records = self.frontier.expand(tokens, probs)
-            if len(records) and not self._end.publish(records):
+            if len(records) and not self._channel.publish(records):
                 self._counters["records_dropped"] += len(records)
             self._counters["nodes_published"] += len(records)
             if len(batch.token_ids) == len(tokens):
@@ -90,5 +90,5 @@ class DraftWorker:
             "step_seconds": self._step_seconds,
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
-        if values != self._reported and self._end.report(WorkerStats(values)):
+        if values != self._reported and self._channel.report(WorkerStats(values)):
             self._reported = values

@@ -1,7 +1,7 @@
-"""The two ends of the data plane between the target's process and the draft worker: two rings and a few words in one memory.
+"""The channel between the target's process and the draft worker, as each side has it: two rings and a few words.
 
 Nobody ever blocks on the other side. A full, damaged or deserted transport means "no drafts", never an error.
-An end belongs to one thread at a time.
+A side belongs to one thread at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_double.transport.messages import (
 )
 from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer
 
-__all__ = ["AttachError", "Region", "TargetEnd", "WorkerEnd", "stamp"]
+__all__ = ["AttachError", "DraftChannel", "Region", "TargetChannel", "stamp"]
 
 _RECEIVE_BYTES: Final = 1 << 20
 _SHORTEST_NAP_S: Final = 50e-6
@@ -50,7 +50,7 @@ class AttachError(RuntimeError):
 
 
 class Region:
-    """The memory of both ends: a page with the control block, the ring of commands, the ring of reports.
+    """The memory of both sides: a page with the control block, the ring of commands, the ring of reports.
 
     Words of the control block stand in cache lines by who writes them.
     """
@@ -101,8 +101,8 @@ def new_session(previous: int) -> int:
             return session
 
 
-class TargetEnd:
-    """The target's end: a producer of commands and a consumer of reports. What was sent to an earlier session is lost to the
+class TargetChannel:
+    """The target's side: a producer of commands and a consumer of reports. What was sent to an earlier session is lost to the
     next one. ``_closed`` guards everything that is mapped."""
 
     def __init__(self, region: Region, command_bytes: int, report_bytes: int) -> None:
@@ -152,8 +152,8 @@ class TargetEnd:
         return decode_reports(fresh) if fresh else []
 
 
-class WorkerEnd:
-    """The worker's end: a consumer of commands and a producer of reports. It takes over from whoever was attached."""
+class DraftChannel:
+    """The worker's side: a consumer of commands and a producer of reports. It takes over from whoever was attached."""
 
     def __init__(self, region: Region, sleep: Callable[[float], None] = time.sleep) -> None:
         self._region, self._words = region, region.words
@@ -171,7 +171,7 @@ class WorkerEnd:
 
     @property
     def superseded(self) -> bool:
-        """This end is over and the worker must stop: another worker attached, the target closed, a command was lost."""
+        """The worker must stop: another worker attached, the target closed, a command was lost."""
         return self._closed or self._words[SESSION_WORD] != self._session
 
     def beat(self) -> None:
@@ -228,7 +228,7 @@ class WorkerEnd:
         return not self.superseded and _push(self._reports, self._session, message)
 
     def wait(self, timeout_s: float) -> None:
-        """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the end is
+        """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the channel is
         superseded, or the naps add up."""
         # Polling, because "sleep unless the head moved" can lose the wake-up. Naps grow while nothing
         # happens, over many calls too: quick answers to a busy target, two hundred cheap looks a second for an idle one, whose

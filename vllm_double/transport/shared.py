@@ -19,12 +19,12 @@ from vllm_double.transport.base import (
     CONTROL_BYTES,
     REPORT_BYTES_WORD,
     AttachError,
+    DraftChannel,
     Region,
-    TargetEnd,
-    WorkerEnd,
+    TargetChannel,
 )
 
-__all__ = ["PROTOCOL_VERSION", "SharedTargetEnd", "SharedWorkerEnd"]
+__all__ = ["PROTOCOL_VERSION", "SharedDraftChannel", "SharedTargetChannel"]
 
 PROTOCOL_VERSION: Final = 4
 """Raised with every change of the control block, the rings or the messages."""
@@ -39,10 +39,11 @@ _TOKEN_WORD: Final = 2
 _PID_WORD: Final = 3
 
 
-class SharedTargetEnd(TargetEnd):
-    """TargetEnd on shared memory. ``address`` is what a worker of the same host and user attaches to."""
+class SharedTargetChannel(TargetChannel):
+    """TargetChannel on shared memory. ``address`` is what a worker of the same host and user attaches to."""
 
-    def __init__(self, command_bytes: int, report_bytes: int) -> None:
+    def __init__(self, command_bytes: int = 4 << 20, report_bytes: int = 4 << 20) -> None:
+        """Make the memory; sizes of the rings in bytes. Raises OSError, ValueError."""
         if min(command_bytes, report_bytes) < _SMALLEST_RING:
             raise ValueError(f"a ring has at least {_SMALLEST_RING} bytes")
         self._fd = os.memfd_create("vllm-double", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -63,13 +64,8 @@ class SharedTargetEnd(TargetEnd):
         self._words[_MAGIC_WORD] = _MAGIC  # the last one: whoever sees it may attach
         self.address: Final = f"{pid}:{self._fd}:{token:016x}"
 
-    @classmethod
-    def create(cls, command_bytes: int = 4 << 20, report_bytes: int = 4 << 20) -> SharedTargetEnd:
-        """Make the memory; sizes of the rings in bytes. Raises OSError, ValueError."""
-        return cls(command_bytes, report_bytes)
-
     def close(self) -> None:
-        """See TargetEnd."""
+        """See TargetChannel."""
         if self._closed:
             return
         self._words[_MAGIC_WORD] = 0
@@ -80,11 +76,11 @@ class SharedTargetEnd(TargetEnd):
         os.close(self._fd)
 
 
-class SharedWorkerEnd(WorkerEnd):
-    """WorkerEnd on shared memory."""
+class SharedDraftChannel(DraftChannel):
+    """DraftChannel on shared memory."""
 
     @classmethod
-    def attach(cls, address: str) -> SharedWorkerEnd:
+    def attach(cls, address: str) -> SharedDraftChannel:
         """Attach to the target with this address. Raises AttachError."""
         try:
             fields = zip(address.split(":"), (10, 10, 16), strict=True)
@@ -97,7 +93,7 @@ class SharedWorkerEnd(WorkerEnd):
             raise AttachError(f"cannot attach to the target {address}: {error}") from error
 
     def close(self) -> None:
-        """See WorkerEnd."""
+        """See DraftChannel."""
         if self._closed:
             return
         super().close()
