@@ -8,7 +8,7 @@ import numpy.typing as npt
 from vllm_double.retrieval.array_source import ArraySource
 from vllm_double.retrieval.base import Found, Queries, Tokens
 from vllm_double.retrieval.context_steps import CONTEXT, QUEUE, Contexts, context_steps
-from vllm_double.retrieval.suffix_automaton.arena import NONE, Arena, Arrays
+from vllm_double.retrieval.suffix_automaton.arena import NONE, SPARE, Arena, Arrays
 
 __all__ = ["ContextRetriever"]
 
@@ -83,6 +83,10 @@ class ContextRetriever(ArraySource):
                 break
             self._end_growth(moved)
         self.arena.clean(max(1, budget_tokens // _SLICE))
+        key = NONE
+        while (key := self._steps.crowded(self.arrays, self.requests, key + 1, SPARE)) != NONE:
+            self._grow(key, SPARE)
+            self._steps.enqueue(self.requests, self.queues, key)
 
     def extend_many(self, keys: npt.NDArray[np.int32], tokens: Tokens, starts: npt.NDArray[np.int32]) -> None:
         """See Source. KeyError: unknown key, and nothing is appended."""

@@ -17,6 +17,7 @@ from vllm_double.retrieval.suffix_automaton.automaton_steps import (
     append,
     append_text,
     continue_context,
+    crowded,
     followed,
     index_of,
     move,
@@ -165,6 +166,7 @@ def source_of(arrays: Arrays, automaton: Record) -> tuple[int, int]:
 
 
 class ContextSteps(NamedTuple):
+    crowded: Callable[[Arrays, Records, int, int], int]
     enqueue: Callable[[Records, Records, int], None]
     extend: Callable[[Arrays, Records, Records, Ints, Tokens, Ints, int], int]
     work: Callable[[Arrays, Records, Records, int, int], tuple[int, int]]
@@ -177,6 +179,7 @@ def context_steps() -> ContextSteps:
     arrays, requests, queues = Arena(0).arrays, np.zeros(0, CONTEXT), np.zeros(1, QUEUE)
     tokens = np.zeros(0, np.int32)
     return ContextSteps(
+        machine_code(crowded, arrays, requests, 0, 0, counts_references=False),
         machine_code(_enqueue, requests, queues, 0, counts_references=False),
         machine_code(extend, arrays, requests, queues, tokens, tokens, tokens, 0, counts_references=False),
         machine_code(_work, arrays, requests, queues, 0, 0, releases_gil=True, counts_references=False),

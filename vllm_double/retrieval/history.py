@@ -10,7 +10,7 @@ import numpy.typing as npt
 from vllm_double.retrieval.array_source import ArraySource, with_room
 from vllm_double.retrieval.base import Found, Queries, Tokens
 from vllm_double.retrieval.history_steps import MAX_GENERATIONS, Past, Readers, history_steps
-from vllm_double.retrieval.suffix_automaton.arena import NONE, Arena
+from vllm_double.retrieval.suffix_automaton.arena import NONE, SPARE, Arena
 from vllm_double.retrieval.suffix_automaton.automaton_steps import SEPARATOR
 
 __all__ = ["HistoryRetriever"]
@@ -235,6 +235,9 @@ class HistoryRetriever(ArraySource):
             while self._charge > self.max_tokens:
                 self._evict(next(iter(self._generations.values())))
         self.arena.clean(num_slices)
+        key = NONE
+        while (key := self._steps.crowded(self.arena.arrays, self.requests, key + 1, SPARE)) != NONE:
+            self._enlarge(key, SPARE)
 
     def _end_text(self) -> None:
         """The current text is indexed, or given up."""

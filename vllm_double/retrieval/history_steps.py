@@ -19,6 +19,7 @@ from vllm_double.retrieval.suffix_automaton.automaton_steps import (
     append_text,
     clamp,
     continue_context,
+    crowded,
     followed,
     index_of,
     occurs,
@@ -178,6 +179,7 @@ def look_up(
 
 
 class HistorySteps(NamedTuple):
+    crowded: Callable[[Arrays, Records, int, int], int]
     extend: Callable[[Arrays, Readers, Ints, Tokens, Ints], int]
     fill: Callable[[Arrays, int, int, int, int], None]
     lookup: Callable[[Arrays, Readers, Past, Queries, Found, Any], int]
@@ -188,6 +190,7 @@ def history_steps() -> HistorySteps:
     """The compiled functions; compiles them, or loads what an earlier process compiled, once."""
     arrays, readers, tokens = Arena(0).arrays, Readers.empty(0), np.zeros(0, np.int32)
     return HistorySteps(
+        machine_code(crowded, arrays, readers.requests, 0, 0, counts_references=False),
         machine_code(extend, arrays, readers, tokens, tokens, tokens, counts_references=False),
         machine_code(_index, arrays, 0, 0, 0, 0, releases_gil=True, counts_references=False),
         machine_code(look_up, arrays, readers, Past.empty(0), *EXAMPLES, counts_references=False),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BYTES_PER_TOKEN", "NONE", "Arena", "Arrays"]
+__all__ = ["BYTES_PER_TOKEN", "NONE", "SPARE", "Arena", "Arrays"]
 
 Ints = npt.NDArray[np.int32]
 Records = npt.NDArray[Any]
@@ -31,6 +31,8 @@ AUTOMATON = np.dtype(
 BYTES_PER_TOKEN = 2 * STATE.itemsize + EDGE.itemsize + 2 * 4 + 4
 _SLICE = mmap.PAGESIZE  # tokens whose memory is given back at once: whole pages of each array, in some 10 us
 _WARM = _SLICE  # ranges of so many tokens keep their memory for the next owner: page faults cost a third of indexing
+SPARE = 64
+"""Tokens for which there is room before texts grow: then no round waits for that."""
 _NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which `mmap` does not name
 
 

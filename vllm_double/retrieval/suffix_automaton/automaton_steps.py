@@ -292,8 +292,10 @@ def append_text(arrays: Arrays, automaton: Record, tokens: Ints) -> None:
     """There must be room."""
     for i in range(tokens.size):
         position = automaton.length + i
-        start = automaton.start if position < automaton.capacity else automaton.grown_start
-        arrays.text[start + position] = tokens[i]
+        if position < automaton.capacity:
+            arrays.text[automaton.start + position] = tokens[i]
+        if automaton.grown_capacity:  # the move may be past it
+            arrays.text[automaton.grown_start + position] = tokens[i]
     automaton.length += tokens.size
 
 
@@ -346,4 +348,12 @@ def unready_row(arrays: Arrays, requests: Records, keys: Ints, starts: Ints, num
         slot = requests[keys[row]].slot
         if slot != NONE and not has_room(arrays.automata[slot], starts[row + 1] - starts[row] + num_spare):
             return row
+    return NONE
+
+
+def crowded(arrays: Arrays, requests: Records, first: int, num_spare: int) -> int:
+    """The first key from ``first`` on whose text will soon have no room for so many tokens more, or NONE."""
+    for key in range(first, requests.size):
+        if requests[key].live and requests[key].slot != NONE and not has_room(arrays.automata[requests[key].slot], num_spare):
+            return key
     return NONE
