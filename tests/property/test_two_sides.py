@@ -379,7 +379,7 @@ class TwoSides(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         """Drafting was switched off, and on again."""
-        assert self.proposer.reset() == {name: live.params for name, live in self.live.items()}
+        self.proposer.reset()
         running = {name: live for name, live in self.live.items() if not live.finished}
         self.live = {}
         self.both_sides_agree_on_who_is_there()
