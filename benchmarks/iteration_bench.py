@@ -21,7 +21,7 @@ from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
+from vllm_double.transport.shared import SharedDraftChannel, SharedTargetChannel
 
 __all__ = ["main"]
 
@@ -74,10 +74,10 @@ def measure(batch: int, rounds: int, turns: int, nodes_per_iteration: int) -> li
     """
     rng = random.Random(1)
     model = TableModel()
-    end = SharedTargetEnd.create()
+    end = SharedTargetChannel()
     engine, sources = FastEngine(model), Sources(history_tokens=1 << 20)
     limits = FrontierLimits(16, nodes_per_iteration=nodes_per_iteration)
-    worker = DraftWorker(engine, SharedWorkerEnd.attach(end.address), limits, retrievers=sources.open())
+    worker = DraftWorker(engine, SharedDraftChannel.attach(end.address), limits, retrievers=sources.open())
     proposer = Proposer(16, end, sources.open(), time.perf_counter)
     texts = {f"r{index}": [rng.randrange(1, 40) for _ in range(200)] for index in range(batch)}
     for name, text in texts.items():

@@ -4,7 +4,7 @@
 
 Rows of results/kernels.csv: quantiles of an op's time on the device in microseconds, with cold caches, from before its first
 launch to behind its last; the host's time for the call; the limit, measured in the same run: a copy of as many bytes by torch,
-one read of the logits, an empty launch. Does not run without a GPU, or while an op and its reference differ.
+one read of the logits. Does not run without a GPU, or while an op and its reference differ.
 """
 
 from __future__ import annotations
@@ -148,54 +148,6 @@ def branches_case(num_rows: int, vocab_size: int, num_children: int, dtype: torc
     return Case("top_branches", name, runs, "one read of the logits", read, logits.nbytes)
 
 
-def guidance_case(num_requests: int, longest: int) -> Case:
-    """Chains of up to `longest` tokens that follow the path in the cache for a while."""
-    from double_kernels.insert_guidance import GuidanceBatch, insert_guidance_reference
-    from double_kernels.triton_insert_guidance import insert_guidance_triton
-
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, longest + 1, (num_requests,), generator=generator)
-    starts = torch.zeros(num_requests + 1, dtype=torch.int32)
-    starts[1:] = lengths.cumsum(0)
-    guidance = torch.randint(0, 9, (int(starts[-1]),), generator=generator)
-    path = torch.where(torch.rand(len(guidance), generator=generator) < 0.8, guidance, 9)
-    computed = torch.randint(0, 4000, (num_requests,), dtype=torch.int32, generator=generator)
-    table = torch.randint(0, 1 << 20, (num_requests, 4200 // 16 + 1), dtype=torch.int32, generator=generator)
-    guidance, path, starts, computed, table = (x.cuda() for x in (guidance, path, starts, computed, table))
-    arguments = (guidance, starts, computed, table)
-    options = {"page_size": 16, "path": path, "path_start_loc": starts}
-
-    def composed() -> GuidanceBatch:
-        """Without a synchronisation: every request padded to the longest chain, places found by binary search."""
-        begins, sizes = starts[:-1], starts.diff()
-        column = torch.arange(longest, device="cuda")
-        index = (begins[:, None] + column).clamp_(max=len(guidance) - 1)
-        agrees = (guidance[index] == path[index]) & (column < (sizes - 1)[:, None])
-        kept = agrees.cumprod(1).sum(1).int()
-        query_start_loc = torch.nn.functional.pad((sizes - kept).cumsum(0), (1, 0)).int()
-        place = torch.arange(len(guidance), device="cuda", dtype=torch.int32)
-        request = torch.searchsorted(query_start_loc, place, right=True).sub_(1).clamp_(max=num_requests - 1)
-        is_query = place < query_start_loc[-1]
-        offset = place - query_start_loc[request] + kept[request]
-        positions = torch.where(is_query, computed[request] + offset, 0).long()
-        input_ids = torch.where(is_query, guidance[(begins[request] + offset).clamp_(max=len(guidance) - 1)], 0)
-        slots = table[request, positions // 16].long() * 16 + positions % 16
-        return GuidanceBatch(input_ids, positions, torch.where(is_query, slots, -1), query_start_loc, computed + sizes, kept)
-
-    runs = {
-        "kernel": lambda: insert_guidance_triton(*arguments, **options),
-        "reference": lambda: insert_guidance_reference(*arguments, **options),
-        "torch": composed,
-    }
-    results = [run() for run in runs.values()]
-    for result in results[1:]:
-        if not all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True)):
-            raise _DifferenceError("insert_guidance, its reference and torch's operators differ")
-    empty = [lambda: torch.cuda._sleep(0)]
-    num_bytes = 2 * guidance.nbytes + sum(values.nbytes for values in results[0])
-    return Case("insert_guidance", f"R{num_requests}-T{longest}-S16", runs, "an empty launch", empty, num_bytes)
-
-
 class _DifferenceError(Exception):
     """An op and its reference disagree: there is nothing to measure."""
 
@@ -208,10 +160,6 @@ CASES: dict[str, Callable[[], Case]] = {
         for rows_, vocab, f in ((64, 151_936, 8), (64, 151_936, 32), (8, 151_936, 32), (64, 262_144, 64), (64, 32_000, 32))
     },
     "top_branches-float32": lambda: branches_case(64, 151_936, 32, torch.float32),
-    **{
-        f"insert_guidance-{requests}-{longest}": (lambda r=requests, t=longest: guidance_case(r, t))
-        for requests, longest in ((1, 16), (16, 16), (256, 16), (256, 128), (1024, 128))
-    },
 }
 
 

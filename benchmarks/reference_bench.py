@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from double_kernels.fork_pages import fork_pages
-from double_kernels.insert_guidance import insert_guidance
 from double_kernels.top_branches import top_branches
 
 from benchmarks import rows
@@ -23,7 +22,7 @@ from benchmarks.stats import quantile
 
 __all__ = ["main"]
 
-VOCAB, CHILDREN, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 3072, 32, 32, 1024, 64
+VOCAB, CHILDREN, PAGE_SIZE, NUM_PAGES = 3072, 32, 32, 1024
 FRESH_SCORES = 1 << 19  # of the logits that take turns: too many to be learned, few enough for a cache
 
 
@@ -33,15 +32,10 @@ def ops(paths: int, forks: int) -> dict[str, Callable[[], object]]:
     # As the draft has them on a CPU: one view, layers last, which in memory come first.
     caches = [torch.rand(2, NUM_PAGES, 4, PAGE_SIZE, 64, generator=generator).permute(1, 2, 3, 4, 0)]
     triples = [(index, paths + index, 1 + index % PAGE_SIZE) for index in range(forks)]
-    tokens = torch.randint(VOCAB, (paths,), generator=generator)
-    starts = torch.arange(paths + 1, dtype=torch.int32)
-    computed = torch.randint(TABLE_WIDTH * PAGE_SIZE, (paths,), dtype=torch.int32, generator=generator)
-    table = torch.randint(NUM_PAGES, (paths, TABLE_WIDTH), dtype=torch.int32, generator=generator)
     count = max(1, FRESH_SCORES // (paths * VOCAB))
     logits = itertools.cycle([4 * torch.randn(paths, VOCAB, generator=generator) for _ in range(count)])
     return {
         "fork_pages": lambda: fork_pages(caches, triples, page_size=PAGE_SIZE, slot_dim=None),
-        "insert_guidance": lambda: insert_guidance(tokens, starts, computed, table, page_size=PAGE_SIZE),
         "top_branches": lambda: top_branches(next(logits), CHILDREN),
     }
 

@@ -29,7 +29,7 @@ from vllm_double.target.batch import Batch
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import Proposer, RequestParams
 from vllm_double.transport.messages import NODE_DTYPE, Admit, Commit, Release
-from vllm_double.transport.shared import SharedTargetEnd, SharedWorkerEnd
+from vllm_double.transport.shared import SharedDraftChannel, SharedTargetChannel
 
 __all__ = ["main"]
 
@@ -58,7 +58,7 @@ class Texts:
 class Worker:
     """The draft's end: knows the texts, and publishes nodes in records of some iterations."""
 
-    def __init__(self, end: SharedWorkerEnd) -> None:
+    def __init__(self, end: SharedDraftChannel) -> None:
         self.end = end
         self.rng = np.random.default_rng(1)
         self.hashes: dict[int, tuple[int, int]] = {}  # root hash and position by handle
@@ -122,8 +122,8 @@ class Engine:
     def __init__(self, batch: int, temperature: float) -> None:
         self.rng = np.random.default_rng(2)
         self.source = Texts()
-        self.channel = SharedTargetEnd.create()
-        self.worker = Worker(SharedWorkerEnd.attach(self.channel.address))
+        self.channel = SharedTargetChannel()
+        self.worker = Worker(SharedDraftChannel.attach(self.channel.address))
         sources = Sources(history_tokens=HISTORY_TOKENS, share_history=True).open()
         self.fill_history(sources)
         proposer = Proposer(K, self.channel, sources, time.perf_counter, VOCAB, may_wait=False)

@@ -102,7 +102,7 @@ class Tree:
             keys.append(page_key(keys[-1], text[end - size : end]))
         assert arena.branches["first"][self.trunk] == 0
         for branch in self.branches:
-            found_keys = [frontier._pool.key_of(page) for page in self.table(branch)]
+            found_keys = [key_of(frontier._pool, page) for page in self.table(branch)]
             assert all(key in (None, known) for key, known in zip(found_keys, keys[1:], strict=False)), "text of a page"
             assert not any(found_keys[self.num_inserted :]), "a page of the prefix cache may be written"
             entry = arena.branches[branch]
@@ -193,9 +193,14 @@ def free_pages(pool: PagePool) -> list[int]:
     return found
 
 
+def key_of(pool: PagePool, page: int) -> bytes | None:
+    """The page's key, if it is in the prefix cache."""
+    return pool._keys[page] if pool.pages["is_cached"][page] else None
+
+
 def cached_pages(pool: PagePool) -> dict[bytes, int]:
     """The prefix cache."""
-    return {key: page for key, page in pool._pages.items() if pool.key_of(page) == key}
+    return {key: page for key, page in pool._pages.items() if key_of(pool, page) == key}
 
 
 def check_pool(pool: PagePool, held: Iterable[Sequence[int]]) -> None:

@@ -7,15 +7,19 @@ never reorders: faults other than ``corrupt`` show that the two ends would bear 
 from __future__ import annotations
 
 import random
+import struct
 import time
+import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, cast
 
-from vllm_double.transport.inprocess import Channel, InProcessTargetEnd, InProcessWorkerEnd, Link
-from vllm_double.transport.ring import Record
+from vllm_double.transport.base import DraftChannel
+from vllm_double.transport.inprocess import InProcessTargetChannel
+from vllm_double.transport.ring import HEADER_BYTES, Record, seal_frame
 
-__all__ = ["Faults", "FaultyChannel", "faulty_pair", "inject"]
+__all__ = ["Faults", "FaultyQueue", "Queue", "QueueTargetChannel", "faulty_pair", "inject", "open_frame"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,84 @@ class Faults:
 _NO_FAULTS: Final = Faults()
 
 
-class FaultyChannel(Channel):
-    """A Channel with faults, which `inject` changes for the records still to come."""
+def open_frame(frame: bytes) -> Record | None:
+    """The record in ``frame`` (exactly one), or None if it is damaged. Does not look at the sequence number."""
+    if len(frame) < HEADER_BYTES:
+        return None
+    crc, length, kind, session = struct.unpack_from("<IIII", frame)
+    if length != len(frame) - HEADER_BYTES or zlib.crc32(frame[4:]) != crc:
+        return None
+    return kind, session, memoryview(frame)[HEADER_BYTES:]
+
+
+class Queue:
+    """A ring's producer and consumer in one, on a deque of sealed records. ``capacity``: bytes, as a ring counts them."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.corrupt = 0
+        self._queue: deque[bytes] = deque()
+        self._used = 0
+        self._sequence = 0
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._queue)
+
+    def skip(self) -> None:
+        self._queue.clear()
+        self._used = 0
+
+    def push(self, kind: int, session: int, payload: bytes) -> bool:
+        size = HEADER_BYTES + len(payload)
+        if size > self.capacity:
+            raise ValueError(f"a record of {size} bytes in a ring of {self.capacity}")
+        if self._used + size > self.capacity:
+            return False
+        self._deliver(seal_frame(kind, session, self._sequence, payload))
+        self._sequence += size
+        return True
+
+    def _deliver(self, frame: bytes) -> None:
+        self._used += len(frame)
+        self._queue.append(frame)
+
+    def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
+        """Nothing is merged."""
+        records: list[Record] = []
+        taken = 0
+        while self._queue and (not records or taken + len(self._queue[0]) <= max_bytes):
+            frame = self._queue.popleft()
+            taken += len(frame)
+            self._used -= len(frame)
+            record = open_frame(frame)
+            if record is None:
+                self.corrupt += 1
+                self.skip()
+                break
+            records.append(record)
+        return records
+
+
+class QueueTargetChannel(InProcessTargetChannel):
+    """A target's channel with queues in the place of the rings, and so have its workers."""
+
+    def __init__(self, commands: Queue, reports: Queue, sleep: Callable[[float], None]) -> None:
+        super().__init__(HEADER_BYTES, sleep)
+        self.commands = commands
+        self.reports = reports
+        self._commands, self._reports = cast(Any, commands), cast(Any, reports)
+
+    def attach(self) -> DraftChannel:
+        worker = super().attach()
+        worker._commands, worker._reports = cast(Any, self.commands), cast(Any, self.reports)
+        self.commands.skip()
+        self.commands.corrupt = 0
+        return worker
+
+
+class FaultyQueue(Queue):
+    """A Queue with faults, which `inject` changes for the records still to come."""
 
     def __init__(self, capacity: int, faults: Faults, seed: int) -> None:
         super().__init__(capacity)
@@ -75,15 +155,15 @@ class FaultyChannel(Channel):
             else:
                 super()._deliver(frame)
 
-    def drain(self, max_bytes: int) -> list[Record]:
+    def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
         self._queue.extend(frame for turns, frame in self._held if turns == 0)
         self._held = [(turns - 1, frame) for turns, frame in self._held if turns > 0]
         return super().drain(max_bytes)
 
 
-def inject(channel: Channel, faults: Faults) -> None:
+def inject(channel: Queue, faults: Faults) -> None:
     """Replace the faults for the records still to come."""
-    assert isinstance(channel, FaultyChannel)
+    assert isinstance(channel, FaultyQueue)
     channel.faults = faults
 
 
@@ -94,10 +174,7 @@ def faulty_pair(
     reports: Faults = _NO_FAULTS,
     seed: int = 0,
     sleep: Callable[[float], None] = time.sleep,
-) -> tuple[InProcessTargetEnd, InProcessWorkerEnd]:
+) -> tuple[QueueTargetChannel, DraftChannel]:
     """As `in_process_pair`, with faults in either direction."""
-    link = Link(
-        FaultyChannel(capacity, commands, 2 * seed), FaultyChannel(capacity, reports, 2 * seed + 1), random.Random(seed), sleep
-    )
-    target = InProcessTargetEnd(link)
+    target = QueueTargetChannel(FaultyQueue(capacity, commands, 2 * seed), FaultyQueue(capacity, reports, 2 * seed + 1), sleep)
     return target, target.attach()

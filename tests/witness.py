@@ -5,7 +5,6 @@ All token ids are below 256, so that a text is ``bytes``, and to have been said 
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.fakes.engine import FakeEngine
+from tests.faults import Queue, QueueTargetChannel
 from tests.references.automaton import check_context, check_history
 from vllm_double.draft.engine.base import Row
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Continuation, Source, Tokens
-from vllm_double.transport.inprocess import Channel, InProcessTargetEnd, Link
 from vllm_double.transport.messages import (
     NODE_DTYPE,
     NODES,
@@ -32,7 +31,7 @@ from vllm_double.transport.messages import (
 )  # fmt: skip
 from vllm_double.transport.ring import Record
 
-__all__ = ["Kept", "Wire", "WitnessEnd", "WitnessEngine", "WitnessRetriever"]
+__all__ = ["Kept", "Wire", "WitnessChannel", "WitnessEngine", "WitnessRetriever"]
 
 
 class WitnessEngine(FakeEngine):
@@ -144,8 +143,8 @@ class WitnessRetriever(Source):
             check_history(self._source)
 
 
-class Wire(Channel):
-    """A Channel of which single records can be taken out and put back elsewhere, later or twice.
+class Wire(Queue):
+    """A Queue of which single records can be taken out and put back elsewhere, later or twice.
 
     on_push: called with the payload of each Nodes record, on_drain: with session and payload of each that is delivered.
     """
@@ -172,21 +171,21 @@ class Wire(Channel):
         self._used += len(frame)
 
     def push(self, kind: int, session: int, payload: bytes) -> bool:
-        """See Channel."""
+        """See Queue."""
         if kind == NODES:
             self.on_push(np.frombuffer(payload, NODE_DTYPE))
         return super().push(kind, session, payload)
 
-    def drain(self, max_bytes: int) -> list[Record]:
-        """See Channel."""
+    def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
+        """See Queue."""
         records = super().drain(max_bytes)
-        for kind, session, payload in records:
-            if kind == NODES:
+        for found_kind, session, payload in records:
+            if found_kind == NODES:
                 self.on_drain(session, np.frombuffer(payload, NODE_DTYPE))
         return records
 
 
-class WitnessEnd(InProcessTargetEnd):
+class WitnessChannel(QueueTargetChannel):
     """The target's end, and what the attached worker was told.
 
     room: commands that are still taken, all where None. refused: whether one was not, since this was set to False.
@@ -199,7 +198,7 @@ class WitnessEnd(InProcessTargetEnd):
     reports: Wire
 
     def __init__(self, commands: Wire, reports: Wire) -> None:
-        super().__init__(Link(commands, reports, random.Random(0), lambda seconds: None))
+        super().__init__(commands, reports, lambda seconds: None)
         self.room: int | None = None
         self.refused = False
         self.admitted: set[int] = set()
@@ -221,7 +220,7 @@ class WitnessEnd(InProcessTargetEnd):
         return self._chains if self.session == self._told_session else {}
 
     def send(self, command: Command | Commits) -> bool:
-        """See TargetEnd."""
+        """See TargetChannel."""
         if self.room == 0 or not super().send(command):
             self.refused = True
             return False

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Noise", "draw_chances", "gumbel_noise", "hash_prefix", "hash_word", "quick_gumbel_noise"]
+__all__ = [
+    "Noise", "draw_chances", "gumbel_noise", "hash_finished", "hash_mixed", "hash_prefix", "hash_word", "quick_gumbel_noise",
+]  # fmt: skip
 
 _MASK = 0xFFFFFFFF
 _LARGEST_COMPLEMENT = 2.0**-24  # 1 - u is at least this: u is rounded to float32, and may be 1
@@ -44,7 +46,8 @@ def gumbel_noise(
     interpreter; a GPU's logarithm rounds otherwise.
     """
     shape = np.broadcast_shapes(np.shape(seeds), np.shape(positions), np.shape(tokens))
-    uniform = _uniform(_hash(hash_prefix(np.asarray(seeds), np.asarray(positions)), np.asarray(tokens))).reshape(shape)
+    words = hash_word(np.atleast_1d(tokens).astype(np.uint32))
+    uniform = _uniform(hash_finished(hash_mixed(hash_prefix(seeds, positions), words))).reshape(shape)
     # log(1 - u), for small u as a series: the largest noise comes from there, and 1 - u would lose its digits.
     series = np.full_like(uniform, 1 / 8)
     for degree in range(7, 0, -1):
@@ -90,32 +93,32 @@ def hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDA
     seeds, positions = np.atleast_1d(seeds), np.atleast_1d(positions)  # numpy warns where a scalar overflows
     state = np.zeros(1, dtype=np.uint32)
     for values in (seeds, seeds >> 32, positions):
-        state = _mixed(state, hash_word((values & _MASK).astype(np.uint32)))
+        state = hash_mixed(state, hash_word((values & _MASK).astype(np.uint32)))
     return state
 
 
-def hash_word(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """What MurmurHash3_x86_32 mixes into its state for four bytes."""
-    return _rotated(values * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+# The steps of MurmurHash3_x86_32, of arrays of uint32; `ranking` compiles the same functions for single numbers.
 
 
-def _hash(prefix: npt.NDArray[np.uint32], tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    state = _mixed(prefix, hash_word(np.atleast_1d(tokens).astype(np.uint32)))
-    state = state ^ np.uint32(16)  # bytes that were mixed in
-    state ^= state >> 16
-    state *= np.uint32(0x85EBCA6B)
-    state ^= state >> 13
-    state *= np.uint32(0xC2B2AE35)
-    state ^= state >> 16
-    return state
+def hash_word(value: Any) -> Any:
+    """What is mixed into the state for four bytes."""
+    word = np.uint32(value * np.uint32(0xCC9E2D51))
+    return np.uint32(np.uint32(np.uint32(word << np.uint32(15)) | np.uint32(word >> np.uint32(17))) * np.uint32(0x1B873593))
 
 
-def _mixed(state: npt.NDArray[np.uint32], word: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    return _rotated(state ^ word, 13) * np.uint32(5) + np.uint32(0xE6546B64)
+def hash_mixed(state: Any, word: Any) -> Any:
+    """The state with a word more."""
+    state = np.uint32(state ^ word)
+    state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
+    return np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64))
 
 
-def _rotated(word: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint32]:
-    return (word << np.uint32(bits)) | (word >> np.uint32(32 - bits))
+def hash_finished(state: Any) -> Any:
+    """The hash of the 16 bytes that were mixed in."""
+    state = np.uint32(state ^ np.uint32(16))
+    state = np.uint32(np.uint32(state ^ np.uint32(state >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    state = np.uint32(np.uint32(state ^ np.uint32(state >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(state ^ np.uint32(state >> np.uint32(16)))
 
 
 def _uniform(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The best tokens of rows with Gumbel noise, on a CPU: one scan of the logits, compiled by numba.
+"""The best tokens of rows, with Gumbel noise or without, on a CPU: one scan of the logits, compiled by numba.
 
 The noise of nearly all tokens needs no logarithm. A token whose logit lies d / scale below the worst of the best scores passes
 it only if its uniform number is below exp(-d), thus if its 32-bit hash is below 2 ** (32 - floor(d / log(2))): of 150,000
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
-from double_kernels.noise import hash_prefix, hash_word
+from double_kernels.noise import hash_finished, hash_mixed, hash_prefix, hash_word
 from double_kernels.support import fill_up
 
 if TYPE_CHECKING:
@@ -43,18 +43,17 @@ _SCORES_OF_A_THREAD = 1 << 17  # fewer are not worth a thread
 def ranked_tokens(
     logits: npt.NDArray[np.float32],
     count: int,
-    seeds: npt.NDArray[np.int64],
-    positions: npt.NDArray[np.int64],
-    scales: npt.NDArray[np.float32],
+    noise: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None,
     temperatures: npt.NDArray[np.float32] | None = None,
     floors: npt.NDArray[np.float32] | None = None,
     num_threads: int = 1,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The tokens with the highest logit / temperature + scale * noise, best first; of equal ones the lower first.
+    If a row's scale is 0, those with the highest logit.
 
     logits: float32 [rows, vocab].
     count: 1 .. vocab.
-    seeds, positions, scales: see `Noise`; scales are positive.
+    noise: seeds, positions and scales, see `Noise`; None: all scales are 0.
     temperatures: None (all 1) or float32 [rows], each positive.
     floors: None or float32 [rows]; tokens with lower logits, with -inf and with NaN come last, by rising id.
     num_threads: how many threads may work at rows.
@@ -66,7 +65,16 @@ def ranked_tokens(
     lowest = np.full(num_rows, np.finfo(np.float32).min)
     floors = lowest if floors is None else np.maximum(floors, lowest)
     temperatures = np.ones(num_rows, np.float32) if temperatures is None else np.ascontiguousarray(temperatures)
-    scales, prefixes, words = np.ascontiguousarray(scales), hash_prefix(seeds, positions), _token_words(vocab_size)
+    prefixes, scales, words = np.zeros(num_rows, np.uint32), np.zeros(num_rows, np.float32), _token_words(vocab_size)
+    bounds = np.full(num_rows, -np.inf, np.float32)
+    if noise is not None:
+        prefixes, scales = hash_prefix(noise[0], noise[1]), np.ascontiguousarray(noise[2])
+    else:
+        # The best of every width-th logit, from the first on, from the second on, ..: `count` of all reach the last of these.
+        width = min(vocab_size, 4 * count)
+        height = vocab_size // width
+        best = logits[:, : height * width].reshape(num_rows, height, width).max(1)
+        bounds = np.nextafter(np.partition(best, -count, axis=1)[:, -count], np.float32(-np.inf))
     tokens, scores = np.zeros((num_rows, count), np.int64), np.full((num_rows, count), -np.inf)
     num_found = np.empty(num_rows, np.int64)
     rank = compiled_ranking()
@@ -74,7 +82,7 @@ def ranked_tokens(
     def rank_rows(begin: int, end: int) -> None:
         rank(
             np.ascontiguousarray(logits[begin:end]), words, prefixes[begin:end], temperatures[begin:end], scales[begin:end],
-            floors[begin:end], tokens[begin:end], scores[begin:end], num_found[begin:end],
+            floors[begin:end], bounds[begin:end], tokens[begin:end], scores[begin:end], num_found[begin:end],
         )  # fmt: skip
 
     num_threads = max(1, min(num_threads, num_rows, logits.size // _SCORES_OF_A_THREAD))
@@ -94,7 +102,7 @@ def score_errors(scores: npt.NDArray[np.float64], scales: npt.NDArray[np.float32
 
 @functools.lru_cache(maxsize=4)
 def _token_words(vocab_size: int) -> npt.NDArray[np.uint32]:
-    return hash_word(np.arange(vocab_size, dtype=np.uint32))
+    return hash_word(np.arange(vocab_size, dtype=np.uint32))  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -103,30 +111,14 @@ def _threads(num_threads: int, _process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="ranked-tokens")
 
 
-@numba.njit
-def _word(token: Any) -> Any:
-    """hash_word"""
-    word = np.uint32(token * np.uint32(0xCC9E2D51))
-    return np.uint32(np.uint32(np.uint32(word << np.uint32(15)) | np.uint32(word >> np.uint32(17))) * np.uint32(0x1B873593))
+# numba's cache looks at this file alone; but the steps of the hash never change.
+_word, _mixed, _finished = map(numba.njit, (hash_word, hash_mixed, hash_finished))
 
 
 @numba.njit
 def _hash(prefix: Any, word: Any) -> Any:
-    """The hash of a seed and a position, whose `hash_prefix` this is, and a token."""
-    state = np.uint32(prefix ^ word)
-    state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
-    state = np.uint32(np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64)) ^ np.uint32(16))
-    state = np.uint32(np.uint32(state ^ np.uint32(state >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-    state = np.uint32(np.uint32(state ^ np.uint32(state >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return np.uint32(state ^ np.uint32(state >> np.uint32(16)))
-
-
-@numba.njit
-def _mixed(state: Any, value: Any) -> Any:
-    """The state of the hash with four bytes more."""
-    state = np.uint32(state ^ _word(value))
-    state = np.uint32(np.uint32(state << np.uint32(13)) | np.uint32(state >> np.uint32(19)))
-    return np.uint32(np.uint32(state * np.uint32(5)) + np.uint32(0xE6546B64))
+    """Of a seed and a position, whose `hash_prefix` this is, and a token."""
+    return _finished(_mixed(prefix, word))
 
 
 @numba.njit
@@ -160,7 +152,7 @@ def compiled_chances() -> Any:
 @functools.cache
 def compiled_ranking() -> Any:
     """`_rank`"""
-    numbers_of_rows = "uint32[::1], float32[::1], float32[::1], float32[::1]"
+    numbers_of_rows = "uint32[::1], float32[::1], float32[::1], float32[::1], float32[::1]"
     return _compiled(_rank, f"void(float32[:,::1], uint32[::1], {numbers_of_rows}, int64[:,::1], float64[:,::1], int64[::1])")
 
 
@@ -181,9 +173,10 @@ def _chances(
 ) -> None:
     """See `noise.draw_chances`."""
     for row in range(len(lengths)):
-        seed = _mixed(_mixed(np.uint32(0), np.uint32(seeds[row] & _LOW_BITS)), np.uint32((seeds[row] >> 32) & _LOW_BITS))
+        seed = _mixed(np.uint32(0), _word(np.uint32(seeds[row] & _LOW_BITS)))
+        seed = _mixed(seed, _word(np.uint32((seeds[row] >> 32) & _LOW_BITS)))
         for place in range(lengths[row]):
-            prefix = _mixed(seed, np.uint32((positions[row] + place) & _LOW_BITS))
+            prefix = _mixed(seed, _word(np.uint32((positions[row] + place) & _LOW_BITS)))
             exponential = _exponential(_hash(prefix, _word(np.uint32(tokens[row, place]))))
             prob = min(max(np.float64(probs[row, place]), _LEAST_PROB), 1.0)
             probs[row, place] = math.exp((prob - 1.0) / prob * exponential)
@@ -196,6 +189,7 @@ def _rank(
     temperatures: npt.NDArray[np.float32],
     scales: npt.NDArray[np.float32],
     floors: npt.NDArray[np.float32],
+    bounds: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.int64],
     scores: npt.NDArray[np.float64],
     num_found: npt.NDArray[np.int64],
@@ -204,6 +198,7 @@ def _rank(
     are to ``num_found`` [rows].
 
     words: hash_word of all tokens. prefixes: hash_prefix of seeds and positions. floors: finite numbers [rows].
+    bounds: less than the last score of each row, or -inf.
     """
     one, zero, most = np.float32(1), np.float32(0), np.float32(31)
     vocab_size, count = logits.shape[1], tokens.shape[1]
@@ -212,16 +207,20 @@ def _rank(
     for row in range(logits.shape[0]):
         prefix, floor, scale = prefixes[row], floors[row], scales[row]
         best, best_tokens = scores[row], tokens[row]
-        inverse_temperature = one / temperatures[row]
+        inverse_temperature = one / temperatures[row] if scale > zero else one
         steepness = np.float32(_LOG2_E / max(scale, _LEAST_SCALE))
-        bound = np.float32(-np.inf)
+        bound = bounds[row]
         found = 0
         for begin in range(0, vocab_size, _BLOCK):
             size = min(_BLOCK, vocab_size - begin)
             block = logits[row, begin : begin + size]
             block_words = words[begin : begin + size]
             any_passes = np.uint32(0)
-            for place in range(size):
+            for place in range(size if scale == zero else 0):
+                passes_one = np.uint32((block[place] > bound) & (block[place] >= floor))
+                passes[place] = passes_one
+                any_passes = np.uint32(any_passes | passes_one)
+            for place in range(size if scale > zero else 0):
                 state = _hash(prefix, block_words[place])
                 hashes[place] = state
                 logit = block[place]
@@ -237,7 +236,9 @@ def _rank(
             for place in range(size):
                 if not passes[place]:
                     continue
-                score = np.float64(block[place] * inverse_temperature) - scale * math.log(_exponential(hashes[place]))
+                score = np.float64(block[place] * inverse_temperature)
+                if scale > zero:
+                    score -= scale * math.log(_exponential(hashes[place]))
                 if found == count and not score > best[count - 1]:
                     continue
                 at = min(found, count - 1)

@@ -70,7 +70,7 @@ def _sample_by_search(
     num_rows, vocab_size = logits.shape
     rows, scales = np.arange(num_rows), np.ones(num_rows, np.float32)
     count = min(_NUM_RANKED, vocab_size)
-    found, scores = ranked_tokens(logits, count, seeds, positions, scales, num_threads=torch.get_num_threads())
+    found, scores = ranked_tokens(logits, count, (seeds, positions, scales), num_threads=torch.get_num_threads())
     found.sort(axis=1)
     sampled: npt.NDArray[np.int64] = found[rows, _best_places(logits[rows[:, None], found], seeds, positions, found)]
     # No token behind the ranked ones reaches the best one, unless the last of these is as close: infinite scores always are.

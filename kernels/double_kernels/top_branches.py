@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from double_kernels.noise import Noise
-from double_kernels.support import NUM_INSPECTED, Support, fill_up, logit_floors
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from double_kernels.support import NUM_INSPECTED, Support, logit_floors
 
 __all__ = ["top_branches", "top_branches_reference"]
 
-_BLOCK = 128
-_FEW_SCORES = 1 << 13  # so few that it is cheaper to look at all of them
 _MOST_SCORES = 1 << 22  # 16 MiB: from 32 MiB on an allocator takes fresh pages for every result, which costs more than softmax
-_ALL_BELOW = 0x0101010101010101  # eight booleans that are true
 
 
 def top_branches(
@@ -93,8 +85,8 @@ def top_branches_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_branches` without a kernel, on any device; its arguments are not checked.
 
-    On a CPU the tokens are found in numpy, on views of the tensors: it compares and sorts many numbers at a time, whatever
-    they are. torch.topk branches on every score, and takes twice as long for scores that the processor has not seen before.
+    On a CPU a compiled scan finds the tokens. torch.topk branches on every score, and takes twice as long for scores that the
+    processor has not seen before.
     """
     if logits.is_cuda and (noise is not None or support is not None):
         of_host = _of_rows(torch.Tensor.cpu, temperatures, noise, support)
@@ -119,9 +111,9 @@ def top_branches_reference(
     probs = _softmax(scores, temperatures)
     floors = None
     if support is not None and num_rows:
-        best = torch.from_numpy(_best_tokens(scores, min(NUM_INSPECTED, vocab_size)))
+        best = _ranked(scores, min(NUM_INSPECTED, vocab_size), None, None, None)
         floors = logit_floors(scores.gather(1, best), probs.gather(1, best), vocab_size, support)
-    tokens = torch.from_numpy(_ranked(scores, num_children, temperatures, noise, floors))
+    tokens = _ranked(scores, num_children, temperatures, noise, floors)
     probs = probs.gather(-1, tokens)
     if floors is not None:
         probs.masked_fill_(scores.gather(1, tokens) < floors[:, None], 0.0)
@@ -144,107 +136,15 @@ def _of_rows(
 
 def _ranked(
     scores: torch.Tensor, count: int, temperatures: torch.Tensor | None, noise: Noise | None, floors: torch.Tensor | None
-) -> npt.NDArray[np.int64]:
-    """int64 [rows, count]: the best tokens of rows on a CPU, each of which may have noise."""
-    is_noisy = noise.scales.numpy() > 0 if noise is not None else np.zeros(len(scores), np.bool_)
-    if noise is None or not is_noisy.any():
-        return _plainly_ranked(scores, count, floors)
-    from double_kernels.ranking import ranked_tokens  # here: greedy rows need no numba
+) -> torch.Tensor:
+    """int64 [rows, count]: the best tokens of rows on a CPU."""
+    from double_kernels.ranking import ranked_tokens  # here: a GPU needs no numba
 
-    tokens = np.empty((len(scores), count), np.int64)
-    some = slice(None) if is_noisy.all() else is_noisy
-    seeds, positions, scales = (values.numpy()[some] for values in noise)
-    temperatures_some, floors_some = (None if values is None else values.numpy()[some] for values in (temperatures, floors))
-    tokens[some] = ranked_tokens(scores.numpy()[some], count, seeds, positions, scales, temperatures_some, floors_some)[0]
-    if not is_noisy.all():
-        plain = torch.from_numpy(~is_noisy)
-        tokens[~is_noisy] = _plainly_ranked(scores[plain], count, None if floors is None else floors[plain])
-    return tokens
-
-
-def _plainly_ranked(scores: torch.Tensor, count: int, floors: torch.Tensor | None) -> npt.NDArray[np.int64]:
-    """int64 [rows, count]: the best tokens of rows; those below the row's floor last, by rising id."""
-    found = _best_tokens(scores, count)
-    if floors is not None and found.size:
-        values = np.take_along_axis(scores.numpy(), found, 1)
-        fill_up(found, ((values >= floors.numpy()[:, None]) & (values > -np.inf)).sum(1))
-    return found
+    numbers = None if noise is None else (noise.seeds.numpy(), noise.positions.numpy(), noise.scales.numpy())
+    divisors, limits = (None if values is None else values.numpy() for values in (temperatures, floors))
+    return torch.from_numpy(ranked_tokens(scores.numpy(), count, numbers, divisors, limits)[0])
 
 
 def _softmax(scores: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:
     # torch's fused softmax is twice as fast as logsumexp on a CPU, and subtracts the same log-sum-exp.
     return torch.softmax(scores if temperatures is None else scores / temperatures.unsqueeze(-1), dim=-1)
-
-
-def _best_tokens(scores: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
-    """int64 [rows, count]: the ids of every row's best scores, which are contiguous and on a CPU."""
-    num_rows, vocab_size = scores.shape
-    if scores.numel() < _FEW_SCORES:
-        # One more than is wanted shows whether the cut falls between equal scores: topk takes any of them.
-        best = torch.topk(scores, min(count + 1, vocab_size))
-        values = best.values.numpy()
-        if not (values[:, 1:] == values[:, :-1]).any():
-            return np.ascontiguousarray(best.indices.numpy()[:, :count])
-    places, _ = _contenders(scores, count)
-    rows = places // vocab_size
-    bits = (scores.numpy().reshape(-1)[places] + 0.0).view(np.int32)  # -0.0 is 0.0
-    # Keys that rise with the row, then with falling scores, then with the id: integers order as the floats whose bits they
-    # have, but negative ones the other way round. There is room for all three: a row beside others is short.
-    id_bits = vocab_size.bit_length()
-    keys = (rows << 32) - (bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    keys <<= id_bits
-    keys |= places - rows * vocab_size
-    keys.sort()
-    counts = np.bincount(rows, minlength=num_rows)
-    firsts = counts.cumsum() - counts
-    return keys[firsts[:, None] + np.arange(count)] & ((1 << id_bits) - 1)
-
-
-def _contenders(scores: torch.Tensor, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Where scores not below a bound lie in the flattened scores, in any order, and float32 [rows, 1] the bounds.
-
-    The bound is the `count`-th best score, or of many scores that of some blocks' maxima: `count` scores of a row reach it,
-    the best ones among them, and few others do. NaN is not below any.
-    """
-    num_rows, vocab_size = scores.shape
-    num_blocks = vocab_size // _BLOCK
-    if scores.numel() < _FEW_SCORES:
-        values = scores.numpy()
-        bounds = np.partition(values, -count, axis=1)[:, -count, None]
-        return _not_below(values, bounds), bounds
-    if num_blocks < max(4 * count, 256):
-        # Block i holds every width-th score from the i-th on: torch finds the maxima of 64 neighbours at once.
-        width = min(vocab_size, -(-4 * count // 64) * 64)
-        height = vocab_size // width
-        maxima = scores[:, : height * width].view(num_rows, height, width).amax(1).numpy()
-        maxima.sort(axis=1)
-        bounds = maxima[:, -count, None]
-        return _not_below(scores.numpy(), bounds), bounds
-
-    # Blocks of neighbours, the best of which are looked into: the others are not read again.
-    end = num_blocks * _BLOCK
-    blocks, bounds = _contenders(scores[:, :end].view(num_rows, num_blocks, _BLOCK).amax(2), count)
-    rows = blocks // num_blocks
-    places = (blocks * _BLOCK + rows * (vocab_size - end))[:, None] + np.arange(_BLOCK)
-    places = places.reshape(-1)[_not_below(scores.numpy().reshape(-1)[places], bounds[rows])]
-    if end < vocab_size:
-        behind = _not_below(scores[:, end:].numpy(), bounds)
-        places = np.concatenate([places, behind + (behind // (vocab_size - end) + 1) * end])
-    return places, bounds
-
-
-def _not_below(scores: npt.NDArray[np.float32], bounds: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Where scores that are not below their row's bound lie in the flattened scores, rising."""
-    size = scores.size
-    if size < _FEW_SCORES:
-        return np.flatnonzero(~(scores < bounds))
-    below = np.empty(size + -size % 8, dtype=np.bool_)
-    below[size:] = True
-    np.less(scores, bounds, out=below[:size].reshape(scores.shape))
-    # Most are below: eight at a time are skipped.
-    eights = below.view(np.int64)
-    left = np.flatnonzero(eights != _ALL_BELOW)
-    inside = np.flatnonzero(~eights[left].view(np.bool_))
-    places: npt.NDArray[np.int64] = 8 * left[inside >> 3]
-    places += inside & 7
-    return places

@@ -49,23 +49,18 @@ def variants() -> dict[str, list[tuple[dict[str, str], dict[str, Any]]]]:
         "_reduce_tiles": [(types, shared | {"TILE_BLOCKS": 64}) for types, shared in logits],
         "_select_tokens": [(types, shared | {"BLOCKS": 512, "TILES": 8, "CHILDREN": 64}) for types, shared in logits],
         "_sample_blocks": [({"logits_ptr": "*fp32", "scores_ptr": "*fp32", **tokens, **noise}, {"BLOCK": 1024})],
-        "_count_kept": [({}, {"BLOCK": 128})],
-        "_lay_out": [
-            (tokens, {"PADDING_SLOT": -1, "HAS_PATHS": has, "PAGE_SIZE": 16, "BLOCK": 128, "REQUESTS": 1024})
-            for has in (False, True)
-        ],
     }
 
 
 def compile_all() -> None:
     """Raises what the compiler raises; prints how many binaries there are of each kernel."""
     import triton
-    from double_kernels import triton_fork_pages, triton_insert_guidance, triton_noise, triton_top_branches
+    from double_kernels import triton_fork_pages, triton_noise, triton_top_branches
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     of_kernel = variants()
-    for module in (triton_fork_pages, triton_insert_guidance, triton_noise, triton_top_branches):
+    for module in (triton_fork_pages, triton_noise, triton_top_branches):
         for name, kernel in vars(module).items():
             if not isinstance(kernel, triton.JITFunction) or name in _CALLED_BY_OTHERS:
                 continue

@@ -10,27 +10,20 @@ import pytest
 import torch
 from double_kernels import (
     fork_pages,
-    insert_guidance,
     sample_with_noise,
     top_branches,
     triton_fork_pages,
-    triton_insert_guidance,
     triton_noise,
     triton_top_branches,
 )
 
-START = torch.tensor([0, 2], dtype=torch.int32)
-COMPUTED = torch.tensor([3], dtype=torch.int32)
-TABLE = torch.tensor([[5, 6]], dtype=torch.int32)
 CALLS = {
     "fork_pages": lambda: fork_pages([torch.zeros(3, 4)], [(0, 1, 2)], page_size=4, slot_dim=1),
-    "insert_guidance": lambda: insert_guidance(torch.tensor([1, 2]), START, COMPUTED, TABLE, page_size=4),
     "sample_with_noise": lambda: sample_with_noise(torch.zeros(2, 9), torch.arange(2), torch.arange(2)),
     "top_branches": lambda: top_branches(torch.zeros(2, 9), 3),
 }
 KERNELS = {
     "fork_pages": triton_fork_pages,
-    "insert_guidance": triton_insert_guidance,
     "sample_with_noise": triton_noise,
     "top_branches": triton_top_branches,
 }
@@ -57,13 +50,11 @@ def test_a_cpu_needs_no_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from double_kernels import Noise, Support, fork_pages, insert_guidance, sample_with_noise, top_branches
+from double_kernels import Noise, Support, fork_pages, sample_with_noise, top_branches
 assert "numba" not in sys.modules and "llvmlite" not in sys.modules
 cache = torch.arange(12.0).view(3, 4)
 fork_pages([cache], [(0, 1, 2)], page_size=4, slot_dim=1)
 assert cache[1].tolist() == [0, 1, 6, 7]
-start, computed, table = (torch.tensor(value, dtype=torch.int32) for value in ([0, 2], [3], [[5, 6]]))
-assert insert_guidance(torch.tensor([1, 2]), start, computed, table, page_size=4).slot_mapping.tolist() == [23, 24]
 assert top_branches(torch.tensor([[0.0, 2.0, 1.0]]), 2)[0].tolist() == [[1, 2]]
 seed = torch.tensor([5])
 sampled = sample_with_noise(torch.zeros(1, 9), seed, seed)

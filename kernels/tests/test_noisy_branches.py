@@ -288,7 +288,7 @@ def all_scores(
 
 def check_ranking(logits: np.ndarray, count: int, seeds: np.ndarray, positions: np.ndarray, scales: np.ndarray, *of_rows: Any):
     """The tokens of a sort, or others whose scores are the same but for the last digits of float32."""
-    found, _ = ranking.ranked_tokens(logits, count, seeds, positions, scales, *of_rows)
+    found, _ = ranking.ranked_tokens(logits, count, (seeds, positions, scales), *of_rows)
     scores = all_scores(logits, seeds, positions, scales, *of_rows)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     assert all(len({*tokens}) == count for tokens in found.tolist())
@@ -325,11 +325,11 @@ def test_the_search_finds_what_a_sort_of_all_scores_finds(seed: int) -> None:
 def test_threads_do_not_change_what_is_found(num_threads: int, is_strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     logits, seeds, scales = random_rows(random, 7, 3000), np.arange(7), np.ones(7, np.float32)
-    expected = ranking.ranked_tokens(logits, 5, seeds, seeds, scales)
+    expected = ranking.ranked_tokens(logits, 5, (seeds, seeds, scales))
     monkeypatch.setattr(ranking, "_SCORES_OF_A_THREAD", 1)
     if is_strided:
         logits = np.concatenate([logits, logits], axis=1)[:, :3000]
-    found = ranking.ranked_tokens(logits, 5, seeds, seeds, scales, num_threads=num_threads)
+    found = ranking.ranked_tokens(logits, 5, (seeds, seeds, scales), num_threads=num_threads)
     assert found[0].tolist() == expected[0].tolist() and found[1].tolist() == expected[1].tolist()
 
 

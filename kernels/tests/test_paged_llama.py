@@ -17,16 +17,15 @@ import numpy.typing as npt
 import pytest
 import torch
 from double_kernels.fork_pages import fork_pages_reference
-from double_kernels.insert_guidance import GuidanceBatch, insert_guidance_reference
 from double_kernels.noise import Noise, gumbel_noise
 from double_kernels.support import Support
 from double_kernels.top_branches import top_branches_reference
 from double_kernels.triton_fork_pages import fork_pages_triton
-from double_kernels.triton_insert_guidance import insert_guidance_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
 from tests.draft_view import check_integrity, trees
-from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, count_outputs
+from tests.fakes.engine import count_outputs, rows_of
+from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch
 from vllm_double.draft.engine.cuda_graphs import CudaRecorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.transport.messages import Admit, Commit, Release
@@ -66,25 +65,28 @@ class Llama:
         positions = torch.arange(len(text), device=device)
         return self._run(torch.tensor(text, device=device), positions, lambda layer, q, k, v: _attend(q, k, v, positions))
 
-    def paged(self, batch: GuidanceBatch, block_table: torch.Tensor) -> torch.Tensor:
-        """Logits [tokens, vocab]; rows of padding are meaningless."""
-        is_real = batch.slot_mapping >= 0
-        slots = batch.slot_mapping[is_real]
-        starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    def paged(self, batch: Batch) -> torch.Tensor:
+        """Logits [tokens, vocab]."""
+
+        def tensor(values: npt.NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(values).to(self.cache.device)
+
+        slots, block_table, positions = tensor(batch.slot_mapping(PAGE_SIZE)), tensor(batch.pages), tensor(batch.positions)
+        starts, lengths = batch.query_start.tolist(), (batch.starts + np.diff(batch.query_start)).tolist()
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cache = self.cache[layer]
-            cache[slots // PAGE_SIZE, 0, slots % PAGE_SIZE] = k[is_real]
-            cache[slots // PAGE_SIZE, 1, slots % PAGE_SIZE] = v[is_real]
+            cache[slots // PAGE_SIZE, 0, slots % PAGE_SIZE] = k
+            cache[slots // PAGE_SIZE, 1, slots % PAGE_SIZE] = v
             outputs = torch.zeros_like(q)
             for request, length in enumerate(lengths):
                 rows = slice(starts[request], starts[request + 1])
                 pages = cache[block_table[request, : -(-length // PAGE_SIZE)].long()]
                 keys, values = (pages[:, part].flatten(0, 1)[:length] for part in (0, 1))
-                outputs[rows] = _attend(q[rows], keys, values, batch.positions[rows])
+                outputs[rows] = _attend(q[rows], keys, values, positions[rows])
             return outputs
 
-        return self._run(batch.input_ids, batch.positions, attend)
+        return self._run(tensor(batch.token_ids), positions, attend)
 
     def decode(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [size, vocab] of rows of one token; nothing waits for the device, or depends on values on the host."""
@@ -140,11 +142,9 @@ class LlamaEngine:
 
     page_size, num_pages, max_length, vocab_size = PAGE_SIZE, NUM_PAGES, MAX_LENGTH, VOCAB
 
-    def __init__(
-        self, device: str, insert: Callable[..., GuidanceBatch], fork: Callable[..., None], top: Callable[..., Any]
-    ) -> None:
+    def __init__(self, device: str, fork: Callable[..., None], top: Callable[..., Any]) -> None:
         self.llama = Llama(device)
-        self._device, self._insert, self._fork, self._top = device, insert, fork, top
+        self._device, self._fork, self._top = device, fork, top
         self._graphs: StepGraphs | None = None
         self.num_replays = 0
 
@@ -167,25 +167,15 @@ class LlamaEngine:
         if self._graphs is not None and self._graphs.takes(len(batch.token_ids), num_children):
             self.num_replays += 1
             return self._graphs.forward(batch, num_children)
-        rows, ends = list(batch), batch.query_start[1:].tolist()
-        block_table = self._tensor(batch.pages, np.int32)
-        laid_out = self._insert(
-            self._tensor(batch.token_ids, np.int64),
-            self._tensor(batch.query_start, np.int32),
-            self._tensor(batch.starts, np.int32),
-            block_table,
-            page_size=PAGE_SIZE,
-        )
-        logits = self.llama.paged(laid_out, block_table)
-        outputs = [index for row, end in zip(rows, ends, strict=True) for index in range(end - row.num_outputs, end)]
-        temperatures = [row.temperature or 1.0 for row in rows for _ in range(row.num_outputs)]
+        logits = self.llama.paged(batch)[batch.output_indices]
+        temperatures = np.repeat(np.where(batch.temperatures > 0, batch.temperatures, 1), batch.num_outputs)
         noise, support = None, None
         if batch.is_sampled:
             of_outputs = {name: torch.from_numpy(batch.output_sampling[name].copy()).to(self._device) for name in FIELDS}
             positions = self._tensor(batch.output_positions, np.int64)
             noise = Noise(of_outputs["seed"], positions, of_outputs["noise_scale"])
             support = Support(of_outputs["top_k"], of_outputs["top_p"], of_outputs["min_p"])
-        tokens, probs = self._top(logits[outputs], num_children, self._tensor(temperatures, np.float32), noise, support)
+        tokens, probs = self._top(logits, num_children, self._tensor(temperatures, np.float32), noise, support)
         return tokens.cpu().numpy().astype(np.int32), probs.cpu().numpy()
 
     def copy_slots(self, triples: Sequence[tuple[int, int, int]]) -> None:
@@ -199,8 +189,8 @@ class TwinEngine(LlamaEngine):
     """The kernels' engine; its answers are compared with the references' engine and with the Llama without a cache."""
 
     def __init__(self) -> None:
-        super().__init__(DEVICE, insert_guidance_triton, fork_pages_triton, top_branches_triton)
-        self._twin = LlamaEngine("cpu", insert_guidance_reference, fork_pages_reference, top_branches_reference)
+        super().__init__(DEVICE, fork_pages_triton, top_branches_triton)
+        self._twin = LlamaEngine("cpu", fork_pages_reference, top_branches_reference)
         self._texts = np.full((NUM_PAGES, PAGE_SIZE), -1)  # which token each slot holds
         self.num_outputs = 0
         self.num_sampled = 0
@@ -215,7 +205,7 @@ class TwinEngine(LlamaEngine):
 
     def _check_texts(self, batch: Batch, found: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]) -> None:
         tokens, probs = [], []
-        for row in batch:
+        for row in rows_of(batch):
             for position, token in enumerate(row.tokens, start=row.start):
                 self._texts[row.pages[position // PAGE_SIZE], position % PAGE_SIZE] = token
             length = row.start + len(row.tokens)
@@ -313,47 +303,3 @@ def test_drafting_on_the_kernels_is_that_on_the_references(is_recorded: bool) ->
     assert NUM_ROUNDS / 2 < engine.num_sampled < engine.num_outputs
     assert num_copies > NUM_ROUNDS / 4
     assert (engine.num_replays > NUM_ROUNDS / 2) == is_recorded
-
-
-@pytest.mark.parametrize(
-    ("device", "insert"),
-    [
-        pytest.param("cpu", insert_guidance_reference, id="reference"),
-        pytest.param(DEVICE, insert_guidance_triton, id="kernel"),
-    ],
-)
-@torch.inference_mode()
-def test_guidance_behind_a_drafted_path_gets_the_whole_texts_logits(device: str, insert: Callable[..., GuidanceBatch]) -> None:
-    """What guidance and path have in common is not computed again, and the text is read as if it had been."""
-    rng = random.Random(1)
-    llama = Llama(device)
-    requests = []
-    for common, path_length, guidance_length in ((0, 5, 4), (3, 7, 6), (6, 6, 6), (2, 2, 9), (0, 0, 3), (4, 9, 5)):
-        text, path, guidance = (
-            [rng.randrange(VOCAB) for _ in range(n)] for n in (rng.randint(1, 9), path_length, guidance_length)
-        )
-        guidance[:common] = path[:common]
-        if common < min(path_length, guidance_length):
-            guidance[common] = (path[common] + 1) % VOCAB
-        requests.append((text, path, guidance))
-
-    def tensor(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    def flat(lists: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        return tensor([token for some in lists for token in some]), tensor([0, *np.cumsum([len(some) for some in lists])])
-
-    block_table = tensor([[6 * index + page + 1 for page in range(6)] for index in range(len(requests))])
-    drafted = flat([[*text, *path] for text, path, _ in requests])
-    llama.paged(insert(*drafted, tensor([0] * len(requests)), block_table, page_size=PAGE_SIZE), block_table)
-    path, path_start_loc = flat([path for _, path, _ in requests])
-    batch = insert(
-        *flat([guidance for _, _, guidance in requests]), tensor([len(text) for text, _, _ in requests]), block_table,
-        page_size=PAGE_SIZE, path=path, path_start_loc=path_start_loc,
-    )  # fmt: skip
-    logits = llama.paged(batch, block_table)
-    ends, num_kept = batch.query_start_loc.tolist(), batch.num_kept.tolist()
-    assert num_kept == [0, 3, 5, 2, 0, 4]
-    for index, (text, _, guidance) in enumerate(requests):
-        expected = llama.whole([*text, *guidance])[len(text) + num_kept[index] :]
-        torch.testing.assert_close(logits[ends[index] : ends[index + 1]], expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from double_kernels import Noise, Support
 from double_kernels.triton_fork_pages import fork_pages_triton
-from double_kernels.triton_insert_guidance import insert_guidance_triton
 from double_kernels.triton_noise import sample_with_noise_triton
 from double_kernels.triton_top_branches import top_branches_triton
 
@@ -51,22 +50,8 @@ def noisy_branches(generator: torch.Generator) -> Callable[[], list[torch.Tensor
     return lambda: [*top_branches_triton(logits, 32, None, noise, support), sample_with_noise_triton(logits, row, row)]
 
 
-def guidance(generator: torch.Generator) -> Callable[[], list[torch.Tensor]]:
-    num_requests, longest = (1024, 128) if ON_GPU else (20, 40)
-    lengths = torch.randint(0, longest + 1, (2, num_requests), generator=generator)
-    starts = torch.zeros((2, num_requests + 1), dtype=torch.int32)
-    starts[:, 1:] = lengths.cumsum(1)
-    tokens, path = (torch.randint(0, 2, (int(start[-1]),), generator=generator).to(DEVICE) for start in starts)
-    computed = torch.randint(0, 500, (num_requests,), dtype=torch.int32, generator=generator).to(DEVICE)
-    table = torch.randint(0, 1 << 20, (num_requests, 80), dtype=torch.int32, generator=generator).to(DEVICE)
-    token_starts, path_starts = starts[0].to(DEVICE), starts[1].to(DEVICE)
-    return lambda: list(
-        insert_guidance_triton(tokens, token_starts, computed, table, page_size=8, path=path, path_start_loc=path_starts)
-    )
-
-
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("make", [forked, branches, noisy_branches, guidance])
+@pytest.mark.parametrize("make", [forked, branches, noisy_branches])
 def test_results_are_the_same_from_run_to_run(make: Callable[[torch.Generator], Callable[[], list[torch.Tensor]]]) -> None:
     run = make(torch.Generator().manual_seed(0))
     first = run()

@@ -7,22 +7,22 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker, shared_memory
 
 from vllm_double.hosting.settings import DraftSettings
-from vllm_double.transport.shared import SharedWorkerEnd
+from vllm_double.transport.shared import SharedDraftChannel
 
 
 class BeatingWorker:
-    def __init__(self, end: SharedWorkerEnd) -> None:
-        self._end = end
+    def __init__(self, channel: SharedDraftChannel) -> None:
+        self._channel = channel
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        while not should_stop() and not self._end.superseded:
-            self._end.beat()
-            self._end.receive()
-            self._end.wait(0.001)
+        while not should_stop() and not self._channel.superseded:
+            self._channel.beat()
+            self._channel.receive()
+            self._channel.wait(0.001)
 
 
 def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
-    return BeatingWorker(SharedWorkerEnd.attach(address))
+    return BeatingWorker(SharedDraftChannel.attach(address))
 
 
 def build_with_openmp(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:

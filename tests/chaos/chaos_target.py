@@ -17,13 +17,13 @@ from pathlib import Path
 
 from vllm_double.hosting.settings import DraftSettings
 from vllm_double.hosting.supervisor import DraftSupervisor
-from vllm_double.transport.shared import SharedTargetEnd
+from vllm_double.transport.shared import SharedTargetChannel
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    end = SharedTargetEnd.create(1 << 16, 1 << 16)
+    end = SharedTargetChannel(1 << 16, 1 << 16)
     settings = replace(DraftSettings.from_json(sys.argv[1]), engine_pids=(os.getpid(),))
     if settings.factory.endswith("openmp"):  # as Intel's OpenMP does
         Path(f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").touch()

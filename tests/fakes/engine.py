@@ -8,15 +8,16 @@ that it is read behind raises AssertionError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.draft.engine.base import Batch, Row, count_outputs
+from vllm_double.draft.engine.base import Batch, DraftEngine, Row
 from vllm_double.prefix_hash import mix
 
-__all__ = ["FakeEngine", "NextToken", "hashed_logits"]
+__all__ = ["FakeEngine", "NextToken", "count_outputs", "hashed_logits", "rows_of"]
 
 NextToken = Callable[[Sequence[int]], npt.NDArray[np.float64]]
 """From a context (all tokens of the text so far) to the logits of the next token, float64 [vocab_size]."""
@@ -70,7 +71,7 @@ class FakeEngine:
         num_outputs = count_outputs(batch, self)
         if not 1 <= num_children <= self.vocab_size:
             raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
-        rows = list(batch)
+        rows = rows_of(batch)
         # All cached contexts are read before anything is written, so that a row never profits from a
         # neighbour.
         cached = [self._read(index, row) for index, row in enumerate(rows)]
@@ -179,3 +180,46 @@ def is_kept(probs: npt.NDArray[np.float64], row: Row) -> npt.NDArray[np.bool_]:
         kept &= np.cumsum(mass) - mass < row.top_p * mass.sum()
     least: np.float64 = falling[kept].min()
     return np.greater_equal(probs, least)
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    """The rows that a batch was made of."""
+    ends = batch.query_start.tolist()
+    rows = zip(batch.starts.tolist(), batch.num_outputs.tolist(), batch.sampling.tolist(), strict=True)
+    return [
+        Row(pages, start, batch.token_ids[begin:end].tolist(), num_outputs, temperature, seed, *sampling)
+        for pages, begin, end, (start, num_outputs, (seed, temperature, *sampling)) in zip(
+            batch.pages.tolist(), ends[:-1], ends[1:], rows, strict=True
+        )
+    ]
+
+
+def count_outputs(batch: Batch, engine: DraftEngine) -> int:
+    """Check the rows of one forward and return N, the sum of their num_outputs.
+
+    Raises ValueError that names the first malformed row.
+    """
+    if not len(batch):
+        return 0
+    for is_wrong, what in _faults(batch, engine):
+        if is_wrong.any():
+            raise ValueError(f"row {is_wrong.nonzero()[0][0]} {what}")
+    return int(batch.num_outputs.sum())
+
+
+def _faults(batch: Batch, engine: DraftEngine) -> Iterator[tuple[Any, str]]:
+    """For each possible fault, bool [rows] and a message."""
+    lengths = np.diff(batch.query_start)
+    yield lengths < 1, "has no query tokens"
+    ends = batch.starts + lengths
+    yield (batch.starts < 0) | (ends > engine.max_length), f"has positions outside 0..{engine.max_length - 1}"
+    is_foreign = (batch.token_ids < 0) | (batch.token_ids >= engine.vocab_size)
+    yield np.logical_or.reduceat(is_foreign, batch.query_start[:-1]), f"has a token outside 0..{engine.vocab_size - 1}"
+    yield (batch.num_outputs < 0) | (batch.num_outputs > lengths), "wants fewer outputs than none, or more than it has tokens"
+    num_row_pages, width = -(-ends // engine.page_size), batch.pages.shape[1]
+    yield num_row_pages > width, f"has more positions than {width} pages hold"
+    pages = batch.pages[:, : num_row_pages.max()]
+    is_used = np.arange(pages.shape[1]) < num_row_pages[:, None]
+    yield (((pages < 0) | (pages >= engine.num_pages)) & is_used).any(axis=1), f"uses a page outside 0..{engine.num_pages - 1}"
+    yield batch.temperatures < 0, "has a negative temperature"
+    yield batch.sampling["noise_scale"] < 0, "has a negative noise scale"

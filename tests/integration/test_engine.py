@@ -290,24 +290,6 @@ def test_last_position_of_the_model_is_refused(world: World) -> None:
     world.check(world.engine.forward([_row(pages, MAX_LENGTH - 1, text[-1:])]), [text])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(_row([1], 0, []), id="no-tokens"),
-        pytest.param(_row([1], 0, [3, 4], 3), id="too-many-outputs"),
-        pytest.param(_row([1], 31, [3, 4]), id="page-missing"),
-        pytest.param(_row([NUM_PAGES], 0, [3]), id="page-out-of-range"),
-        pytest.param(_row([-1], 0, [3]), id="negative-page"),
-        pytest.param(_row([1], 0, [VOCAB_SIZE]), id="token-out-of-vocabulary"),
-        pytest.param(_row(range(1, 10), MAX_LENGTH, [3]), id="beyond-the-model"),
-        pytest.param(_row([1], 0, [3], 1, -0.1), id="negative-temperature"),
-    ],
-)
-def test_malformed_row_is_run(world: World, row: Row) -> None:
-    with pytest.raises(ValueError, match="row 1"):
-        world.engine.forward([_row([2], 0, [1]), row])
-
-
 def test_recorded_steps_draft_other_tokens_than_eager_ones(eager: World, recorded: World) -> None:
     """Random forwards on the same pages, from one row of one token to more tokens than are recorded."""
     rng = np.random.default_rng(11)

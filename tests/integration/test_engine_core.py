@@ -425,7 +425,7 @@ def test_the_draft_starts_when_the_target_has_warmed_up_and_step_times_are_learn
     started: list[tuple[object, str]] = []
     monkeypatch.setattr(launch, "DraftSupervisor", lambda settings, address: started.append((settings, address)) or object())
     made = object.__new__(launch.Launch)
-    made._settings, made._end, made._supervisor = "settings", SimpleNamespace(address="here"), None  # type: ignore[assignment]
+    made._settings, made._channel, made._supervisor = "settings", SimpleNamespace(address="here"), None  # type: ignore[assignment]
     forgot: list[bool] = []
     drafter = worker.model_runner.drafter
     drafter._launch, drafter._proposer = made, SimpleNamespace(forget_step_cost=lambda: forgot.append(True))

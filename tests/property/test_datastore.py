@@ -40,7 +40,6 @@ def small_parts() -> Iterator[None]:
         mock.patch.object(builder.os, "fsync"),
         mock.patch.object(builder, "_PASS", 50),
         mock.patch.object(builder, "_WINDOW", 70),
-        mock.patch.object(builder, "_CHUNK", 30),
     ):
         yield
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_view import check_integrity, trees
-from tests.fakes.engine import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits, rows_of
 from vllm_double.draft import frontier as frontier_module
 from vllm_double.draft.engine.base import Batch
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -107,7 +107,7 @@ def test_the_most_probable_path_is_worked_on_first() -> None:
         request = next(iter(trees(frontier).values()))
         assert request.root is not None
         (node,) = (node for node in _nodes(request.root) if node.branch >= 0 and not node.alternatives)
-        assert [row.tokens for row in batch] == [[node.token]]
+        assert [row.tokens for row in rows_of(batch)] == [[node.token]]
         reaches.append(math.exp(node.log_prob - request.root.log_prob))
         left = [
             parent.log_prob + log_prob - request.root.log_prob
@@ -134,7 +134,7 @@ def test_a_given_chain_is_read_in_one_forward() -> None:
     # certain tokens come before all siblings
     frontier.apply(Commit(1, 3, NO_TOKENS, np.array(chain, np.int32), np.ones(4, np.float32)))
     batch = frontier.select()
-    assert next(iter(batch)).tokens == chain
+    assert rows_of(batch)[0].tokens == chain
     answer(engine, frontier, batch)
 
 
@@ -149,14 +149,14 @@ def test_what_is_retrieved_is_read_in_one_forward_and_the_draft_confirms_it() ->
     engine, frontier = make(retrieval=True, logits=_period, nodes_per_iteration=16)
     admit(frontier, 1, PERIOD * 3)
     batch = frontier.select()
-    assert [row.tokens for row in batch] == [PERIOD * 3], "nothing is indexed yet"
+    assert [row.tokens for row in rows_of(batch)] == [PERIOD * 3], "nothing is indexed yet"
     answer(engine, frontier, batch)
     commit(frontier, 1, 15, [3])
     batch = frontier.select()
-    assert next(iter(batch)).tokens == [3, 4, 5, 6, 7, 3, 4]
+    assert rows_of(batch)[0].tokens == [3, 4, 5, 6, 7, 3, 4]
     records = answer(engine, frontier, batch)
     assert records["tokens"][:7, 0].tolist() == [4, 5, 6, 7, 3, 4, 5]
-    assert frontier.num_retrieved == frontier.num_confirmed == 6
+    assert frontier.counters["retrieved_tokens"] == frontier.counters["confirmed_tokens"] == 6
 
 
 def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> None:
@@ -171,9 +171,9 @@ def test_where_the_draft_contradicts_what_was_retrieved_its_word_counts() -> Non
     assert request.root is not None
     wrong = request.root.children[4]
     assert wrong.is_retrieved and wrong.log_prob - request.root.log_prob < math.log(0.01)
-    assert frontier.num_retrieved == 6 and frontier.num_confirmed == 0
+    assert frontier.counters["retrieved_tokens"] == 6 and frontier.counters["confirmed_tokens"] == 0
     batch = frontier.select()
-    assert next(iter(batch)).tokens == [1], "work went on behind what the draft does not believe"
+    assert rows_of(batch)[0].tokens == [1], "work went on behind what the draft does not believe"
 
 
 def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
@@ -193,7 +193,7 @@ def test_a_retrieved_token_that_the_draft_does_not_know_is_not_read() -> None:
     frontier._lookups.sources.append(Corpus())
     admit(frontier, 1, PERIOD)
     batch = frontier.select()
-    assert set(next(iter(batch)).tokens[len(PERIOD) :]) == {4}
+    assert set(rows_of(batch)[0].tokens[len(PERIOD) :]) == {4}
     answer(engine, frontier, batch)
 
 
@@ -240,7 +240,7 @@ def test_a_late_command_is_counted_and_ignored() -> None:
     _, frontier = make()
     commit(frontier, 99, 0, [1])
     frontier.apply(Release(99))
-    assert frontier.num_late_commands == 2
+    assert frontier.counters["late_commands"] == 2
 
 
 @pytest.mark.parametrize("keep", [2, 4])
@@ -248,7 +248,7 @@ def test_a_commit_that_does_not_fit_the_text_ends_the_drafting_for_it(keep: int)
     _, frontier = make()
     admit(frontier, 1, [1, 2, 3])
     commit(frontier, 1, keep, [1])
-    assert len(frontier) == 0 and frontier.num_late_commands == 1
+    assert len(frontier) == 0 and frontier.counters["late_commands"] == 1
 
 
 @settings(deadline=None, max_examples=60)
@@ -327,14 +327,14 @@ def test_a_full_node_pool_gives_up_its_least_probable_paths_and_counts_them() ->
     admit(frontier, 1, [1, 2, 3])
     for _ in range(40):
         turn(engine, frontier)
-    assert frontier._pool.totals["num_free_nodes"][0] == 0 and frontier.num_nodes_evicted == 0
+    assert frontier._pool.totals["num_free_nodes"][0] == 0 and frontier.counters["nodes_evicted"] == 0
     root = trees(frontier)[1].root
     assert root is not None
     before = {node.prefix_hash: node.log_prob for node in _nodes(root)}
     admit(frontier, 2, [4, 5])
     left = list(_nodes(root))
     gone = before.keys() - {node.prefix_hash for node in left}
-    assert len(gone) == frontier.num_nodes_evicted > 0
+    assert len(gone) == frontier.counters["nodes_evicted"] > 0
     leaves = [node.log_prob for node in left if not node.children and node.index != root.index]
     assert max(before[name] for name in gone) <= min(leaves, default=0.0)
     for _ in range(4):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_view import cached_pages, check_integrity, check_pool, free_pages, run_handles, trees
-from tests.fakes.engine import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits, rows_of
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.draft.page_pool import PagePool, num_available, page_key, partition_key, release_page, share_page, take_page
 from vllm_double.transport.messages import Admit, Commit, Release
@@ -52,7 +52,7 @@ class World:
             self.engine.copy_slots(self.frontier.tail_copies)
             self.frontier.expand(*self.engine.forward(batch, self.frontier._limits.children_per_node))
         handles = run_handles(self.frontier)
-        for handle, row in zip(handles, batch, strict=True):
+        for handle, row in zip(handles, rows_of(batch), strict=True):
             self.read[handle] += max(0, min(trees(self.frontier)[handle].length - row.start, len(row.tokens)))
         check_integrity(self.frontier)
         return set(handles)
@@ -90,11 +90,11 @@ def test_the_turns_of_a_conversation_are_read_once(prefix_caching: bool) -> None
     if prefix_caching:
         # 41 tokens a turn, of which those of the last page that was not full are read again: 21 + at most 3.
         assert read == [21, 41 + 21 - 40, 82 + 21 - 80, 123 + 21 - 120]
-        assert world.frontier.num_prefix_hits == 40 + 80 + 120
+        assert world.frontier.counters["prefix_cache_hits"] == 40 + 80 + 120
     else:
         assert read == [21, 62, 103, 144]
-        assert world.frontier.num_prefix_hits == 0
-    assert world.frontier.num_prefix_queries == 21 + 62 + 103 + 144
+        assert world.frontier.counters["prefix_cache_hits"] == 0
+    assert world.frontier.counters["prefix_cache_queries"] == 21 + 62 + 103 + 144
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 40])
@@ -418,8 +418,8 @@ def test_any_interleaving_reads_a_prefix_once(rng: random.Random, page_size: int
             keep = rng.randint(min(bases[handle], len(texts[handle])), len(texts[handle]))
             world.commit(handle, keep, [])
             del texts[handle][keep:]
-        found = world.frontier.num_prefix_hits
-        assert found == hits if num_pages == 3000 else found <= world.frontier.num_prefix_queries
+        found = world.frontier.counters["prefix_cache_hits"]
+        assert found == hits if num_pages == 3000 else found <= world.frontier.counters["prefix_cache_queries"]
     for handle in [handle for handle in texts if handle in world.frontier._requests]:
         world.release(handle)
     assert world.frontier._pool.num_free == num_pages - 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft_view import Node, check_integrity, outputs, trees
-from tests.fakes.engine import FakeEngine, hashed_logits
+from tests.fakes.engine import FakeEngine, hashed_logits, rows_of
 from vllm_double.draft.arena import NONE, Forward
 from vllm_double.draft.frontier import MIN_ASKED_PROB, Frontier, FrontierLimits
 from vllm_double.draft.lookups import Lookups
@@ -284,7 +284,7 @@ def turn(engine: FakeEngine, frontier: Frontier, twin: Twin) -> None:
     # Where each output stands: behind the text as the pages and the row's tokens have it.
     behind = [
         (*engine.context(row.pages, row.start), *row.tokens[: len(row.tokens) - row.num_outputs + output + 1])
-        for row in batch
+        for row in rows_of(batch)
         for output in range(row.num_outputs)
     ]
     handles = [node.handle for node in outputs(frontier)]

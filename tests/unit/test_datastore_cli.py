@@ -282,7 +282,6 @@ def build_and_die(output: Path, documents: list[np.ndarray], num_writes: int) ->
         with (
             mock.patch.object(builder.os, "fdopen", lambda descriptor, mode: DyingFile(io.FileIO(descriptor, mode))),
             mock.patch.object(Path, "replace", side_effect=lambda _: os._exit(8)),
-            mock.patch.object(builder, "_CHUNK", 64),
             mock.patch.object(builder._Builder, "_map", dying_map),
         ):
             try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fakes.engine import FakeEngine, hashed_logits
-from vllm_double.draft.engine.base import Batch, Row, count_outputs
+from tests.fakes.engine import FakeEngine, count_outputs, hashed_logits, rows_of
+from vllm_double.draft.engine.base import Batch, Row
 
 
 @st.composite
@@ -32,7 +32,7 @@ def rows(draw: st.DrawFn) -> Row:
 @given(st.lists(rows(), max_size=6))
 def test_outputs_are_those_of_the_rows(all_rows: list[Row]) -> None:
     batch = Batch.of(all_rows)
-    places, positions, sampling = [], [], []
+    places, positions, sampling, all_positions, slots = [], [], [], [], []
     place = 0
     for row in all_rows:
         for index in range(len(row.tokens)):
@@ -40,7 +40,11 @@ def test_outputs_are_those_of_the_rows(all_rows: list[Row]) -> None:
                 places.append(place)
                 positions.append(row.start + index)
                 sampling.append((row.seed, row.temperature, row.noise_scale, row.top_k, row.top_p, row.min_p))
+            all_positions.append(row.start + index)
+            slots.append(4 * row.pages[(row.start + index) // 4] + (row.start + index) % 4)
             place += 1
+    assert batch.positions.tolist() == all_positions
+    assert batch.slot_mapping(4).tolist() == slots
     assert batch.output_indices.tolist() == places
     assert batch.output_positions.tolist() == positions
     assert batch.output_sampling.tolist() == sampling
@@ -54,7 +58,7 @@ def test_outputs_are_those_of_the_rows(all_rows: list[Row]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(rows(), max_size=6))
 def test_a_batch_gives_back_its_rows(all_rows: list[Row]) -> None:
-    again = list(Batch.of(all_rows))
+    again = rows_of(Batch.of(all_rows))
     assert len(again) == len(all_rows)
     for row, other in zip(all_rows, again, strict=True):
         assert list(other.pages)[: len(row.pages)] == list(row.pages)

@@ -234,11 +234,11 @@ def test_padding_behind_sampled_rows_has_no_noise_and_no_filter(recorded: Record
     recorded.read([(request, [1], 0, 1, sampling) for request in range(16)])
     recorded.read([(request, [1], 0, 1, sampling) for request in range(9)])
     inputs = recorded.toy.inputs[16]
-    assert inputs.seeds.tolist() == [-9] * 9 + [0] * 7
-    assert inputs.noise_scales.tolist() == [1.5] * 9 + [0.0] * 7
-    assert inputs.top_k.tolist() == [3] * 9 + [0] * 7
-    assert inputs.top_p.tolist() == [0.75] * 9 + [1.0] * 7
-    assert inputs.min_p.tolist() == [0.25] * 9 + [0.0] * 7
+    assert inputs.noise.seeds.tolist() == [-9] * 9 + [0] * 7
+    assert inputs.noise.scales.tolist() == [1.5] * 9 + [0.0] * 7
+    assert inputs.support.top_k.tolist() == [3] * 9 + [0] * 7
+    assert inputs.support.top_p.tolist() == [0.75] * 9 + [1.0] * 7
+    assert inputs.support.min_p.tolist() == [0.25] * 9 + [0.0] * 7
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 14))

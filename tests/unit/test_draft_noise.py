@@ -110,11 +110,11 @@ def test_the_list_behind_the_text_is_learnt_from_with_what_was_drawn(monkeypatch
         if handle == 4:
             assert not learnt, "a greedy request teaches nothing of noise"
             continue
-        ((temperature, listing, token),) = learnt
+        ((temperature, tokens, _, noise, token),) = learnt
         admission = world.admissions[handle]
-        assert (temperature, token) == (admission.temperature, drawn) and listing.tokens[0] == drawn
-        noise = gumbel_noise(np.array(admission.seed), np.array(len(text) - 2), listing.tokens)
-        np.testing.assert_allclose(listing.noise, noise, atol=1e-5)  # compiled, its logarithms round otherwise
+        assert (temperature, token) == (admission.temperature, drawn) and tokens[0] == drawn
+        expected = gumbel_noise(np.array(admission.seed), np.array(len(text) - 2), tokens)
+        np.testing.assert_allclose(noise, expected, atol=1e-5)  # compiled, its logarithms round otherwise
 
 
 def test_a_commit_of_several_tokens_teaches_as_many_lists_as_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_commit_of_several_tokens_teaches_as_many_lists_as_were_made(monkeypat
         text.append(world.drawn(1, text))
     prefixes = [bytes(text[:length]) for length in range(3, len(text))]
     world.commit(1, *text[3:])
-    assert [lesson[2] for lesson in learnt] == [text[len(one)] for one in prefixes if one in contexts]
+    assert [lesson[-1] for lesson in learnt] == [text[len(one)] for one in prefixes if one in contexts]
     assert len(learnt) >= 3
 
 

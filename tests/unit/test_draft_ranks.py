@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fakes.engine import rows_of
 from vllm_double.config import DoubleConfig
 from vllm_double.draft import build
 from vllm_double.draft.engine.base import Batch, Row
 from vllm_double.draft.engine.config import EngineConfig
 from vllm_double.draft.engine.ranks import Follower, Meeting
 from vllm_double.hosting.settings import DraftSettings
-from vllm_double.transport.shared import SharedWorkerEnd
+from vllm_double.transport.shared import SharedDraftChannel
 
 
 class NotingEngine:
@@ -25,7 +26,7 @@ class NotingEngine:
         self.calls: list[Any] = []
 
     def forward(self, batch: Any, num_children: int) -> Any:
-        self.calls.append(("forward", list(batch), num_children))
+        self.calls.append(("forward", rows_of(batch), num_children))
         return np.zeros((len(batch), num_children), np.int32), np.ones((len(batch), num_children), np.float32)
 
     def copy_slots(self, triples: Any) -> None:
@@ -98,7 +99,7 @@ def test_the_first_rank_alone_attaches_to_the_logs_and_only_when_all_is_loaded(
     engine.__dict__.update(VllmDraftEngine=lambda config: noting)
     monkeypatch.setitem(sys.modules, engine.__name__, engine)
     monkeypatch.setattr(build, "Meeting", FakeMeeting)
-    monkeypatch.setattr(SharedWorkerEnd, "attach", attach)
+    monkeypatch.setattr(SharedDraftChannel, "attach", attach)
     settings = DraftSettings(
         double=DoubleConfig(children_per_node=4, draft_retrieval=False),
         engine=EngineConfig(""),

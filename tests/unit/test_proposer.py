@@ -18,7 +18,8 @@ from vllm_double.retrieval.base import Found, Queries, Source
 from vllm_double.retrieval.datastore.build import build
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.transport.inprocess import InProcessTargetEnd, InProcessWorkerEnd, in_process_pair
+from vllm_double.transport.base import DraftChannel
+from vllm_double.transport.inprocess import InProcessTargetChannel, in_process_pair
 from vllm_double.transport.messages import Admit
 
 VOCAB = 24
@@ -40,7 +41,7 @@ class World:
 
     def __init__(
         self, *, turns: int = 12, retrieval: bool = False, worker: bool = True, k: int = 8, noise: float = 1.0,
-        pair: tuple[InProcessTargetEnd, InProcessWorkerEnd] | None = None,
+        pair: tuple[InProcessTargetChannel, DraftChannel] | None = None,
     ) -> None:  # fmt: skip
         self.target_end, self.worker_end = pair or in_process_pair(capacity=1 << 20)
         target, other = hashed_logits(VOCAB, seed=1, spread=6.0), hashed_logits(VOCAB, seed=2)
@@ -500,10 +501,10 @@ def test_a_reset_and_new_weights_take_what_the_draft_read_before(call: str | Non
         getattr(world.proposer, call)()
     world.admit("s", [index % 7 for index in range(21)])
     world.step()
-    assert world.worker.frontier.num_prefix_hits == num_hits
+    assert world.worker.frontier.counters["prefix_cache_hits"] == num_hits
     world.admit("t", [index % 7 for index in range(21)])
     world.step()
-    assert world.worker.frontier.num_prefix_hits == num_hits + 20, "and finds what it has read since"
+    assert world.worker.frontier.counters["prefix_cache_hits"] == num_hits + 20, "and finds what it has read since"
 
 
 def test_every_source_forgets_history_when_the_weights_change() -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.faults import Faults, faulty_pair, inject
-from vllm_double.transport import NODE_DTYPE, Commit, Release, WorkerStats
+from vllm_double.transport.messages import NODE_DTYPE, Commit, Release, WorkerStats
 
 
 def commit(handle):
@@ -28,13 +28,11 @@ def run(num=200, **arguments):
         got += handles(target.drain(1 << 20))
     for _ in range(10):
         got += handles(target.drain(1 << 20))
-    return got, target.stats
+    return got
 
 
 def test_without_faults_everything_arrives_in_order():
-    got, stats = run()
-    assert got == list(range(200))
-    assert (stats.drained, stats.corrupt, stats.stale) == (200, 0, 0)
+    assert run() == list(range(200))
     target, worker = faulty_pair()
     for number in range(5):
         assert target.send(commit(number))
@@ -57,18 +55,18 @@ def test_messages_are_copies_as_they_are_between_processes():
 
 @pytest.mark.parametrize("chance", [0.3, 1.0])
 def test_dropped_records_do_not_arrive_and_the_sender_does_not_know(chance):
-    got, _ = run(reports=Faults(drop=chance))
+    got = run(reports=Faults(drop=chance))
     assert len(got) == 0 if chance == 1 else 100 < len(got) < 180
     assert got == sorted(set(got))
 
 
 def test_duplicated_records_come_twice():
-    got, _ = run(reports=Faults(duplicate=1.0))
+    got = run(reports=Faults(duplicate=1.0))
     assert got == sorted(2 * list(range(200)))
 
 
 def test_delayed_records_are_overtaken_and_arrive_in_the_end():
-    got, _ = run(reports=Faults(delay=0.5, max_delay=4))
+    got = run(reports=Faults(delay=0.5, max_delay=4))
     assert got != sorted(got)
     assert sorted(got) == list(range(200))
     assert all(abs(place - number) <= 5 for place, number in enumerate(got))
@@ -81,11 +79,10 @@ def test_delay_counts_drains():
     assert handles(target.drain(1 << 20)) == [1]
 
 
-def test_corrupt_records_are_counted_and_nothing_wrong_arrives():
-    got, stats = run(num=2000, reports=Faults(corrupt=0.3))
+def test_corrupt_records_are_skipped_and_nothing_wrong_arrives():
+    got = run(num=2000, reports=Faults(corrupt=0.3))
     assert got == sorted(set(got))
-    assert len(got) + stats.corrupt == 2000
-    assert 450 < stats.corrupt < 750
+    assert 450 < 2000 - len(got) < 750
 
 
 def test_a_corrupt_command_ends_the_session_as_over_shared_memory():
@@ -94,7 +91,6 @@ def test_a_corrupt_command_ends_the_session_as_over_shared_memory():
     assert worker.receive() == []
     assert worker.superseded
     assert target.session == 0
-    assert worker.stats.corrupt == 1
     inject(target.commands, Faults())
     successor = target.attach()
     target.send(commit(2))
@@ -103,9 +99,9 @@ def test_a_corrupt_command_ends_the_session_as_over_shared_memory():
 
 def test_the_same_seed_gives_the_same_faults():
     faults = Faults(drop=0.2, duplicate=0.2, delay=0.3, corrupt=0.1)
-    first, _ = run(reports=faults, seed=3)
-    assert run(reports=faults, seed=3)[0] == first
-    assert run(reports=faults, seed=4)[0] != first
+    first = run(reports=faults, seed=3)
+    assert run(reports=faults, seed=3) == first
+    assert run(reports=faults, seed=4) != first
 
 
 def test_faults_can_be_changed_on_the_way():
@@ -130,10 +126,9 @@ def test_a_full_channel_refuses_and_has_room_again_after_a_drain():
     while worker.publish(nodes(sent)):
         sent += 1
     assert sent == 500 // (24 + NODE_DTYPE.itemsize)
-    assert worker.stats.full == 1
     assert handles(target.drain(1 << 20)) == list(range(sent))
     assert worker.publish(nodes(1))
-    with pytest.raises(ValueError, match="in a channel of 500"):
+    with pytest.raises(ValueError, match="in a ring of 500"):
         worker.publish(nodes(*range(10)))
 
 
@@ -158,7 +153,6 @@ def test_a_new_worker_supersedes_the_old_one_and_gets_nothing_of_it():
     assert new.receive() == []
     new.publish(nodes(3))
     assert handles(target.drain(1 << 20)) == [3]
-    assert target.stats.stale == 1
     old.close()
     assert not new.superseded
     beats = target.heartbeat
@@ -173,15 +167,11 @@ def test_a_new_worker_supersedes_the_old_one_and_gets_nothing_of_it():
 
 def test_closing_the_target_sends_the_worker_away():
     target, worker = faulty_pair()
-    assert worker.target_alive()
     target.close()
     target.close()
     assert worker.superseded
-    assert not worker.target_alive()
     assert not target.send(commit(1))
     assert target.drain(1 << 20) == []
-    with pytest.raises(RuntimeError, match="closed"):
-        target.attach()
 
 
 def test_waiting_uses_the_given_sleep_and_no_clock():

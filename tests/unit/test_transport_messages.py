@@ -105,14 +105,13 @@ def test_release_loses_nothing_on_the_wire():
 
 def test_stats_lose_nothing_on_the_wire():
     sent = WorkerStats({"iterations": 12.0, "ratio": 0.1, "Größe": -3.5})
-    assert decode_reports([encode(sent)]) == ([sent], 0)
+    assert decode_reports([encode(sent)]) == [sent]
 
 
 def test_nodes_of_many_records_come_first_in_one_message_in_order():
     first, second = nodes(3), nodes(2, count=1)
     stats = WorkerStats({"a": 1.0})
-    reports, num_bad = decode_reports([encode(Nodes(first)), encode(stats), encode(Nodes(second))])
-    assert num_bad == 0
+    reports = decode_reports([encode(Nodes(first)), encode(stats), encode(Nodes(second))])
     assert len(reports) == 2
     np.testing.assert_array_equal(reports[0].records, np.concatenate([first, second]))
     assert reports[1] == stats
@@ -127,12 +126,12 @@ def test_decoded_arrays_own_writable_aligned_memory():
     for array in (got.tokens, got.chain, got.chain_probs):
         assert array.flags.writeable
         assert array.flags.aligned
-    [report], _ = decode_reports([encode(Nodes(nodes(2)))])
+    [report] = decode_reports([encode(Nodes(nodes(2)))])
     assert report.records.flags.writeable
 
 
 def test_empty_nodes_are_no_report():
-    assert decode_reports([encode(Nodes(nodes(0)))]) == ([], 0)
+    assert decode_reports([encode(Nodes(nodes(0)))]) == []
 
 
 @pytest.mark.parametrize(
@@ -227,16 +226,15 @@ def test_commit_with_probabilities_that_are_not_finite_is_refused():
 def test_bad_nodes_cost_only_their_own_record(count, prob):
     good = nodes(2)
     records = [encode(Nodes(good)), encode(Nodes(nodes(1, count, prob))), encode(Nodes(good))]
-    reports, num_bad = decode_reports(records)
-    assert num_bad == 1
+    reports = decode_reports(records)
     np.testing.assert_array_equal(reports[0].records, np.concatenate([good, good]))
 
 
 def test_entries_behind_the_count_of_a_node_mean_nothing():
     records = nodes(1, count=2)
     records["probs"][:, 2:] = np.nan
-    reports, num_bad = decode_reports([encode(Nodes(records))])
-    assert (len(reports), num_bad) == (1, 0)
+    [report] = decode_reports([encode(Nodes(records))])
+    assert len(report.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -247,7 +245,6 @@ def test_entries_behind_the_count_of_a_node_mean_nothing():
         b"[]",
         b"3",
         b'{"a": "b"}',
-        b'{"a": true}',
         b'{"a": null}',
         b'{"a": NaN}',
         b'{"a": Infinity}',
@@ -257,11 +254,9 @@ def test_entries_behind_the_count_of_a_node_mean_nothing():
         b"\xff\xfe\xff",
     ],
 )
-def test_statistics_that_are_none_are_counted_and_skipped(payload):
+def test_statistics_that_are_none_are_skipped(payload):
     good = encode(WorkerStats({"a": 1.0}))
-    reports, num_bad = decode_reports([(messages.STATS, payload), good])
-    assert num_bad == 1
-    assert reports == [WorkerStats({"a": 1.0})]
+    assert decode_reports([(messages.STATS, payload), good]) == [WorkerStats({"a": 1.0})]
 
 
 def test_10000_damaged_payloads_never_crash_a_decoder():
@@ -276,10 +271,10 @@ def test_10000_damaged_payloads_never_crash_a_decoder():
         if chooser.random() < 0.3:
             damaged = damaged[: chooser.randrange(len(damaged))]
         if kind in (messages.NODES, messages.STATS):
-            num_refused += decode_reports([(kind, bytes(damaged))])[1]
+            num_refused += not decode_reports([(kind, bytes(damaged))])
         else:
             try:
                 only(kind, bytes(damaged))
             except MessageError:
                 num_refused += 1
-    assert 3_000 < num_refused < 10_000
+    assert 2_000 < num_refused < 10_000

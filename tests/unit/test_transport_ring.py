@@ -3,14 +3,8 @@ import struct
 
 import pytest
 
-from vllm_double.transport.ring import (
-    HEADER_BYTES,
-    INDEX_BYTES,
-    RingConsumer,
-    RingProducer,
-    open_frame,
-    seal_frame,
-)
+from tests.faults import open_frame
+from vllm_double.transport.ring import HEADER_BYTES, INDEX_BYTES, RingConsumer, RingProducer, seal_frame
 
 EVERYTHING = 1 << 30
 

@@ -8,23 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_double.transport import (
-    NODE_DTYPE,
-    AttachError,
-    Commit,
-    Nodes,
-    Release,
-    SharedTargetEnd,
-    SharedWorkerEnd,
-    WorkerStats,
-    shared,
-)
+from vllm_double.transport import base, shared
+from vllm_double.transport.base import AttachError
+from vllm_double.transport.messages import NODE_DTYPE, Commit, Nodes, Release, WorkerStats
+from vllm_double.transport.shared import SharedDraftChannel, SharedTargetChannel
 
 ROOT = str(Path(__file__).resolve().parents[2])
 PRELUDE = """
 import os, sys
 import numpy as np
-from vllm_double.transport import *
+from vllm_double.transport.messages import MAX_CHILDREN, NODE_DTYPE
+from vllm_double.transport.shared import SharedTargetChannel, SharedDraftChannel
 def node(number):
     records = np.zeros(1 + number % 3, NODE_DTYPE)
     records["handle"] = number
@@ -57,7 +51,7 @@ def start(processes):
 
 @pytest.fixture
 def target():
-    end = SharedTargetEnd.create(1 << 16, 1 << 16)
+    end = SharedTargetChannel(1 << 16, 1 << 16)
     yield end
     end.close()
 
@@ -67,7 +61,7 @@ def attach(target):
     ends = []
 
     def attach():
-        ends.append(SharedWorkerEnd.attach(target.address))
+        ends.append(SharedDraftChannel.attach(target.address))
         return ends[-1]
 
     yield attach
@@ -103,23 +97,19 @@ def test_both_directions_carry_messages(target, attach):
     assert isinstance(drawn, Nodes)
     assert handles([drawn]) == [7, 8, 9]
     assert stats == WorkerStats({"rows": 3.0})
-    assert (target.stats.sent, target.stats.drained) == (2, 3)
-    assert (worker.stats.sent, worker.stats.drained) == (3, 2)
 
 
 def test_without_a_worker_nothing_is_sent_and_nothing_comes(target):
     assert target.session == 0
     assert not target.send(commit())
     assert target.drain(1 << 20) == []
-    assert target.stats.sent == 0
 
 
-def test_a_full_ring_refuses_without_blocking_and_is_counted(target, attach):
+def test_a_full_ring_refuses_without_blocking(target, attach):
     worker = attach()
     sent = 0
     while target.send(commit(sent)):
         sent += 1
-    assert (target.stats.sent, target.stats.full) == (sent, 1)
     assert [command.handle for command in worker.receive()] == list(range(sent))
     assert target.send(commit())
 
@@ -173,23 +163,21 @@ def test_commands_to_an_earlier_worker_do_not_reach_the_next(target, attach):
     assert new.receive() == []
     target.send(commit(2))
     assert [command.handle for command in new.receive()] == [2]
-    assert new.stats.stale == 0
 
 
 def test_commands_that_slip_in_while_a_worker_attaches_are_stale(target, attach, monkeypatch):
     old = attach()
-    draw = shared.new_session
+    draw = base.new_session
 
     def sent_meanwhile(previous):
         target.send(commit(1))
         return draw(previous)
 
-    monkeypatch.setattr(shared, "new_session", sent_meanwhile)
+    monkeypatch.setattr(base, "new_session", sent_meanwhile)
     new = attach()
     assert old.superseded
     target.send(commit(2))
     assert [command.handle for command in new.receive()] == [2]
-    assert new.stats.stale == 1
 
 
 def test_records_of_an_earlier_worker_are_discarded(target, attach):
@@ -199,11 +187,9 @@ def test_records_of_an_earlier_worker_are_discarded(target, attach):
     new = attach()
     new.publish(nodes(2))
     assert handles(target.drain(1 << 20)) == [2]
-    assert target.stats.stale == 2
     new.publish(nodes(3))
     new.close()
     assert target.drain(1 << 20) == []
-    assert target.stats.stale == 3
 
 
 def test_heartbeat_moves_with_every_beat_and_across_workers(target, attach):
@@ -229,7 +215,7 @@ def test_closing_the_target_sends_the_worker_away(target, attach):
     assert not target.send(commit())
     assert target.drain(1 << 20) == []
     with pytest.raises(AttachError):
-        SharedWorkerEnd.attach(address)
+        SharedDraftChannel.attach(address)
 
 
 def test_a_closed_worker_end_does_nothing(target, attach):
@@ -241,16 +227,14 @@ def test_a_closed_worker_end_does_nothing(target, attach):
     assert not worker.publish(nodes(1))
     worker.beat()
     worker.wait(10)
-    assert not worker.target_alive()
 
 
 def test_a_damaged_command_ends_the_session(target, attach):
     worker = attach()
     target.send(commit(1))
-    worker._command_ring._data[30] ^= 1
+    worker._commands._data[30] ^= 1
     assert worker.receive() == []
     assert worker.superseded
-    assert worker.stats.corrupt == 1
     assert target.session == 0
     successor = attach()
     target.send(commit(2))
@@ -259,33 +243,31 @@ def test_a_damaged_command_ends_the_session(target, attach):
 
 def test_a_sound_record_that_is_no_command_ends_the_session(target, attach):
     worker = attach()
-    target._command_ring.push(99, target.session & 0xFFFF_FFFF, b"?")
+    target._commands.push(99, target.session & 0xFFFF_FFFF, b"?")
     assert worker.receive() == []
     assert worker.superseded
 
 
-def test_a_damaged_report_is_counted_and_skipped(target, attach):
+def test_a_damaged_report_is_skipped(target, attach):
     worker = attach()
     worker.publish(nodes(1))
-    target._path_ring._data[40] ^= 1
+    target._reports._data[40] ^= 1
     assert target.drain(1 << 20) == []
-    assert target.stats.corrupt == 1
-    worker._path_ring.push(99, target.session & 0xFFFF_FFFF, b"?")
+    worker._reports.push(99, target.session & 0xFFFF_FFFF, b"?")
     worker.publish(nodes(2))
     assert handles(target.drain(1 << 20)) == [2]
-    assert (target.stats.corrupt, target.stats.drained) == (2, 1)
 
 
 @pytest.mark.parametrize("address", ["", "1", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "99999999999999999999:1:2"])
 def test_an_address_that_is_none_is_refused(address):
     with pytest.raises(AttachError):
-        SharedWorkerEnd.attach(address)
+        SharedDraftChannel.attach(address)
 
 
 def test_another_token_is_refused(target):
     pid, fd, token = target.address.split(":")
     with pytest.raises(AttachError, match="another target"):
-        SharedWorkerEnd.attach(f"{pid}:{fd}:{int(token, 16) ^ 1:x}")
+        SharedDraftChannel.attach(f"{pid}:{fd}:{int(token, 16) ^ 1:x}")
     assert target.session == 0
 
 
@@ -295,14 +277,14 @@ def test_another_token_is_refused(target):
         (shared._MAGIC_WORD, 1, "not our memory"),
         (shared._VERSION_WORD, shared.PROTOCOL_VERSION + 1, "speaks protocol"),
         (shared._PID_WORD, 1, "another target"),
-        (shared._PATH_BYTES_WORD, 1 << 40, "sizes"),
-        (shared._COMMAND_BYTES_WORD, 2**64 - 1, "sizes"),
+        (base.REPORT_BYTES_WORD, 1 << 40, "sizes"),
+        (base.COMMAND_BYTES_WORD, 2**64 - 1, "sizes"),
     ],
 )
 def test_a_control_block_that_does_not_fit_is_refused(target, word, value, sentence):
     target._words[word] = value
     with pytest.raises(AttachError, match=sentence):
-        SharedWorkerEnd.attach(target.address)
+        SharedDraftChannel.attach(target.address)
 
 
 def test_a_descriptor_of_something_else_is_refused_and_not_waited_for(tmp_path):
@@ -315,7 +297,7 @@ def test_a_descriptor_of_something_else_is_refused_and_not_waited_for(tmp_path):
     try:
         for fd in descriptors:
             with pytest.raises(AttachError):
-                SharedWorkerEnd.attach(f"{os.getpid()}:{fd}:1")
+                SharedDraftChannel.attach(f"{os.getpid()}:{fd}:1")
     finally:
         for fd in descriptors:
             os.close(fd)
@@ -324,7 +306,7 @@ def test_a_descriptor_of_something_else_is_refused_and_not_waited_for(tmp_path):
 @pytest.mark.parametrize("sizes", [(0, 1 << 16), (1 << 16, 4095), (-1, -1)])
 def test_rings_too_small_to_be_useful_are_refused(sizes):
     with pytest.raises(ValueError, match="at least"):
-        SharedTargetEnd.create(*sizes)
+        SharedTargetChannel(*sizes)
 
 
 def test_nobody_can_cut_the_memory_under_the_other(target):
@@ -342,8 +324,8 @@ def mappings():
 
 def test_the_memory_has_no_name_and_closing_leaves_nothing():
     before, open_before = mappings(), descriptors()
-    target = SharedTargetEnd.create(12_345, 54_321)
-    worker = SharedWorkerEnd.attach(target.address)
+    target = SharedTargetChannel(12_345, 54_321)
+    worker = SharedDraftChannel.attach(target.address)
     assert target.send(commit())
     assert len(worker.receive()) == 1
     ours = [line for line in mappings() if "vllm-double" in line]
@@ -361,7 +343,7 @@ def test_failed_attachments_leave_nothing(target):
     before = descriptors()
     for address in (f"{pid}:{fd}:1", f"{pid}:99999:{token}", f"{pid}:{fd}"):
         with pytest.raises(AttachError):
-            SharedWorkerEnd.attach(address)
+            SharedDraftChannel.attach(address)
     assert descriptors() == before
     assert len([line for line in mappings() if "vllm-double" in line]) == 1
 
@@ -370,7 +352,7 @@ def test_100000_records_of_another_process_arrive_unharmed_and_in_order(target, 
     num = 100_000
     worker = start(
         """
-        worker = SharedWorkerEnd.attach(sys.argv[1])
+        worker = SharedDraftChannel.attach(sys.argv[1])
         for number in range(int(sys.argv[2])):
             records = node(number)
             while not worker.publish(records):
@@ -398,13 +380,12 @@ def test_100000_records_of_another_process_arrive_unharmed_and_in_order(target, 
     assert expected == num
     assert worker.returncode == 0
     assert num_bytes > 100 * (1 << 16)
-    assert (target.stats.corrupt, target.stats.stale, target.stats.drained) == (0, 0, num)
 
 
 def test_commands_to_another_process_are_answered_one_by_one(target, start):
     worker = start(
         """
-        worker = SharedWorkerEnd.attach(sys.argv[1])
+        worker = SharedDraftChannel.attach(sys.argv[1])
         while not worker.superseded:
             worker.wait(0.1)
             for command in worker.receive():
@@ -413,7 +394,6 @@ def test_commands_to_another_process_are_answered_one_by_one(target, start):
                 records["position"] = command.keep
                 while not worker.publish(records):
                     os.sched_yield()
-        print(worker.stats.drained, worker.stats.corrupt, worker.stats.stale)
         """,
         target.address,
     )
@@ -426,7 +406,8 @@ def test_commands_to_another_process_are_answered_one_by_one(target, start):
         answers += handles(target.drain(1 << 14))
     assert answers == list(range(20_000))
     target.close()
-    assert worker.communicate()[0].split() == ["20000", "0", "0"]
+    worker.communicate()
+    assert worker.returncode == 0
 
 
 def test_killed_workers_leave_nothing_but_whole_records(target, start):
@@ -434,7 +415,7 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
     for _ in range(4):
         worker = start(
             """
-            worker = SharedWorkerEnd.attach(sys.argv[1])
+            worker = SharedDraftChannel.attach(sys.argv[1])
             number = 0
             while True:
                 worker.beat()
@@ -454,34 +435,29 @@ def test_killed_workers_leave_nothing_but_whole_records(target, start):
         assert target.heartbeat > 0
         sessions.add(target.session)
     assert len(sessions) == 4
-    assert target.stats.corrupt == 0
 
 
-def test_an_orphaned_worker_notices_and_what_it_holds_is_the_last_of_it(start):
+def test_what_an_orphaned_worker_holds_is_the_last_of_it(start):
     process = start(
         """
-        target = SharedTargetEnd.create()
+        target = SharedTargetChannel()
         print(target.address, flush=True)
         sys.stdin.read()
         """
     )
-    worker = SharedWorkerEnd.attach(process.stdout.readline().strip())
-    assert worker.target_alive()
+    worker = SharedDraftChannel.attach(process.stdout.readline().strip())
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not worker.target_alive(), "a zombie is no target"
     process.communicate()
-    assert not worker.target_alive()
     assert worker.publish(nodes(1)), "its memory stays until the worker leaves"
     worker.close()
     assert not [line for line in mappings() if "vllm-double" in line]
 
 
 def test_the_address_of_a_dead_target_is_refused(start):
-    process = start("print(SharedTargetEnd.create().address)")
+    process = start("print(SharedTargetChannel().address)")
     address = process.communicate()[0].strip()
-    with pytest.raises(AttachError, match="not there"):
-        SharedWorkerEnd.attach(address)
+    with pytest.raises(AttachError, match="cannot attach"):
+        SharedDraftChannel.attach(address)
 
 
 def test_waiting_returns_at_once_when_a_command_is_there(target, attach):

@@ -108,7 +108,6 @@ def test_a_draft_that_overflows_for_one_request_takes_the_others_drafts() -> Non
         reports = target.drain(1 << 20)
         nodes = np.concatenate([report.records for report in reports if isinstance(report, Nodes)])
         assert np.count_nonzero(nodes["handle"] == 2) > 4
-        assert target.stats.corrupt == 0
         for handle in (1, 2):
             target.send(Release(handle))
         worker.turn()

@@ -83,7 +83,9 @@ TOTALS = np.dtype(
     [
         ("free_node", "i8"), ("num_free_nodes", "i8"), ("free_branch", "i8"),
         ("free_page", "i8"), ("num_free_pages", "i8"), ("oldest_page", "i8"), ("newest_page", "i8"), ("num_evictable", "i8"),
-        ("retrieved", "i8"), ("confirmed", "i8"), ("nodes_evicted", "i8"),
+        ("retrieved_tokens", "i8"),  # that the draft has read
+        ("confirmed_tokens", "i8"),  # those of them that it would have said itself
+        ("nodes_evicted", "i8"),  # because nodes or pages ran out
         ("is_short", "?"),  # of pages: a text, or a request that had to be served, got none
     ],
     align=True,

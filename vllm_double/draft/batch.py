@@ -6,7 +6,7 @@ from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records,
 from vllm_double.draft.branches import extend, own_page
 from vllm_double.draft.candidates import push, remove
 from vllm_double.draft.choice import add_node, add_run, pick_again
-from vllm_double.draft.request_tree import list_next, may_go_on
+from vllm_double.draft.request_tree import following, list_next, may_go_on
 from vllm_double.jit import view_part
 from vllm_double.transport.messages import MAX_CHILDREN
 
@@ -92,8 +92,8 @@ def expand(arena: Arena, forward: Forward, tokens: Ints, probs: Floats, log_q: F
         node = forward.outputs[output]
         it, request, record = nodes[node], arena.requests[nodes[node].slot], records[output]
         if it.is_retrieved:
-            arena.totals[0].retrieved += 1
-            arena.totals[0].confirmed += listed[it.parent, 0].token == it.token
+            arena.totals[0].retrieved_tokens += 1
+            arena.totals[0].confirmed_tokens += listed[it.parent, 0].token == it.token
         it.run, it.is_fresh, it.num_listed, it.next_listed = NONE, False, num_listed, 0
         for place in range(num_listed):
             entry, prob = listed[node, place], probs[output, place]
@@ -140,17 +140,10 @@ def _correct_retrieved(arena: Arena, node: int) -> None:
 def _shift(arena: Arena, top: int, difference: float) -> None:
     """Change the log-probability of a node that is not computed, and of all behind it."""
     nodes, node = arena.nodes, top
-    while True:
+    while node != NONE:
         nodes[node].log_prob += difference
         if nodes[node].is_candidate:
             remove(nodes, arena.requests, node)
         if may_go_on(arena, node):
             push(nodes, arena.requests, node, nodes[node].log_prob)
-        if nodes[node].first_child != NONE:
-            node = nodes[node].first_child
-            continue
-        while node != top and nodes[node].next_sibling == NONE:
-            node = nodes[node].parent
-        if node == top:
-            return
-        node = nodes[node].next_sibling
+        node = following(nodes, node, top)

@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> DraftWorker | Follower:
-    """The production worker: vLLM's draft engine on one side of the shared logs; of several ranks the first one's.
+    """The production worker: vLLM's draft engine on one end of the shared memory; of several ranks the first one's.
 
-    address: of the logs. rendezvous: path in the runtime folder, new for each start.
+    address: of the target's channel. rendezvous: path in the runtime folder, new for each start.
     """
     from vllm_double.draft.engine.vllm_engine import VllmDraftEngine
 
@@ -49,7 +49,7 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
     from vllm_double.retrieval import known_noise
     from vllm_double.retrieval.datastore import DatastoreError
     from vllm_double.retrieval.sources import Sources
-    from vllm_double.transport.shared import SharedWorkerEnd
+    from vllm_double.transport.shared import SharedDraftChannel
 
     sources = Sources(context=False)
     if double.draft_retrieval:
@@ -60,7 +60,7 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
         logger.warning("%s The draft goes on without it.", error)
         retrievers = replace(sources, datastores=()).open()
     known_noise.warm_up()
-    end = SharedWorkerEnd.attach(address)
+    channel = SharedDraftChannel.attach(address)
     gc.collect()
     gc.freeze()  # a collection need not look through all that was imported and loaded
     limits = FrontierLimits(
@@ -70,4 +70,4 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
         prefill_tokens=double.prefill_tokens,
         min_path_prob=double.min_path_prob,
     )
-    return DraftWorker(engine, end, limits, retrievers=retrievers, prefix_caching=settings.prefix_caching)
+    return DraftWorker(engine, channel, limits, retrievers=retrievers, prefix_caching=settings.prefix_caching)

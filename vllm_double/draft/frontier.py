@@ -6,7 +6,7 @@ one child this is PEARL (2408.11850); if the draft tokens that the target verifi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from vllm_double.draft.arena import Ints, make_arena, make_forward, with_slots
 from vllm_double.draft.compiled import steps
 from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, DraftEngine
 from vllm_double.draft.lookups import Lookups
-from vllm_double.draft.noise_coupling import Listing, NoiseCoupling
+from vllm_double.draft.noise_coupling import NoiseCoupling
 from vllm_double.draft.page_pool import PagePool
 from vllm_double.draft.prefix import Prefix
 from vllm_double.retrieval.base import Source
@@ -90,37 +90,28 @@ class Frontier:
         self._coupling = NoiseCoupling()
         self._latest = Batch.of([])
         self._make_room(num_slots=1)
-        self.num_late_commands = 0
-        self.num_committed = 0
-        self.num_foreseen = 0
-        self.num_prefix_queries = 0  # tokens at admission
-        self.num_prefix_hits = 0  # those of them that were in the prefix cache
-        self.num_requests_evicted = 0
+        self._counters = dict.fromkeys(
+            (
+                "late_commands",
+                "committed_tokens",
+                "foreseen_tokens",
+                "prefix_cache_queries",  # tokens at admission
+                "prefix_cache_hits",  # those of them that were in the prefix cache
+                "requests_evicted",
+            ),
+            0,
+        )
 
     def __len__(self) -> int:
         return len(self._requests)
 
     @property
-    def num_retrieved(self) -> int:
-        """Retrieved tokens that the draft has read."""
-        return int(self._pool.totals["retrieved"][0])
-
-    @property
-    def num_confirmed(self) -> int:
-        """Those of them that it would have said itself."""
-        return int(self._pool.totals["confirmed"][0])
-
-    @property
-    def num_nodes_evicted(self) -> int:
-        """Nodes that were given up because nodes or pages ran out."""
-        return int(self._pool.totals["nodes_evicted"][0])
+    def counters(self) -> dict[str, int]:
+        """By the names of `WorkerStats`."""
+        totals = {name: int(self._pool.totals[name][0]) for name in ("retrieved_tokens", "confirmed_tokens", "nodes_evicted")}
+        return self._counters | totals
 
     # ---- commands ---------------------------------------------------------------------------------------------
-
-    def apply_all(self, commands: Iterable[Command]) -> None:
-        """Follow the target."""
-        for command in commands:
-            self.apply(command)
 
     def apply(self, command: Command) -> None:
         """Follow the target. A command for an unknown request comes late (its release was quicker) and is counted."""
@@ -135,12 +126,12 @@ class Frontier:
         elif isinstance(command, Admit) and request is None:
             self._admit(command)
         else:
-            self.num_late_commands += 1
+            self._counters["late_commands"] += 1
 
     def _admit(self, command: Admit) -> None:
-        self.num_prefix_queries += command.base
+        self._counters["prefix_cache_queries"] += command.base
         if 2 * len(self._requests) >= self._limits.max_nodes:
-            self.num_requests_evicted += 1
+            self._counters["requests_evicted"] += 1
             return
         self._make_room(1, max(command.base, command.max_length), len(command.stop_token_ids))
         arena, slot = self._arena, self._free_slots.pop()
@@ -183,11 +174,11 @@ class Frontier:
             self._arena, self._forward, slot, keep, int(waits), *arrays, np.ascontiguousarray(chain_probs, np.float32)
         )
         if num_foreseen < 0:
-            self.num_late_commands += 1
+            self._counters["late_commands"] += 1
             self._release(request)
             return
-        self.num_foreseen += num_foreseen
-        self.num_committed += len(tokens)
+        self._counters["foreseen_tokens"] += num_foreseen
+        self._counters["committed_tokens"] += len(tokens)
         if self._forward.progress["num_lessons"][0]:
             self._learn(request)
         if not len(self._lookups) or self._arena.requests["root"][slot] < 0:
@@ -203,7 +194,7 @@ class Frontier:
         """From what was drawn behind the lists on the committed path."""
         for node, num_listed, drawn in self._forward.lessons[: self._forward.progress["num_lessons"][0]].tolist():
             listed = self._arena.listed[node, :num_listed]
-            self._coupling.learn(request.temperature, Listing(listed["token"], listed["log_q"], listed["noise"]), drawn)
+            self._coupling.learn(request.temperature, listed["token"], listed["log_q"], listed["noise"], drawn)
         for one in self._requests.values():
             self._sampling["noise_scale"][one.slot] = self._coupling.noise_scale(one.temperature)
 
@@ -221,7 +212,9 @@ class Frontier:
         limits, steps = self._limits, self._steps
         if self._pool.totals["is_short"][0]:
             self._evict_requests()
-        self._match_prefixes()
+        for request in self._requests.values():
+            if request.is_reading:
+                self._match_prefix(request)
         if self._pool.totals["num_free_nodes"][0] < 2 * len(self._forward.picks):
             self._evict_nodes()
         arena, forward = self._arena, self._forward
@@ -258,20 +251,15 @@ class Frontier:
         """(source page, destination page, used slots) of the tail pages that the latest batch's branches leave others with."""
         return self._forward.copies[: self._forward.progress["num_copies"][0]].tolist()  # type: ignore[no-any-return]
 
-    def _match_prefixes(self) -> None:
-        """Take from the prefix cache what it knows of texts that are yet to be read."""
-        for request in self._requests.values():
-            if request.is_reading:
-                self._match_prefix(request)
-
     def _match_prefix(self, request: DraftRequest) -> None:
+        """Take from the prefix cache what it knows of a text that is yet to be read."""
         entry, size = self._arena.requests[request.slot], self._page_size
         if not entry["num_cached"] < entry["length"] < min(entry["max_length"], self._arena.limits["max_length"][0]):
             return
         if pages := request.prefix.known_pages(self._arena, request.slot):
             before = int(entry["num_cached"])
             self._steps.adopt(self._arena, request.slot, np.array(pages, np.int32))
-            self.num_prefix_hits += int(entry["num_cached"]) - before
+            self._counters["prefix_cache_hits"] += int(entry["num_cached"]) - before
         request.is_reading = bool((entry["num_admitted"] - 1) // size > entry["num_cached"] // size)
 
     def expand(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> npt.NDArray[np.void]:
@@ -318,7 +306,7 @@ class Frontier:
             if needed <= self._pool.num_free:
                 break
             needed -= self._num_lacking(request)
-            self.num_requests_evicted += 1
+            self._counters["requests_evicted"] += 1
             self._release(request)
 
     def _num_lacking(self, request: DraftRequest) -> int:

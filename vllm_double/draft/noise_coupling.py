@@ -6,28 +6,18 @@ are learnt by temperature from what was drawn: a / b ranks the list, and both to
 right for a draft whose errors do not depend on how likely a token is; a very sure draft has a large a.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
 from vllm_double.target.calibration import NUM_TEMPERATURES, temperature_bucket
 
-__all__ = ["Listing", "NoiseCoupling"]
+__all__ = ["NoiseCoupling"]
 
 _FIRST_WEIGHT = 2.2  # of log q and of the noise, before anything is learnt
 _PRIOR = 25.0  # curvature of what is believed before anything is learnt: as much as some 20 tokens teach
 _DECAY = 0.998  # by which what was learnt before counts less with each token
 _BOUNDS = 0.2, 20.0
 _LISTED_PRIOR = 50.0  # tokens
-
-
-class Listing(NamedTuple):
-    """What the draft listed behind one text: tokens int32 [n], log q and noise float32 [n]."""
-
-    tokens: npt.NDArray[np.int32]
-    log_probs: npt.NDArray[np.float32]
-    noise: npt.NDArray[np.float32]
 
 
 class NoiseCoupling:
@@ -46,16 +36,11 @@ class NoiseCoupling:
         weights = self._weights[temperature_bucket(temperature)]
         return float(weights[1] / weights[0])
 
-    def coverage(self, temperature: float) -> float:
-        """How often the drawn token is listed."""
-        bucket = temperature_bucket(temperature)
-        return float(self._listed[bucket] / self._tried[bucket])
-
     def chances(
         self, temperatures: npt.NDArray[np.float32], log_probs: npt.NDArray[np.float32], noise: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
         """float32 [rows, n]: that each listed token is drawn; temperatures [rows], log q and noise [rows, n]."""
-        buckets = temperature_bucket_of(temperatures)
+        buckets = list(map(temperature_bucket, temperatures.tolist()))
         weights = self._weights[buckets].astype(np.float32)
         scores = weights[:, :1] * log_probs + weights[:, 1:] * noise
         scores -= np.maximum(scores.max(axis=1, keepdims=True), np.float32(-1e30))  # nothing may be known of a row
@@ -64,19 +49,22 @@ class NoiseCoupling:
         chances *= (coverage / np.maximum(chances.sum(axis=1), np.float32(1e-9)))[:, None]
         return chances
 
-    def learn(self, temperature: float, listing: Listing, drawn: int) -> None:
-        """Take note of what the target drew where the draft had listed this."""
+    def learn(
+        self, temperature: float, tokens: npt.NDArray[np.int32], log_probs: npt.NDArray[np.float32],
+        noise: npt.NDArray[np.float32], drawn: int,
+    ) -> None:  # fmt: skip
+        """Take note of what the target drew where the draft had listed ``tokens`` [n], with log q and noise [n]."""
         bucket = temperature_bucket(temperature)
-        places = np.flatnonzero(listing.tokens == drawn)
+        places = np.flatnonzero(tokens == drawn)
         if self._tried[bucket] > 20 * _LISTED_PRIOR:
             self._tried[bucket] /= 2
             self._listed[bucket] /= 2
         self._tried[bucket] += 1
-        if not len(places) or not np.isfinite(listing.log_probs[places[0]]):
+        if not len(places) or not np.isfinite(log_probs[places[0]]):
             return
         self._listed[bucket] += 1
-        known = np.isfinite(listing.log_probs)
-        features = np.stack([listing.log_probs[known], listing.noise[known]], axis=1).astype(np.float64)
+        known = np.isfinite(log_probs)
+        features = np.stack([log_probs[known], noise[known]], axis=1).astype(np.float64)
         scores = features @ self._weights[bucket]
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()
@@ -86,11 +74,6 @@ class NoiseCoupling:
         curvature *= _DECAY
         curvature += centred.T @ (centred * chances[:, None])
         curvature += (1 - _DECAY) * _PRIOR * np.eye(2)
-        drawn_features = np.array([listing.log_probs[places[0]], listing.noise[places[0]]], dtype=np.float64)
+        drawn_features = np.array([log_probs[places[0]], noise[places[0]]], dtype=np.float64)
         self._weights[bucket] += np.linalg.solve(curvature, drawn_features - mean)
         np.clip(self._weights[bucket], *_BOUNDS, out=self._weights[bucket])
-
-
-def temperature_bucket_of(temperatures: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    """intp [n], see `temperature_bucket`."""
-    return np.array([temperature_bucket(float(temperature)) for temperature in temperatures], dtype=np.intp)

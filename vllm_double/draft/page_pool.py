@@ -76,10 +76,6 @@ class PagePool:
         self._keys[page] = key
         self.pages["is_cached"][page] = True
 
-    def key_of(self, page: int) -> bytes | None:
-        """The page's key, if it is in the prefix cache."""
-        return self._keys[page] if self.pages["is_cached"][page] else None
-
 
 @view_part
 def num_available(totals: Records) -> int:

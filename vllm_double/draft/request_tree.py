@@ -11,8 +11,8 @@ from vllm_double.draft.page_pool import share_page
 from vllm_double.jit import view_part
 
 __all__ = [
-    "MISFIT", "admit", "adopt", "child_for", "commit", "free_node", "list_next", "look_ahead", "may_go_on", "new_child",
-    "release",
+    "MISFIT", "admit", "adopt", "child_for", "commit", "following", "free_node", "list_next", "look_ahead", "may_go_on",
+    "new_child", "release",
 ]  # fmt: skip
 
 MISFIT = -1
@@ -44,6 +44,16 @@ def child_for(nodes: Records, node: int, token: int) -> int:
     while child != NONE and nodes[child].token != token:
         child = nodes[child].next_sibling
     return child  # type: ignore[no-any-return]
+
+
+@view_part
+def following(nodes: Records, node: int, top: int) -> int:
+    """The next of the nodes behind ``top``, parents before their children; NONE behind the last."""
+    if nodes[node].first_child != NONE:
+        return nodes[node].first_child  # type: ignore[no-any-return]
+    while node != top and nodes[node].next_sibling == NONE:
+        node = nodes[node].parent
+    return NONE if node == top else nodes[node].next_sibling
 
 
 @view_part
@@ -165,20 +175,13 @@ def _gather_candidates(arena: Arena, slot: int) -> None:
     """All nodes that are not computed and may go on, and the computed ones for the next that the draft listed."""
     nodes, root = arena.nodes, arena.requests[slot].root
     node = root
-    while True:
+    while node != NONE:
         nodes[node].is_candidate = False
         if nodes[node].branch != NONE:
             list_next(arena, node)
         elif node != root and may_go_on(arena, node):
             push(nodes, arena.requests, node, nodes[node].log_prob)
-        if nodes[node].first_child != NONE:
-            node = nodes[node].first_child
-            continue
-        while node != root and nodes[node].next_sibling == NONE:
-            node = nodes[node].parent
-        if node == root:
-            return
-        node = nodes[node].next_sibling
+        node = following(nodes, node, root)
 
 
 @view_part

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from vllm_double.draft.engine.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.retrieval.base import Source
-from vllm_double.transport.base import WorkerEnd
+from vllm_double.transport.base import DraftChannel
 from vllm_double.transport.messages import WorkerStats
 
 __all__ = ["DraftWorker"]
@@ -20,46 +20,49 @@ _STEP_WEIGHT = 0.05
 
 
 class DraftWorker:
-    """One draft engine, one frontier, one end of the logs. ``clock`` gives seconds."""
+    """One draft engine, one frontier, one channel. ``clock`` gives seconds."""
 
     def __init__(
-        self, engine: DraftEngine, end: WorkerEnd, limits: FrontierLimits, clock: Callable[[], float] = time.perf_counter,
-        retrievers: Sequence[Source] = (), prefix_caching: bool = True,
+        self, engine: DraftEngine, channel: DraftChannel, limits: FrontierLimits,
+        clock: Callable[[], float] = time.perf_counter, retrievers: Sequence[Source] = (), prefix_caching: bool = True,
     ) -> None:  # fmt: skip
         self.frontier = Frontier(engine, limits, retrievers, prefix_caching)
         self._limits = limits
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._engine = engine
-        self._end = end
+        self._channel = channel
         self._clock = clock
         self._last_report = float("-inf")
         self._reported: dict[str, float] = {}
         self._step_seconds = 0.0  # of an iteration that reads no prompt, lately
         self._counters = dict.fromkeys(
-            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"),
-            0.0,
+            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"), 0.0
         )
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """The drafting loop: commands, one forward for the most useful nodes, publish, again."""
-        while not (should_stop() or self._end.superseded):
+        while not (should_stop() or self._channel.superseded):
             if not self.turn():
-                self._end.wait(_IDLE_WAIT_S if len(self.frontier) else _EMPTY_WAIT_S)
+                self._channel.wait(_IDLE_WAIT_S if len(self.frontier) else _EMPTY_WAIT_S)
 
     def turn(self) -> bool:
         """One iteration; False if there was nothing to draft."""
         began = self._clock()
-        self._end.beat()
-        self.frontier.apply_all(self._end.receive())
+        self._channel.beat()
+        for command in self._channel.receive():
+            self.frontier.apply(command)
         batch = self.frontier.select()
         if len(batch):
             started = self._clock()
             if copies := self.frontier.tail_copies:
                 self._engine.copy_slots(copies)
             tokens, probs = self._engine.forward(batch, self._num_children)
-            self._count(started, len(batch.token_ids), len(batch))
+            self._counters["iterations"] += 1
+            self._counters["forward_seconds"] += self._clock() - started
+            self._counters["rows"] += len(batch)
+            self._counters["query_tokens"] += len(batch.token_ids)
             records = self.frontier.expand(tokens, probs)
-            if len(records) and not self._end.publish(records):
+            if len(records) and not self._channel.publish(records):
                 self._counters["records_dropped"] += len(records)
             self._counters["nodes_published"] += len(records)
             if len(batch.token_ids) == len(tokens):
@@ -74,12 +77,6 @@ class DraftWorker:
             self._last_report = float("-inf")  # the target waits for nobody of whom it does not know this
         self._step_seconds = seconds if known == 0.0 else known + _STEP_WEIGHT * (min(seconds, 3 * known) - known)
 
-    def _count(self, started: float, num_tokens: int, num_rows: int) -> None:
-        self._counters["iterations"] += 1
-        self._counters["forward_seconds"] += self._clock() - started
-        self._counters["rows"] += num_rows
-        self._counters["query_tokens"] += num_tokens
-
     def _report(self) -> None:
         now = self._clock()
         if now - self._last_report < _REPORT_INTERVAL_S:
@@ -87,19 +84,11 @@ class DraftWorker:
         self._last_report = now
         values = {
             **self._counters,
-            "late_commands": float(self.frontier.num_late_commands),
-            "committed_tokens": float(self.frontier.num_committed),
-            "foreseen_tokens": float(self.frontier.num_foreseen),
-            "retrieved_tokens": float(self.frontier.num_retrieved),
-            "confirmed_tokens": float(self.frontier.num_confirmed),
-            "prefix_cache_queries": float(self.frontier.num_prefix_queries),
-            "prefix_cache_hits": float(self.frontier.num_prefix_hits),
-            "nodes_evicted": float(self.frontier.num_nodes_evicted),
-            "requests_evicted": float(self.frontier.num_requests_evicted),
-            "requests": float(len(self.frontier)),
-            "nodes_per_iteration": float(self._limits.nodes_per_iteration),
+            **self.frontier.counters,
+            "requests": len(self.frontier),
+            "nodes_per_iteration": self._limits.nodes_per_iteration,
             "step_seconds": self._step_seconds,
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
-        if values != self._reported and self._end.report(WorkerStats(values)):
+        if values != self._reported and self._channel.report(WorkerStats(values)):
             self._reported = values

@@ -23,7 +23,7 @@ from vllm_double.retrieval.sources import Sources
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.indexer import Indexer
 from vllm_double.target.proposer import Proposer
-from vllm_double.transport.shared import SharedTargetEnd
+from vllm_double.transport.shared import SharedTargetChannel
 
 __all__ = ["Launch", "draft_settings"]
 
@@ -41,13 +41,13 @@ class Launch:
         ours.setLevel(theirs.level)
         config = vllm_config.speculative_config
         double: DoubleConfig = config.double
-        self._end: SharedTargetEnd | None = None
+        self._channel: SharedTargetChannel | None = None
         self._supervisor: DraftSupervisor | None = None
         self._settings: DraftSettings | None = None
         self._beat = (0, 0.0)
         processes = end_with(config.launcher)
         if config.draft:
-            self._end = SharedTargetEnd.create()
+            self._channel = SharedTargetChannel()
             # The engine core's children are its ranks, and vLLM starts all of them before any loads its model.
             ranks = children(processes[1]) if len(processes) > 2 else []
             self._settings = draft_settings(vllm_config, sorted({*processes, *ranks}))
@@ -58,7 +58,7 @@ class Launch:
         known_noise.warm_up()
         vocab_size = vllm_config.model_config.get_vocab_size()
         proposer = Proposer(
-            config.num_speculative_tokens, self._end, retrievers, time.perf_counter, vocab_size, double.wait_for_draft
+            config.num_speculative_tokens, self._channel, retrievers, time.perf_counter, vocab_size, double.wait_for_draft
         )
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic), _nap)
         self._indexer = Indexer(self.proposer.index, self.proposer.turnstile)
@@ -73,8 +73,8 @@ class Launch:
         On GPUs the target has taken its memory before: it measures how much is free, and a draft model that is being loaded
         would disturb that.
         """
-        if self._settings is not None and self._end is not None and self._supervisor is None:
-            self._supervisor = DraftSupervisor(self._settings, self._end.address)
+        if self._settings is not None and self._channel is not None and self._supervisor is None:
+            self._supervisor = DraftSupervisor(self._settings, self._channel.address)
 
     def _answer(self, command: dict[str, Any], who: str) -> dict[str, Any]:
         """The state after the command {"enabled": bool, "why": str}, if there is one."""
@@ -96,9 +96,9 @@ class Launch:
 
     def _worker_answers(self) -> bool:
         """Whether a draft worker is attached and its heartbeat advances. A stopped process stays attached."""
-        if self._end is None or self._end.session == 0:
+        if self._channel is None or self._channel.session == 0:
             return False
-        now, beat = time.monotonic(), self._end.heartbeat
+        now, beat = time.monotonic(), self._channel.heartbeat
         if beat != self._beat[0]:
             self._beat = (beat, now)
         return now - self._beat[1] < _STALE_HEARTBEAT_S

@@ -17,7 +17,7 @@ from vllm_double.target.request_table import RequestTable
 from vllm_double.target.round_calls import calls
 from vllm_double.target.stats import Counters
 from vllm_double.transport import messages
-from vllm_double.transport.base import TargetEnd
+from vllm_double.transport.base import TargetChannel
 from vllm_double.transport.messages import Admit, Commit, Commits, Forget, NodeArray, Nodes, Release
 
 __all__ = ["DraftLink"]
@@ -34,7 +34,7 @@ Ints = npt.NDArray[np.int32]
 class DraftLink:
     """The target's end of a channel to a draft worker; ``channel`` None: there never is one."""
 
-    def __init__(self, channel: TargetEnd | None, table: RequestTable, counters: Counters) -> None:
+    def __init__(self, channel: TargetChannel | None, table: RequestTable, counters: Counters) -> None:
         self._channel = channel
         self._table = table
         self._counters = counters

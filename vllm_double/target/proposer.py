@@ -29,7 +29,7 @@ from vllm_double.target.stats import Counters
 from vllm_double.target.step_cost import StepCost
 from vllm_double.target.verify_length import least_threshold
 from vllm_double.target.waiting import Prospects, Rates, Waiting
-from vllm_double.transport.base import TargetEnd
+from vllm_double.transport.base import TargetChannel
 
 __all__ = ["Proposer", "RequestParams", "Row"]
 
@@ -63,7 +63,7 @@ class Proposer:
     """
 
     def __init__(
-        self, num_speculative_tokens: int, channel: TargetEnd | None, sources: Sequence[Source],
+        self, num_speculative_tokens: int, channel: TargetChannel | None, sources: Sequence[Source],
         clock: Callable[[], float], vocab_size: int = sys.maxsize, may_wait: bool = True,
     ) -> None:  # fmt: skip
         self.calibration = Calibration(source.name for source in sources)

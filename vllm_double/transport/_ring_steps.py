@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_double.jit import as_int, part
 
-_HEADER_BYTES, _CRC_BYTES = 24, 4  # see ring._HEADER
+_HEADER_BYTES, _CRC_BYTES = 24, 4  # see ring.seal_frame
 
 
 def _crc_tables() -> Any:
@@ -104,10 +104,9 @@ def read_records(
         written = start + length
         if joins:
             entries[num_entries - 1].end = written
-            entries[num_entries - 1].count += 1
         else:
             new = entries[num_entries]
-            new.kind, new.session, new.start, new.end, new.count = record_kind, session, start, written, 1
+            new.kind, new.session, new.start, new.end = record_kind, session, start, written
             num_entries += 1
         offset = end
     if offset < used:

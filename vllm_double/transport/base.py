@@ -1,17 +1,16 @@
-"""The two ends of the data plane between the target's process and the draft worker, whatever carries their records.
+"""The channel between the target's process and the draft worker, as each side has it: two rings and a few words.
 
 Nobody ever blocks on the other side. A full, damaged or deserted transport means "no drafts", never an error.
-An end belongs to one thread at a time.
+A side belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
+import mmap
 import secrets
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from vllm_double.transport.messages import (
     NODE_DTYPE,
@@ -28,48 +27,65 @@ from vllm_double.transport.messages import (
     encode,
     warm_up,
 )
-from vllm_double.transport.ring import MergedRecord, Record
+from vllm_double.transport.ring import INDEX_BYTES, RingConsumer, RingProducer
 
-__all__ = ["AttachError", "TargetEnd", "TransportStats", "WorkerEnd", "new_session", "stamp"]
+__all__ = ["AttachError", "DraftChannel", "Region", "TargetChannel", "stamp"]
 
 _RECEIVE_BYTES: Final = 1 << 20
 _SHORTEST_NAP_S: Final = 50e-6
 _LONGEST_NAP_S: Final = 1e-3
 _LONGEST_NAP_SHARE: Final = 0.1  # of a wait, where that is more
 
+CONTROL_BYTES: Final = 4096
+_LINE_WORDS: Final = 8
+# Indices of 8-byte words. The first line is written once, by the target.
+COMMAND_BYTES_WORD: Final = 4
+REPORT_BYTES_WORD: Final = 5
+SESSION_WORD: Final = _LINE_WORDS  # by the worker; zeroed by the target when it closes
+HEARTBEAT_WORD: Final = 2 * _LINE_WORDS  # by the worker
+
 
 class AttachError(RuntimeError):
     """The address names no target of this protocol that is alive."""
 
 
-@dataclass(slots=True)
-class TransportStats:
-    """Records since this end was made.
+class Region:
+    """The memory of both sides: a page with the control block, the ring of commands, the ring of reports.
 
-    ``sent``; ``full``: refused for lack of room; ``drained``: delivered to the caller; ``corrupt``: damaged
-    records or indices that were skipped; ``stale``: dropped because they were written under another session.
+    Words of the control block stand in cache lines by who writes them.
     """
 
-    sent: int = 0
-    full: int = 0
-    drained: int = 0
-    corrupt: int = 0
-    stale: int = 0
+    def __init__(self, memory: mmap.mmap | bytearray) -> None:
+        """``memory``: `size` bytes, zeroed before their first use."""
+        self._memory = memory
+        self._view = memoryview(memory)
+        self.words = self._view[:CONTROL_BYTES].cast("Q")
+        self._parts = [self._view, self.words]
+
+    def rings(self) -> tuple[memoryview, memoryview]:
+        """Commands and reports, of the sizes in the control block."""
+        command_bytes, report_bytes = self.words[COMMAND_BYTES_WORD], self.words[REPORT_BYTES_WORD]
+        commands = self._view[CONTROL_BYTES : CONTROL_BYTES + INDEX_BYTES + command_bytes]
+        reports_at = CONTROL_BYTES + _align(INDEX_BYTES + command_bytes)
+        reports = self._view[reports_at : reports_at + INDEX_BYTES + report_bytes]
+        self._parts += [commands, reports]
+        return commands, reports
+
+    @staticmethod
+    def size(command_bytes: int, report_bytes: int) -> int:
+        """Bytes, for rings of these sizes."""
+        return CONTROL_BYTES + _align(INDEX_BYTES + command_bytes) + _align(INDEX_BYTES + report_bytes)
+
+    def close(self) -> None:
+        """Give mapped memory back, when no ring uses it any more."""
+        for part in reversed(self._parts):
+            part.release()
+        if isinstance(self._memory, mmap.mmap):
+            self._memory.close()
 
 
-class _Producer(Protocol):
-    def push(self, kind: int, session: int, payload: bytes) -> bool: ...
-
-
-class _Consumer(Protocol):
-    corrupt: int
-
-    @property
-    def pending(self) -> bool: ...
-
-    def drain(self, max_bytes: int) -> list[Record]: ...
-
-    def drain_merged(self, max_bytes: int, kind: int, size: int) -> list[MergedRecord]: ...
+def _align(size: int) -> int:
+    return -(-size // 64) * 64
 
 
 def stamp(session: int) -> int:
@@ -77,105 +93,103 @@ def stamp(session: int) -> int:
     return session & 0xFFFF_FFFF
 
 
-def new_session(previous: int, random_bits: Callable[[int], int] = secrets.randbits) -> int:
+def new_session(previous: int) -> int:
     """A random 64-bit session that neither is 0 nor shares its stamp with the previous one."""
     while True:
-        session = random_bits(64)
+        session = secrets.randbits(64)
         if stamp(session) not in (0, stamp(previous)):
             return session
 
 
-class TargetEnd(ABC):
-    """The target's end: a producer of commands and a consumer of reports. What was sent to an earlier session is lost to the
+class TargetChannel:
+    """The target's side: a producer of commands and a consumer of reports. What was sent to an earlier session is lost to the
     next one. ``_closed`` guards everything that is mapped."""
 
-    def __init__(self, commands: _Producer, reports: _Consumer) -> None:
+    def __init__(self, region: Region, command_bytes: int, report_bytes: int) -> None:
         warm_up()
-        self.stats = TransportStats()
-        self._commands = commands
-        self._reports = reports
+        self._region, self._words = region, region.words
+        self._words[COMMAND_BYTES_WORD], self._words[REPORT_BYTES_WORD] = command_bytes, report_bytes
+        commands, reports = region.rings()
+        self._commands = RingProducer(commands)
+        self._reports = RingConsumer(reports)
         self._closed = False
 
     @property
-    @abstractmethod
     def session(self) -> int:
         """0 while no worker is attached; another value after each attachment."""
+        return 0 if self._closed else self._words[SESSION_WORD]
 
     @property
-    @abstractmethod
     def heartbeat(self) -> int:
         """A counter that the worker raises at every turn of its loop."""
+        return 0 if self._closed else self._words[HEARTBEAT_WORD]
 
-    @abstractmethod
     def close(self) -> None:
         """Send the worker away and give everything back. May be called twice."""
+        if not self._closed:
+            self._words[SESSION_WORD] = 0
+            self._closed = True
 
     def send(self, command: Command | Commits) -> bool:
         """Write a command. False: no worker, or no room; nothing was written. Raises MessageError (caller's mistake)."""
         session = self.session
         if not session:
             return False
-        return _push(self._commands, session, command, self.stats)
+        return _push(self._commands, session, command)
 
     def drain(self, max_bytes: int) -> list[Report]:
         """What the attached worker published, at most so many bytes of it (but at least one record).
 
-        All nodes come first, in one Nodes message. Damaged and stale records are counted and skipped.
+        All nodes come first, in one Nodes message. Damaged and stale records are skipped.
         """
         if self._closed:
             return []
-        records = self._reports.drain_merged(max_bytes, NODES, NODE_DTYPE.itemsize)
+        records = self._reports.drain(max_bytes, NODES, NODE_DTYPE.itemsize)
         # Read after the records: a worker takes its session before it writes its first one.
         # Without a worker it is 0, which no record carries.
         current = stamp(self.session)
-        fresh = [(kind, payload) for kind, of, payload, _ in records if of == current]
-        reports, num_bad = decode_reports(fresh) if fresh else ([], 0)
-        stats = self.stats
-        stats.corrupt += num_bad + self._reports.corrupt
-        self._reports.corrupt = 0
-        num_fresh = sum([count for _, of, _, count in records if of == current])
-        stats.stale += sum([count for _, _, _, count in records]) - num_fresh
-        stats.drained += num_fresh - num_bad
-        return reports
+        fresh = [(kind, payload) for kind, of, payload in records if of == current]
+        return decode_reports(fresh) if fresh else []
 
 
-class WorkerEnd(ABC):
-    """The worker's end: a consumer of commands and a producer of reports."""
+class DraftChannel:
+    """The worker's side: a consumer of commands and a producer of reports. It takes over from whoever was attached."""
 
-    def __init__(
-        self,
-        session: int,
-        commands: _Consumer,
-        reports: _Producer,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.stats = TransportStats()
-        self._session: Final = session
-        self._commands = commands
-        self._reports = reports
+    def __init__(self, region: Region, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._region, self._words = region, region.words
+        commands, reports = region.rings()
+        self._commands = RingConsumer(commands)
+        self._reports = RingProducer(reports)
         self._sleep = sleep
         self._nap_s = _SHORTEST_NAP_S
+        self._closed = False
+        # First this, then the session: what is said to the new session must not be skipped. Commands that
+        # slip in between carry an older stamp.
+        self._commands.skip()
+        self._session: Final = new_session(self._words[SESSION_WORD])
+        self._words[SESSION_WORD] = self._session
 
     @property
-    @abstractmethod
     def superseded(self) -> bool:
-        """This end is over and the worker must stop: another worker attached, the target closed, a command was lost."""
+        """The worker must stop: another worker attached, the target closed, a command was lost."""
+        return self._closed or self._words[SESSION_WORD] != self._session
 
-    @abstractmethod
-    def target_alive(self) -> bool:
-        """Whether the target's process still runs. An orphan must leave."""
-
-    @abstractmethod
     def beat(self) -> None:
         """Raise the heartbeat."""
+        # Not of a superseded worker: it would make a stopped successor look alive.
+        if not self.superseded:
+            self._words[HEARTBEAT_WORD] = (self._words[HEARTBEAT_WORD] + 1) & 0xFFFF_FFFF_FFFF_FFFF
 
-    @abstractmethod
     def close(self) -> None:
         """Detach: the target sees session 0, unless another worker has taken over. May be called twice."""
+        self._give_up()
+        self._closed = True
 
-    @abstractmethod
     def _give_up(self) -> None:
-        """End the session if it is still ours."""
+        # Not atomic. If a successor attaches between the two accesses it finds itself superseded and is
+        # started again.
+        if not self.superseded:
+            self._words[SESSION_WORD] = 0
 
     def receive(self) -> list[Command]:
         """The commands that have come in, in order.
@@ -186,24 +200,19 @@ class WorkerEnd(ABC):
         if self.superseded:
             return []
         records = self._commands.drain(_RECEIVE_BYTES)
-        num_bad = self._commands.corrupt
-        self._commands.corrupt = 0
         current = stamp(self._session)
         commands: list[Command] = []
+        is_damaged = self._commands.corrupt > 0
         for kind, of, payload in records:
-            if of != current:
-                self.stats.stale += 1
-                continue
-            try:
-                commands.extend(decode_commands(kind, payload))
-            except MessageError:
-                num_bad += 1
-        if num_bad:
-            self.stats.corrupt += num_bad
+            if of == current:
+                try:
+                    commands.extend(decode_commands(kind, payload))
+                except MessageError:
+                    is_damaged = True
+        if is_damaged:
             self._give_up()
             return []
         if commands:
-            self.stats.drained += len(commands)
             self._nap_s = _SHORTEST_NAP_S
         return commands
 
@@ -216,10 +225,10 @@ class WorkerEnd(ABC):
         return self._write(stats)
 
     def _write(self, message: Report) -> bool:
-        return not self.superseded and _push(self._reports, self._session, message, self.stats)
+        return not self.superseded and _push(self._reports, self._session, message)
 
     def wait(self, timeout_s: float) -> None:
-        """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the end is
+        """Idle in naps of at most 1 ms, or a tenth of the timeout if that is more, until a command is there, the channel is
         superseded, or the naps add up."""
         # Polling, because "sleep unless the head moved" can lose the wake-up. Naps grow while nothing
         # happens, over many calls too: quick answers to a busy target, two hundred cheap looks a second for an idle one, whose
@@ -232,10 +241,6 @@ class WorkerEnd(ABC):
             self._nap_s = min(2 * self._nap_s, longest)
 
 
-def _push(producer: _Producer, session: int, message: Command | Commits | Report, stats: TransportStats) -> bool:
+def _push(producer: RingProducer, session: int, message: Command | Commits | Report) -> bool:
     kind, payload = encode(message)
-    if producer.push(kind, stamp(session), payload):
-        stats.sent += 1
-        return True
-    stats.full += 1
-    return False
+    return producer.push(kind, stamp(session), payload)

@@ -206,33 +206,25 @@ def decode_commands(kind: int, payload: Buffer) -> list[Command]:
     raise MessageError(f"{kind} is no kind of command")
 
 
-def decode_reports(records: Iterable[tuple[int, Buffer]]) -> tuple[list[Report], int]:
-    """Reports in (kind, payload) records, and how many records, or nodes of a record, were damaged.
+def decode_reports(records: Iterable[tuple[int, Buffer]]) -> list[Report]:
+    """Reports in (kind, payload) records. Damaged records, and damaged nodes of a record, are skipped.
 
     All nodes come as one Nodes message, because what the reader pays is per message and not per node.
     """
     reports: list[Report] = []
     parts: list[Buffer] = []
-    num_bad = 0
     for kind, payload in records:
-        if kind == NODES:
+        if kind == STATS:
+            reports += _decode_stats(payload)
+        elif kind == NODES and len(payload) % NODE_DTYPE.itemsize == 0:
             parts.append(payload)
-            continue
-        try:
-            reports.append(_decode_stats(kind, payload))
-        except MessageError:
-            num_bad += 1
-    whole = [part for part in parts if len(part) % NODE_DTYPE.itemsize == 0]
-    num_bad += len(parts) - len(whole)
-    if any(len(part) for part in whole):
+    if any(len(part) for part in parts):
         # A bytearray, not bytes: the array over it is writable.
-        is_private = len(whole) == 1 and not memoryview(whole[0]).readonly
-        records = np.frombuffer(whole[0] if is_private else bytearray().join(whole), NODE_DTYPE)
-        num_sound = _keep_sound()(records)
-        num_bad += len(records) - num_sound
-        if num_sound:
-            reports.insert(0, Nodes(records[:num_sound]))
-    return reports, num_bad
+        is_private = len(parts) == 1 and not memoryview(parts[0]).readonly
+        nodes = np.frombuffer(parts[0] if is_private else bytearray().join(parts), NODE_DTYPE)
+        if num_sound := _keep_sound()(nodes):
+            reports.insert(0, Nodes(nodes[:num_sound]))
+    return reports
 
 
 def _check_sampling(temperature: float, top_p: float, min_p: float) -> None:
@@ -319,23 +311,13 @@ def _keep_sound() -> Callable[[NodeArray], int]:
     return machine_code(steps.keep_sound, np.zeros(1, NODE_DTYPE))
 
 
-def _decode_stats(kind: int, payload: Buffer) -> WorkerStats:
-    if kind != STATS:
-        raise MessageError(f"{kind} is no kind of report")
+def _decode_stats(payload: Buffer) -> list[WorkerStats]:
+    """None if they are damaged."""
     try:
-        values = json.loads(bytes(payload))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-        floats = {name: _finite(value) for name, value in values.items()}
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise MessageError(f"not worker statistics: {error}") from error
-    return WorkerStats(floats)
-
-
-def _finite(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no finite number")
-    return float(value)
+        values = {name: float(value) for name, value in json.loads(bytes(payload)).items()}
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError):
+        return []
+    return [WorkerStats(values)] if all(map(math.isfinite, values.values())) else []
 
 
 def _raw(array: npt.NDArray[Any], dtype: np.dtype[Any], most: int | None) -> bytes:

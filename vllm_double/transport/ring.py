@@ -27,16 +27,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-__all__ = [
-    "HEADER_BYTES",
-    "INDEX_BYTES",
-    "MergedRecord",
-    "Record",
-    "RingConsumer",
-    "RingProducer",
-    "open_frame",
-    "seal_frame",
-]
+__all__ = ["HEADER_BYTES", "INDEX_BYTES", "Record", "RingConsumer", "RingProducer", "seal_frame"]
 
 INDEX_BYTES: Final = 128
 _HEAD: Final = 0
@@ -44,17 +35,14 @@ _TAIL: Final = 8  # in 8-byte words: another cache line, so that the ends do not
 
 _CRC: Final = struct.Struct("<I")
 _BODY: Final = struct.Struct("<IIIQ")  # length of the payload, kind, session, sequence number
-_HEADER: Final = struct.Struct("<IIIIQ")  # the two above
-HEADER_BYTES: Final = _HEADER.size
+HEADER_BYTES: Final = _CRC.size + _BODY.size
 
 Record: TypeAlias = tuple[int, int, memoryview]
 """(kind, session, payload); the payload is private memory of the reader."""
-MergedRecord: TypeAlias = tuple[int, int, memoryview, int]
-"""A Record, and how many records it was."""
 
 _MAX_ENTRIES: Final = 1024  # of one drain
 _ROOM_TO_ALIGN: Final = 8 * _MAX_ENTRIES
-ENTRY: Final = np.dtype([("kind", "u4"), ("session", "u4"), ("start", "i8"), ("end", "i8"), ("count", "i8")])
+ENTRY: Final = np.dtype([("kind", "u4"), ("session", "u4"), ("start", "i8"), ("end", "i8")])
 
 
 @functools.cache
@@ -71,18 +59,6 @@ def seal_frame(kind: int, session: int, sequence: int, payload: bytes) -> bytes:
     """A whole record: header and payload."""
     body = _BODY.pack(len(payload), kind, session, sequence) + payload
     return _CRC.pack(zlib.crc32(body)) + body
-
-
-def open_frame(frame: bytes) -> Record | None:
-    """The record in ``frame`` (exactly one), or None if it is damaged. Does not look at the sequence
-    number."""
-    if len(frame) < HEADER_BYTES:
-        return None
-    crc, length, kind, session, _ = _HEADER.unpack_from(frame)
-    view = memoryview(frame)
-    if length != len(frame) - HEADER_BYTES or zlib.crc32(view[_CRC.size :]) != crc:
-        return None
-    return kind, session, view[HEADER_BYTES:]
 
 
 class _Ring:
@@ -172,20 +148,16 @@ class RingConsumer(_Ring):
         """Drop whatever stands in the ring."""
         self._tail = self._indices[_TAIL] = self._indices[_HEAD]
 
-    def drain(self, max_bytes: int) -> list[Record]:
+    def drain(self, max_bytes: int, kind: int = -1, size: int = 1) -> list[Record]:
         """Take whole records of at most ``max_bytes`` together, but at least one if there is one.
 
-        A damaged record, or damaged indices, end the drain: what lies between there and the producer's head
-        is dropped.
+        Consecutive records of ``kind`` and one session come as one, if ``size`` divides their lengths. A damaged record, or
+        damaged indices, end the drain: what lies between there and the producer's head is dropped.
         """
-        return [record[:3] for record in self.drain_merged(max_bytes, -1, 1)]
-
-    def drain_merged(self, max_bytes: int, kind: int, size: int) -> list[MergedRecord]:
-        """As `drain`; consecutive records of this kind and one session come as one, if ``size`` divides their lengths."""
         head = self._indices[_HEAD]
         tail = self._tail
         used = head - tail
-        records: list[MergedRecord] = []
+        records: list[Record] = []
         if used:
             if HEADER_BYTES <= used <= self.capacity:
                 self._fence()  # no byte of a record is read before the head that shows it
@@ -200,18 +172,14 @@ class RingConsumer(_Ring):
         self._indices[_TAIL] = self._tail
         return records
 
-    def _read(
-        self, tail: int, used: int, max_bytes: int, kind: int, size: int, records: list[MergedRecord]
-    ) -> int | None:  # fmt: skip
+    def _read(self, tail: int, used: int, max_bytes: int, kind: int, size: int, records: list[Record]) -> int | None:
         """Append private copies of the records behind ``tail``; the new tail, or None at a damaged record."""
         # Copies, because checking bytes that the other end can still change is no check.
         payloads = np.empty(used + _ROOM_TO_ALIGN, np.uint8)
-        num_read, num_entries = self._read_records(
-            self._bytes, tail, used, max_bytes, kind, size, payloads, self._entries
-        )  # fmt: skip
+        num_read, num_entries = self._read_records(self._bytes, tail, used, max_bytes, kind, size, payloads, self._entries)
         view = memoryview(payloads)  # type: ignore[arg-type]
-        for entry_kind, session, start, end, count in self._entries[:num_entries].tolist():
-            records.append((entry_kind, session, view[start:end], count))
+        for entry_kind, session, start, end in self._entries[:num_entries].tolist():
+            records.append((entry_kind, session, view[start:end]))
         return tail + num_read if num_read >= 0 else None
 
     def close(self) -> None:

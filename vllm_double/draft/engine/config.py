@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 __all__ = ["EngineConfig"]
 
@@ -52,16 +52,6 @@ class EngineConfig:
     load_format: str = "auto"
     num_children: int = 32
     enforce_eager: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and field.name not in ("seed", "rank") and value < 1:
-                raise ValueError(f"{field.name} is {value}, it must be positive")
-        if not 0 <= self.rank < self.tensor_parallel_size:
-            raise ValueError(f"rank is {self.rank}, of {self.tensor_parallel_size}")
-        if self.tensor_parallel_size > 1 and not self.rendezvous:
-            raise ValueError(f"{self.tensor_parallel_size} ranks need a file to meet at")
 
     @property
     def max_rows(self) -> int:

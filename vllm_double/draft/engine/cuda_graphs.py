@@ -33,8 +33,8 @@ _REPLAY_TOLERANCE = 0.02  # of a probability: the same kernels, which may split 
 
 _BUFFERS: dict[str, tuple[torch.dtype, float]] = {
     "input_ids": (torch.int64, 0), "positions": (torch.int64, 0), "slot_mapping": (torch.int64, 0),
-    "seq_lens": (torch.int32, 1), "temperatures": (torch.float32, 1.0), "seeds": (torch.int64, 0),
-    "noise_scales": (torch.float32, 0.0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1.0),
+    "seq_lens": (torch.int32, 1), "temperatures": (torch.float32, 1.0), "seed": (torch.int64, 0),
+    "noise_scale": (torch.float32, 0.0), "top_k": (torch.int32, 0), "top_p": (torch.float32, 1.0),
     "min_p": (torch.float32, 0.0), "block_table": (torch.int32, 0),
 }  # fmt: skip
 """Inputs that change from step to step: dtype, and value in the padding of a bucket."""
@@ -47,9 +47,9 @@ Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 class StepInputs:
     """Buffers of one bucket, at addresses that never change: ``size`` rows of one query token.
 
-    On the device: input_ids, positions, slot_mapping, seeds int64 [size]; seq_lens int32 [size], from 1 on; temperatures
-    float32 [size], positive; noise_scales, top_p, min_p float32 [size]; top_k int32 [size]; block_table int32 [size, pages],
-    its entries 0 behind a row's pages; query_start_loc int32 [size + 1]. On the host: seq_lens_cpu, query_start_loc_cpu.
+    On the device: input_ids, positions, slot_mapping int64 [size]; seq_lens int32 [size], from 1 on; temperatures float32
+    [size], positive; noise, support: as `top_branches` takes them; block_table int32 [size, pages], its entries 0 behind a
+    row's pages; query_start_loc int32 [size + 1]. On the host: seq_lens_cpu, query_start_loc_cpu.
     """
 
     size: int
@@ -58,25 +58,12 @@ class StepInputs:
     slot_mapping: torch.Tensor
     seq_lens: torch.Tensor
     temperatures: torch.Tensor
-    seeds: torch.Tensor
-    noise_scales: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
+    noise: Noise
+    support: Support
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens_cpu: torch.Tensor
     query_start_loc_cpu: torch.Tensor
-
-    @property
-    def noise(self) -> Noise:
-        """As `top_branches` takes it."""
-        return Noise(self.seeds, self.positions, self.noise_scales)
-
-    @property
-    def support(self) -> Support:
-        """As `top_branches` takes it."""
-        return Support(self.top_k, self.top_p, self.min_p)
 
 
 def bucket_sizes(limit: int) -> list[int]:
@@ -206,11 +193,13 @@ class _Bucket:
         def views(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
             return {name: buffer[span].view(dtype).view(shape) for name, (span, dtype, shape) in spans.items()}
 
-        host = views(self._host)
+        host, on_device = views(self._host), views(self._device)
+        support = Support(*(on_device.pop(name) for name in Support._fields))
+        noise = Noise(on_device.pop("seed"), on_device["positions"], on_device.pop("noise_scale"))
         query_start_loc = torch.arange(size + 1, dtype=torch.int32)
         self.inputs = StepInputs(
             size=size, query_start_loc=query_start_loc.to(device), seq_lens_cpu=host["seq_lens"],
-            query_start_loc_cpu=query_start_loc, **views(self._device),
+            query_start_loc_cpu=query_start_loc, noise=noise, support=support, **on_device,
         )  # fmt: skip
         self._arrays = {name: tensor.numpy() for name, tensor in host.items()}
         self.answer = torch.zeros((2, size, num_children), dtype=torch.int32, pin_memory=pinned)
@@ -218,27 +207,20 @@ class _Bucket:
 
     def fill(self, batch: Batch, page_size: int) -> None:
         """Put the batch's tokens in, one a row, and padding behind them."""
-        num_tokens = len(batch.token_ids)
+        num_tokens, positions = len(batch.token_ids), batch.positions
         row = np.repeat(np.arange(len(batch)), np.diff(batch.query_start))
-        place = np.arange(num_tokens)
-        positions = place + (batch.starts - batch.query_start[:-1])[row]
-        table = self._arrays["block_table"]
         for name, (_, padding) in _BUFFERS.items():
             self._arrays[name][:] = padding
-        pages = batch.pages[row, : table.shape[1]]
-        table[:num_tokens, : pages.shape[1]] = pages
+        pages = batch.pages[row, : self._arrays["block_table"].shape[1]]
+        self._arrays["block_table"][:num_tokens, : pages.shape[1]] = pages
         sampling = batch.sampling[row]
         for name, values in (
             ("input_ids", batch.token_ids),
             ("positions", positions),
-            ("slot_mapping", table[place, positions // page_size].astype(np.int64) * page_size + positions % page_size),
+            ("slot_mapping", batch.slot_mapping(page_size)),
             ("seq_lens", positions + 1),
             ("temperatures", np.where(sampling["temperature"] > 0, sampling["temperature"], 1.0)),
-            ("seeds", sampling["seed"]),
-            ("noise_scales", sampling["noise_scale"]),
-            ("top_k", sampling["top_k"]),
-            ("top_p", sampling["top_p"]),
-            ("min_p", sampling["min_p"]),
+            *((name, sampling[name]) for name in ("seed", "noise_scale", *Support._fields)),
         ):
             self._arrays[name][:num_tokens] = values
         self._device.copy_(self._host, non_blocking=True)

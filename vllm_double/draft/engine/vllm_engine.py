@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from double_kernels import Noise, Support, fork_pages, insert_guidance, top_branches
+from double_kernels import Noise, Support, fork_pages, top_branches
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, Row, count_outputs
+from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, Row
 from vllm_double.draft.engine.cuda_graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.draft.engine.loader import EngineConfig, load
 
@@ -63,16 +63,14 @@ class VllmDraftEngine:
     @torch.inference_mode()
     def forward(self, batch: Batch, num_children: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """See DraftEngine.forward. Ties go to the lower token id."""
-        if not 1 <= num_children <= self.vocab_size:
-            raise ValueError(f"num_children is {num_children}, the vocabulary has {self.vocab_size} tokens")
-        num_outputs = count_outputs(batch, self)
+        num_outputs = int(batch.num_outputs.sum())
         if not len(batch):
             return _no_outputs(num_children)
         if self._graphs is not None and self._graphs.takes(len(batch.token_ids), num_children):
             return self._graphs.forward(batch, num_children)
-        common, token_ids = self._lay_out(batch)
+        common = self._lay_out(batch)
         with self._context(common, self._build(common)):
-            hidden = self._model(input_ids=token_ids, positions=common.positions)
+            hidden = self._model(input_ids=self._tensor(batch.token_ids), positions=common.positions)
             if num_outputs == 0:
                 return _no_outputs(num_children)
             if num_outputs < common.num_actual_tokens:
@@ -130,27 +128,23 @@ class VllmDraftEngine:
         """See DraftEngine.copy_slots."""
         fork_pages(self._caches, triples, page_size=self.page_size, slot_dim=self._slot_dim)
 
-    def _lay_out(self, batch: Batch) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-        """Attention metadata with int64 positions and slots [tokens], and token ids int64 [tokens]: guidance without a path."""
+    def _lay_out(self, batch: Batch) -> CommonAttentionMetadata:
+        """Positions and slots are int64 [tokens]."""
         lengths = np.diff(batch.query_start)
         seq_lens = batch.starts + lengths
-        block_table = self._tensor(batch.pages)
-        tokens, query_start, starts = (self._tensor(array) for array in (batch.token_ids, batch.query_start, batch.starts))
-        laid_out = insert_guidance(tokens, query_start, starts, block_table, page_size=self.page_size)
-        common = CommonAttentionMetadata(
-            query_start_loc=laid_out.query_start_loc,
+        return CommonAttentionMetadata(
+            query_start_loc=self._tensor(batch.query_start),
             query_start_loc_cpu=torch.from_numpy(batch.query_start),
-            seq_lens=laid_out.seq_lens,
+            seq_lens=self._tensor(seq_lens),
             num_reqs=len(batch),
             num_actual_tokens=len(batch.token_ids),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
-            block_table_tensor=block_table,
-            slot_mapping=laid_out.slot_mapping,
-            positions=laid_out.positions,
+            block_table_tensor=self._tensor(batch.pages),
+            slot_mapping=self._tensor(batch.slot_mapping(self.page_size)),
+            positions=self._tensor(batch.positions),
             seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
         )
-        return common, laid_out.input_ids
 
     def _ranking(self, batch: Batch) -> tuple[torch.Tensor | None, Noise | None, Support | None]:
         """How `top_branches` ranks the outputs. Temperatures: float32 [outputs], or None if all are 1."""

@@ -28,7 +28,6 @@ Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 _PASS = 1 << 24
 # Positions whose entry is held at once (4 bytes each).
 _WINDOW = 1 << 26
-_CHUNK = 1 << 20
 _NOTHING = "The input has no document of two tokens or more."
 
 
@@ -250,7 +249,7 @@ class _Builder:
         with self._progress("link", len(windows) * len(order)) as progress:
             for low in windows:
                 ranks = np.full(min(_WINDOW, self._header.num_tokens - low), NONE, np.int32)
-                self._steps.rank(order, 0, low, ranks)
+                self._steps.rank(order, low, ranks)
                 self._steps.link(order, low, ranks, successors)
                 progress.update(len(order))
 
@@ -280,13 +279,7 @@ class _Builder:
         return np.asarray(np.memmap(self._file, section.dtype, mode, section.offset, section.length))
 
     def _checksum(self, section: Section) -> int:
-        self._file.seek(section.offset)
-        checksum, left = 0, section.num_bytes
-        while left:
-            data = self._file.read(min(left, _CHUNK))
-            checksum = zlib.crc32(data, checksum)
-            left -= len(data)
-        return checksum
+        return zlib.crc32(self._map(section.name, "r").data) if section.length else 0
 
     def _progress(self, name: str, total: int | None = None) -> "tqdm[None]":
         total = self._header.num_entries if total is None else total

@@ -20,14 +20,13 @@ def _count_entries(tokens: Ints, counts: Ints) -> None:
             counts[tokens[position - 1]] += 1
 
 
-def _collect(tokens: Ints, low: int, high: int, positions: Ints) -> int:
-    """Fill positions with the entries whose context ends with a token in [low, high), in text order; returns how many."""
+def _collect(tokens: Ints, low: int, high: int, positions: Ints) -> None:
+    """Fill positions with the entries whose context ends with a token in [low, high), in text order."""
     found = 0
     for position in range(1, tokens.size):
         if tokens[position] >= 0 and low <= tokens[position - 1] < high:
             positions[found] = position
             found += 1
-    return found
 
 
 @part
@@ -122,11 +121,11 @@ def _describe(tokens: Ints, positions: Ints, before: int, followers: Ints, share
         before = position
 
 
-def _rank(order: Ints, entry: int, low: int, ranks: Ints) -> None:
-    """Number the positions from ``low`` on: ranks[order[i] - low] = entry + i."""
+def _rank(order: Ints, low: int, ranks: Ints) -> None:
+    """Number the positions from ``low`` on: ranks[order[i] - low] = i."""
     for i in range(order.size):
         if 0 <= order[i] - low < ranks.size:
-            ranks[order[i] - low] = entry + i
+            ranks[order[i] - low] = i
 
 
 def _link(order: Ints, low: int, ranks: Ints, successors: Ints) -> None:
@@ -203,7 +202,7 @@ def _grow(followers: Ints, successors: Ints, shared: Bytes, counts: Ints, anchor
 
 class BuildSteps(NamedTuple):
     count_entries: Callable[..., None]
-    collect: Callable[..., int]
+    collect: Callable[..., None]
     sort: Callable[..., None]
     sample: Callable[..., None]
     describe: Callable[..., None]
@@ -228,7 +227,7 @@ def build_steps() -> BuildSteps:
         step(_sort, tokens, ints, longs, 0, 0),
         step(_sample, tokens, ints, longs, 0, 0),
         step(_describe, tokens, ints, 0, ints, data, 0),
-        step(_rank, ints, 0, 0, ints),
+        step(_rank, ints, 0, ints),
         step(_link, ints, 0, ints, ints),
         step(_grow, tokens, tokens, shared, ints, ints, nodes),
     )

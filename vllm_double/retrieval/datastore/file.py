@@ -155,13 +155,6 @@ class Header:
         return header
 
 
-def _damaged(section: Section, file: mmap.mmap, checksum: int) -> bool:
-    found = 0
-    for start in range(section.offset, section.offset + section.num_bytes, _CHUNK):
-        found = zlib.crc32(file[start : min(start + _CHUNK, section.offset + section.num_bytes)], found)
-    return found != checksum
-
-
 def _bounds(header: Header) -> dict[str, tuple[int, int]]:
     """The least and the greatest number of each section, and of each field of nodes."""
     entries, token, node = header.num_entries, header.vocab_size - 1, header.num_nodes - 1
@@ -209,19 +202,19 @@ class Datastore:
                     raise DatastoreError(f"it has {size} bytes, and {self.header.num_bytes} by its header")
                 if tokenizer is not None and tokenizer != self.header.fingerprint:
                     raise DatastoreError("it was built with another tokenizer")
-                self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DatastoreError(f'The datastore "{path}" cannot be read: {error.strerror}.') from None
         except DatastoreError as error:
             raise DatastoreError(f'The datastore "{path}" cannot be used: {error}.') from None
         sections = self.header.sections
-        self.sections = Sections(*(np.frombuffer(self._file, s.dtype, s.length, s.offset) for s in sections))
+        self.sections = Sections(*(np.frombuffer(mapped, s.dtype, s.length, s.offset) for s in sections))
         """Read-only, without a copy."""
 
     def verify(self) -> None:
         """Compare all checksums, and every number with what it can be. Raises DatastoreError that names the bad sections."""
-        pairs = zip(self.header.sections, self.header.checksums, strict=True)
-        damaged = [section.name for section, checksum in pairs if _damaged(section, self._file, checksum)]
+        pairs = zip(self.sections._asdict().items(), self.header.checksums, strict=True)
+        damaged = [name for (name, array), checksum in pairs if zlib.crc32(array.data) != checksum]
         if damaged:
             raise DatastoreError(f'The datastore "{self.path}" is damaged: the checksum of {", ".join(damaged)} differs.')
         bounds = _bounds(self.header)

@@ -71,23 +71,23 @@ def bits_of(vocab_size: int) -> int:
 
 
 @view_part
-def _narrow(samples: Longs, key: int, first: int, stop: int) -> tuple[int, int]:
-    """The part of [first, stop) in which the samples leave open whether an entry is before a context with this key."""
-    low, high = (first + SCAN - 1) // SCAN, min((stop + SCAN - 1) // SCAN, samples.size)
+def _first_behind(samples: Longs, key: int, is_behind_equals: bool, low: int, high: int) -> int:
+    """The first in [low, high) of the rising samples that is the key or more, or more than it; high: none."""
     while low < high:
         middle = (low + high) // 2
-        if samples[middle] < key:
+        if samples[middle] < key or (is_behind_equals and samples[middle] == key):
             low = middle + 1
         else:
             high = middle
-    after = low
+    return low
+
+
+@view_part
+def _narrow(samples: Longs, key: int, first: int, stop: int) -> tuple[int, int]:
+    """The part of [first, stop) in which the samples leave open whether an entry is before a context with this key."""
     high = min((stop + SCAN - 1) // SCAN, samples.size)
-    while after < high:
-        middle = (after + high) // 2
-        if samples[middle] <= key:
-            after = middle + 1
-        else:
-            high = middle
+    low = _first_behind(samples, key, False, (first + SCAN - 1) // SCAN, high)
+    after = _first_behind(samples, key, True, low, high)
     return max(first, (low - 1) * SCAN + 1), min(stop, after * SCAN)
 
 
