@@ -310,8 +310,8 @@ def best_path(
     """Write the path from the root with the highest expected number of accepted tokens; returns its length.
 
     curve: of the draft at the request's temperature. floor: nothing is looked for behind a token that is accepted with no
-    higher probability. stack: a frame for each of ``max_tokens``. A depth-first search: a way is not followed if it is worth less
-    than the best one even if all that follows is accepted.
+    higher probability. stack: a frame for each of ``max_tokens``. A depth-first search: a way is not followed if it is worth
+    less than the best one even if all that follows is accepted.
     """
     root = find(tries, slot, tries.requests[slot].root_hash)
     if root == NONE or max_tokens <= 0:
