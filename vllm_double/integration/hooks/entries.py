@@ -35,6 +35,8 @@ _FRONT = (
         "self, target_model_config, target_parallel_config, ...",
         'wrapped: builds our configuration when the method is "double", and names our scheduler',
         "the only place through which every front end's speculative configuration passes", _METHODS),
+    Entry("vllm.engine.arg_utils:EngineArgs.add_cli_args", "parser", 'wrapped: --spec-method takes "double"',
+        "its choices are vLLM's own methods", _METHODS),
     Entry("vllm.config.speculative:SpeculativeConfig.__post_init__", "self",
         "called by our subclass after it has put the custom class in place of the draft model",
         "derives the configuration that the scheduler and the workers read", _METHODS),
