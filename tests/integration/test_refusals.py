@@ -14,6 +14,7 @@ import pytest
 
 from vllm_double.cli import main
 from vllm_double.config import ConfigError
+from vllm_double.hosting.settings import DraftSettings
 from vllm_double.integration.launch import draft_settings
 
 pytestmark = pytest.mark.integration
@@ -29,11 +30,10 @@ def create(speculative: dict[str, object], **arguments: object) -> object:
     raw = {"method": "double", "model": str(DRAFT), "num_speculative_tokens": 8} | speculative
     raw = {key: value for key, value in raw.items() if value is not ...}
     engine_args = EngineArgs(
-        model=str(TARGET),
         dtype="float32",
         max_model_len=256,
         speculative_config=raw,
-        **{"enforce_eager": True, **arguments},
+        **{"model": str(TARGET), "enforce_eager": True, **arguments},
     )
     return engine_args.create_engine_config()
 
@@ -89,6 +89,69 @@ def test_a_setting_that_cannot_work_is_refused_in_one_sentence(speculative: dict
         create(speculative)
     message = str(caught.value)
     assert sentence in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"), [("s3://bucket/draft", "is an address"), ("{file}", "is a file"), ("/no/such/draft", "does not exist")]
+)
+def test_the_forms_in_which_a_draft_is_found_are_named(tmp_path: Path, model: str, fault: str) -> None:
+    (tmp_path / "draft.gguf").touch()
+    model = model.format(file=tmp_path / "draft.gguf")
+    with pytest.raises(ConfigError) as caught:
+        create({"model": model})
+    assert str(caught.value) == (
+        f'The draft model "{model}" {fault}: "model" takes a folder that holds config.json and weights, or the name of a '
+        'repository, such as "Qwen/Qwen3-0.6B".'
+    )
+
+
+HOW_TO_FIND = {
+    "load_format": "dummy",
+    "download_dir": "weights",
+    "safetensors_load_strategy": "eager",
+    "safetensors_prefetch_num_threads": 3,
+    "safetensors_prefetch_block_size": 4096,
+    "model_loader_extra_config": {"num_threads": 2},
+    "ignore_patterns": ["*.bin"],
+    "use_tqdm_on_load": False,
+    "pt_load_map_location": "meta",
+    "config_format": "hf",
+    "hf_token": "secret",
+}
+
+
+def test_how_models_are_found_and_read_reaches_the_draft_unless_its_own_key_says_otherwise() -> None:
+    from vllm_double.draft.engine.loader import _vllm_config
+
+    def loaded(speculative: dict[str, object]) -> dict[str, Any]:
+        settings = DraftSettings.from_json(draft_settings(create(speculative, **HOW_TO_FIND), []).to_json())  # type: ignore[arg-type]
+        assert settings.engine is not None
+        config = _vllm_config(settings.engine)
+        found = {name: getattr(config.load_config, name) for name in HOW_TO_FIND if hasattr(config.load_config, name)}
+        model = config.model_config
+        return found | {"config_format": model.config_format, "hf_token": model.hf_token}
+
+    expected = HOW_TO_FIND | {"download_dir": str(Path("weights").absolute())}
+    assert loaded({}) == expected
+    plain = {"load_format": "auto", "download_dir": None, "safetensors_load_strategy": None, "pt_load_map_location": "cpu"}
+    own = loaded({"draft_load_config": {"load_format": "safetensors", "use_tqdm_on_load": True}})
+    assert {name: own[name] for name in plain} == plain | {"load_format": "safetensors"} and own["hf_token"] == "secret"
+    with pytest.raises(ConfigError, match='"draft_load_config": {"load_fromat": \'dummy\'} is not possible'):
+        create({"draft_load_config": {"load_fromat": "dummy"}})
+
+
+def test_models_without_tokenizers_are_taken_if_none_is_needed(tmp_path: Path) -> None:
+    for source in (TARGET, DRAFT):
+        (tmp_path / source.name).mkdir()
+        for file in source.iterdir():
+            if "token" not in file.name:
+                (tmp_path / source.name / file.name).write_bytes(file.read_bytes())
+    models: Any = {"model": str(tmp_path / "target"), "skip_tokenizer_init": True}
+    config: Any = create({"model": str(tmp_path / "draft")}, **models)
+    assert config.speculative_config.draft["model"] == str(tmp_path / "draft")
+    store = tmp_path / "store"
+    with pytest.raises(ConfigError, match="The tokenizer of the target cannot be read"):
+        create({"double": {"datastore": str(store)}}, **models)
 
 
 def test_a_draft_with_another_tokenizer_is_refused(other_draft: Path) -> None:

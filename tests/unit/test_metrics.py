@@ -19,7 +19,7 @@ from vllm_double.target.stats import Counters
 
 
 def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
-    said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0} | state
+    said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0} | state
     return Endpoint(Address(key, engine), lambda command, who: snapshot(counters, (0.02, 0.001), **said))
 
 
@@ -92,7 +92,7 @@ from vllm_double.target.stats import Counters
 from vllm_double.operations.control_socket import Address, Endpoint
 from vllm_double.operations.metrics import expose, snapshot
 
-said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0}
+said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0}
 engines = [Endpoint(Address("%s", engine), lambda command, who: snapshot(Counters(), (1.0, 1.0), **said)) for engine in (0, 1)]
 expose("%s", 2)
 Counter("other", "").inc()

@@ -39,6 +39,7 @@ MARK = "@vllm-double "
 _GRACE_S = 1.5
 _LINGER_S = 12.0  # in which an engine that is told to stop should have ended
 _REAP_EVERY_S = 5.0
+_MOST_ALIKE = 3  # builds that fail for one reason, if it is unknown whether the next one would
 
 
 def report(level: str, text: str = "", **values: object) -> None:
@@ -175,9 +176,11 @@ def _drive(request: dict[str, Any]) -> None:
         report("ERROR", str(error), is_last=True)
         return
     except (ImportError, ValueError) as error:
-        report("ERROR", f"Ray cannot be started for the draft: {error}", is_last=True)
+        values = {"state": "failed"} if isinstance(error, ImportError) else {}
+        report("ERROR", f"Ray cannot be started for the draft: {error}", is_last=True, **values)
         return
     back_off = BackOff()
+    reasons: list[str] = []  # why builds failed, one after another
     try:
         while True:
             started = time.monotonic()
@@ -186,9 +189,17 @@ def _drive(request: dict[str, Any]) -> None:
                 reason = cluster.run_actor(
                     request["address"], request["target_pid"], request["runtime_dir"], partial(_report_state, states)
                 )
+                reasons.clear()
             except actor.ClusterLostError as error:
                 report("WARNING", str(error), is_last=True)
                 return
+            except actor.BuildError as error:
+                reason = str(error)
+                reasons.append(reason)
+                if error.is_final or (error.is_final is None and reasons[-_MOST_ALIKE:] == [reason] * _MOST_ALIKE):
+                    text = f"The draft model cannot work here and is given up: {reason}. Retrieval alone drafts."
+                    report("ERROR", text, state="failed", is_last=True)
+                    return
             wait_s = back_off.after(time.monotonic() - started, "up" in states)
             text = f"The draft actor ended: {reason}. It is started again in {wait_s:.0f} s."
             report("WARNING", text, state="down")

@@ -34,7 +34,7 @@ __all__ = ["DraftSupervisor", "HostProcess", "State", "child_environment"]
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "up", "down", "stopped"]
+State = Literal["starting", "up", "down", "failed", "stopped"]  # failed: the draft cannot work here, and is given up
 OnLine = Callable[[str], None]
 
 # Both together are less than vLLM's engine core waits for its workers to exit: 5 s.
@@ -150,7 +150,7 @@ class DraftSupervisor:
         while not self._stopping.is_set():
             started, earlier = self._clock(), self.workers_up
             self._run_once()
-            if self._stopping.is_set():
+            if self._stopping.is_set() or self.state == "failed":
                 return
             self.state = "down"
             wait_s = back_off.after(self._clock() - started, self.workers_up > earlier)
@@ -195,7 +195,7 @@ class DraftSupervisor:
                 self._last_up = pid
                 self.workers_up += 1
         if state is not None and not self._stopping.is_set():
-            self.state = state if state in ("up", "down") else "starting"
+            self.state = state if state in ("up", "down", "failed") else "starting"
 
 
 class HostProcess:

@@ -11,8 +11,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from pydantic import ConfigDict, ValidationError
+from vllm.config import LoadConfig, ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
@@ -115,6 +115,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         target_model_config=target,
         target_parallel_config=parallel,
         double=double,
+        draft_load_config=draft.pop("draft_load_config", None),
         draft=draft,
         datastores=datastores,
         cores=cores,
@@ -157,15 +158,15 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     model = draft["model"]
     if not isinstance(model, str) or not model:
         raise ConfigError(f'"model" is {model!r}, and must be the path or the name of a draft model.')
-    looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if looks_like_path and not Path(model).expanduser().is_dir():
-        raise ConfigError(f'The draft model "{model}" does not exist.')
+    _check_place(model)
     size = draft.setdefault("draft_tensor_parallel_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_DRAFT_RANKS:
         raise ConfigError(f'"draft_tensor_parallel_size" is {size!r}, and must be a whole number from 1 to {MAX_DRAFT_RANKS}.')
-    for key in ("kv_cache_dtype", "attention_backend", "moe_backend", "draft_load_config"):
+    for key in ("kv_cache_dtype", "attention_backend", "moe_backend"):
         if draft.pop(key, None) not in (None, "auto"):
             raise ConfigError(f'"{key}" cannot be set for the draft of method "double".')
+    if isinstance(draft.get("draft_load_config"), dict):
+        draft["draft_load_config"] = _load_config(draft["draft_load_config"])
     if draft.get("enforce_eager") is None:
         draft["enforce_eager"] = target.enforce_eager  # as in vLLM
     elif not isinstance(draft["enforce_eager"], bool):
@@ -177,6 +178,34 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     _check_device(double.draft_device, size, num_engines)
     if double.ray_address is not None:
         _check_reachable(double.ray_address)
+
+
+def _check_place(model: str) -> None:
+    """A folder, or what may be a repository's name: the two forms in which a draft is found."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return
+    fault = ""
+    if "://" in model:
+        fault = "is an address"
+    elif path.exists():
+        fault = "is a file"
+    elif model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        fault = "does not exist"
+    if fault:
+        raise ConfigError(
+            f'The draft model "{model}" {fault}: "model" takes a folder that holds config.json and weights, or the name of a '
+            'repository, such as "Qwen/Qwen3-0.6B".'
+        )
+
+
+def _load_config(values: dict[str, Any]) -> LoadConfig:
+    try:
+        return LoadConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f'"draft_load_config": {{"{name}": {first["input"]!r}}} is not possible: {first["msg"]}.') from None
 
 
 def _check_device(device: str, num_ranks: int, num_engines: int) -> None:

@@ -55,6 +55,7 @@ _BY_SOURCE = {
 }
 _GAUGES = {
     "worker_up": "1 while a draft worker answers.",
+    "draft_failed": "1 if the draft model cannot work here and has been given up: retrieval alone drafts.",
     "enabled": "0 while drafting is switched off.",
     "paused_seconds": "Seconds until drafting is tried again, after an exception or because it did not pay.",
     "propose_max_seconds": "Longest round so far, in seconds.",
@@ -73,6 +74,7 @@ def snapshot(
     *,
     worker_up: bool,
     worker_restarts: int,
+    draft_failed: bool,
     enabled: bool,
     paused_s: float,
 ) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def snapshot(
     return {name: getattr(counters, name) for name in names if name != "worker_restarts"} | {
         "worker_restarts": worker_restarts,
         "worker_up": int(worker_up),
+        "draft_failed": int(draft_failed),
         "enabled": int(enabled),
         "paused_seconds": paused_s,
         "step_seconds": step_cost[0],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 __all__ = ["EngineConfig"]
 
@@ -11,8 +12,8 @@ __all__ = ["EngineConfig"]
 class EngineConfig:
     """Which draft model, where it runs, and how much it may keep.
 
-    model, revision, quantization, load_format, trust_remote_code, max_model_len, seed: as in vLLM; None is the
-        model's own.
+    model, revision, quantization, trust_remote_code, max_model_len, seed: as in vLLM; None is the model's own.
+    loading: further arguments of vLLM's EngineArgs, which say how weights and configuration are found and read.
     dtype: as in vLLM, whose 'auto' is 16 bits for a float32 model, too; but float32 on a CPU without instructions for them.
     longest_text: of the target; a draft model that could read more is not given room for it.
     device: 'cpu' or 'cuda:N'; vLLM must be built for it.
@@ -49,15 +50,15 @@ class EngineConfig:
     rendezvous: str = ""
     trust_remote_code: bool = False
     seed: int = 0
-    load_format: str = "auto"
+    loading: dict[str, Any] = field(default_factory=dict)
     num_children: int = 32
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and field.name not in ("seed", "rank") and value < 1:
-                raise ValueError(f"{field.name} is {value}, it must be positive")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, int) and not isinstance(value, bool) and entry.name not in ("seed", "rank") and value < 1:
+                raise ValueError(f"{entry.name} is {value}, it must be positive")
         if not 0 <= self.rank < self.tensor_parallel_size:
             raise ValueError(f"rank is {self.rank}, of {self.tensor_parallel_size}")
         if self.tensor_parallel_size > 1 and not self.rendezvous:

@@ -173,7 +173,7 @@ _IMPORTS = tuple(
     Names(*names)
     for names in (
         ("vllm", "envs ir"),
-        (_CONFIG, "CUDAGraphMode CompilationMode ModelConfig ParallelConfig SpeculativeConfig VllmConfig"),
+        (_CONFIG, "CUDAGraphMode CompilationMode LoadConfig ModelConfig ParallelConfig SpeculativeConfig VllmConfig"),
         (_CONFIG, "get_layers_from_vllm_config set_current_vllm_config"),
         ("vllm.config.utils", "config"),
         ("vllm.distributed.parallel_state", "get_tensor_model_parallel_rank"),
@@ -186,8 +186,10 @@ _IMPORTS = tuple(
         ("vllm.model_executor.layers.attention", "Attention"),
         ("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase"),
         ("vllm.model_executor.model_loader", "get_model"),
+        ("vllm.model_executor.model_loader.utils", "get_draft_load_config"),
         ("vllm.platforms", "current_platform"),
         ("vllm.sampling_params", "SamplingParams"),
+        ("vllm.tokenizers", "get_tokenizer"),
         ("vllm.v1.attention.backend", "AttentionCGSupport CommonAttentionMetadata"),
         ("vllm.v1.attention.backends.utils", "get_supported_kv_cache_layouts resolve_kv_cache_layout"),
         (_CACHE, "get_kv_cache_config_from_groups get_kv_cache_groups"),
