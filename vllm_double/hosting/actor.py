@@ -39,7 +39,16 @@ _PASSED_ON = (
     "XDG_CACHE_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
 # Errors of a build that another one will have, too.
-_FINAL = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, ImportError, AssertionError, FileNotFoundError)
+_FINAL = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    ImportError,
+    AssertionError,
+    FileNotFoundError,
+)
 _PASSING = ("Memory", "Connect", "Timeout", "HTTP")  # in the name of an error that may be another one's, or nobody's, tomorrow
 
 
@@ -134,7 +143,6 @@ class DraftActor:
         finally:
             self._state = "ended"
         return "the worker returned" if self._target.alive() else "the target is gone"
-
 
     def _build(self) -> Any:
         module, _, name = self._settings.factory.partition(":")

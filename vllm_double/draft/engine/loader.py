@@ -93,7 +93,9 @@ def load(config: EngineConfig) -> LoadedModel:
 
 
 def _vllm_config(config: EngineConfig) -> VllmConfig:
-    args: dict[str, Any] = config.loading | {name: getattr(config, name) for name in _VLLM_ARGS} | {
+    args: dict[str, Any] = {
+        **config.loading,
+        **{name: getattr(config, name) for name in _VLLM_ARGS},
         "enforce_eager": bool(config.eager_because),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
