@@ -59,6 +59,14 @@ def _wrap(arguments: Any) -> None:
             return original(self, *args, **kwargs)
         return _create(self, raw, *args, **kwargs)
 
+    @wrap_once(arguments.EngineArgs, "create_engine_config")
+    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.scheduler_cls, self.async_scheduling
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.scheduler_cls, self.async_scheduling = before
+
     @wrap_once(arguments.EngineArgs, "add_cli_args")
     def add_cli_args(original: Any, parser: Any) -> Any:
         parser = original(parser)
@@ -99,7 +107,7 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         engine_args.async_scheduling = False
         if engine_args._api_process_count == 1 or engine_args._api_process_rank < 0:  # once, of however many front ends
             _logger.info("Method double: asynchronous scheduling is off, because draft tokens are proposed between two steps.")
-        expose(config.metrics_key, target_parallel_config.data_parallel_size)
+        expose(config, target_parallel_config.data_parallel_size)
         return config
     except (ConfigError, UnsupportedVllm) as error:
         if _is_command():

@@ -17,7 +17,7 @@ from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.hosting.cores import CoreSplit, read_topology, split_cores
-from vllm_double.integration.front_end import allow_v2, check_requests
+from vllm_double.integration.front_end import allow_v2, bind_target, check_requests
 from vllm_double.integration.tokenizers import check_datastores, check_same_tokenizer
 
 __all__ = ["SCHEDULER_PATH", "DoubleSpeculativeConfig", "build"]
@@ -129,13 +129,16 @@ def _metrics_key(parallel: ParallelConfig) -> str:
     """A new one; in a further front end that of the first process, which launched the engines: each builds a configuration."""
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
         return os.environ[_METRICS_KEY]
-    key = os.environ[_METRICS_KEY] = secrets.token_hex(8)
+    key = secrets.token_hex(8)
+    if parallel._api_process_count > 1:
+        os.environ[_METRICS_KEY] = key
     return key
 
 
 def _teach_process() -> None:
     check_requests(DoubleSpeculativeConfig)
     allow_v2(DoubleSpeculativeConfig)
+    bind_target(DoubleSpeculativeConfig)
 
 
 def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:
@@ -243,10 +246,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> CoreSplit | None:
-    """On CPU the target's and the draft's cores are disjoint; decided before the executor spawns its workers.
-
-    Sets VLLM_CPU_OMP_THREADS_BIND, from which the target's workers take their cores.
-    """
+    """On CPU the target's and the draft's cores are disjoint; decided before the executor spawns its workers."""
     from vllm import envs
     from vllm.platforms import current_platform
 
@@ -267,5 +267,4 @@ def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> C
             raise ValueError(f"{len(split.draft)} core(s) cannot be divided among {num_draft_ranks} draft ranks.")
     except ValueError as error:
         raise ConfigError(f'"draft_cores": {error}') from None
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = split.bind
     return split

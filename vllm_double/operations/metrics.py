@@ -7,7 +7,9 @@ several front ends, the default with data parallelism, makes each page from file
 import functools
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any
@@ -158,11 +160,19 @@ class _DoubleCollector(Collector):
         return families(snapshots)
 
 
-def expose(key: str, num_engines: int) -> None:
-    """Show the metrics of ``num_engines`` engines on this process's page."""
-    collector = _DoubleCollector(key, num_engines)
+def _remove(collector: Collector) -> None:
+    with suppress(KeyError):  # somebody has emptied the registry before
+        REGISTRY.unregister(collector)
+
+
+def expose(config: Any, num_engines: int) -> None:
+    """Show the metrics of ``num_engines`` engines, with ``metrics_key`` of their configuration, on this process's page, as long
+    as that configuration lives.
+    """
+    collector = _DoubleCollector(config.metrics_key, num_engines)
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         REGISTRY.register(collector)
+        weakref.finalize(config, _remove, collector)
         return
     # Here each scrape has a new registry, with nothing but this collector of prometheus_client in it.
     original = MultiProcessCollector.collect
