@@ -70,8 +70,8 @@ def bind_target(config_class: type) -> None:
 
     @wrap_once(OMPProcessManager, "__init__")
     def init(original: Any, self: Any, config: Any) -> None:
-        speculative = config.speculative_config
-        cores = speculative.cores if isinstance(speculative, config_class) else None
+        speculative: Any = config.speculative_config
+        cores = getattr(speculative, "cores", None) if isinstance(speculative, config_class) else None
         if cores is None:
             original(self, config)
             return
