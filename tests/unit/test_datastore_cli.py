@@ -245,15 +245,10 @@ def test_what_is_no_datastore_is_never_replaced(
         assert source.read_text() == '{"text": "a b c"}\n'
 
     for path in (store, partial):
-        path.hardlink_to(source)  # the input itself, by another name
-        check(path)
-        path.unlink()
-        path.symlink_to(source)
-        check(path)
-        path.unlink()
-        os.mkfifo(path)
-        check(path)
-        path.unlink()
+        for make in (path.hardlink_to, path.symlink_to, lambda _, path=path: os.mkfifo(path)):
+            make(source)  # the input itself by another name, or a pipe
+            check(path)
+            path.unlink()
     store.touch()
     check(store)
     store.unlink()
