@@ -7,7 +7,9 @@ several front ends, the default with data parallelism, makes each page from file
 import functools
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any
@@ -55,6 +57,7 @@ _BY_SOURCE = {
 }
 _GAUGES = {
     "worker_up": "1 while a draft worker answers.",
+    "draft_failed": "1 if the draft model cannot work here and has been given up: retrieval alone drafts.",
     "enabled": "0 while drafting is switched off.",
     "paused_seconds": "Seconds until drafting is tried again, after an exception or because it did not pay.",
     "propose_max_seconds": "Longest round so far, in seconds.",
@@ -73,6 +76,7 @@ def snapshot(
     *,
     worker_up: bool,
     worker_restarts: int,
+    draft_failed: bool,
     enabled: bool,
     paused_s: float,
 ) -> dict[str, Any]:
@@ -84,6 +88,7 @@ def snapshot(
     return {name: getattr(counters, name) for name in names if name != "worker_restarts"} | {
         "worker_restarts": worker_restarts,
         "worker_up": int(worker_up),
+        "draft_failed": int(draft_failed),
         "enabled": int(enabled),
         "paused_seconds": paused_s,
         "step_seconds": step_cost[0],
@@ -155,11 +160,19 @@ class _DoubleCollector(Collector):
         return families(snapshots)
 
 
-def expose(key: str, num_engines: int) -> None:
-    """Show the metrics of ``num_engines`` engines on this process's page."""
-    collector = _DoubleCollector(key, num_engines)
+def _remove(collector: Collector) -> None:
+    with suppress(KeyError):  # somebody has emptied the registry before
+        REGISTRY.unregister(collector)
+
+
+def expose(config: Any, num_engines: int) -> None:
+    """Show the metrics of ``num_engines`` engines, with ``metrics_key`` of their configuration, on this process's page, as long
+    as that configuration lives.
+    """
+    collector = _DoubleCollector(config.metrics_key, num_engines)
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         REGISTRY.register(collector)
+        weakref.finalize(config, _remove, collector)
         return
     # Here each scrape has a new registry, with nothing but this collector of prometheus_client in it.
     original = MultiProcessCollector.collect
