@@ -102,7 +102,8 @@ def test_a_slow_file_delays_no_lookup_and_answers_when_it_was_read(tmp_path: Pat
 
 def test_one_call_reads_a_bounded_number_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retriever = begun(build(tmp_path / "store"))
-    monkeypatch.setattr("vllm_double.retrieval.datastore.source._MAX_READS", 3)
+    for name in ("_MAX_READS", "_LEAST_READS"):
+        monkeypatch.setattr(f"vllm_double.retrieval.datastore.source.{name}", 3)
     (datastore,) = retriever._files
     answers = []
     for _ in range(100):

@@ -14,7 +14,7 @@ from vllm_double.retrieval.datastore.block_steps import BLOCK, READING, Blocks
 
 __all__ = ["Reader"]
 
-_MOST_PLACES = 1 << 15
+_LEAST_BLOCKS = 64
 _SPAN = 64  # blocks that the thread reads at once
 _MOST_MISSING = 16  # blocks that are asked for after one call
 
@@ -34,20 +34,26 @@ class Reader:
     def __init__(self, fd: int, stamp: _Stamp, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         """fd: is closed with the reader. stamp: see `stamp_of`. offsets, lengths: of the sections, in bytes and items."""
         self._fd, self._stamp = fd, stamp
-        num_places = min(_MOST_PLACES, 1 << (-(-stamp[0] // BLOCK) - 1).bit_length())
-        memory = np.zeros((num_places, BLOCK // 8), np.int64)
-        reading = np.zeros(1, READING)
-        reading["first"], reading["iovec"] = memory.ctypes.data, reading.ctypes.data
-        reading["fd"], reading["size"] = fd, stamp[0]
-        self.blocks = Blocks(
-            reading, np.zeros(num_places, np.int64), memory.view(np.uint8), memory.view(np.int32), memory,
-            np.zeros(_MOST_MISSING, np.int64), np.array(offsets, np.int64), np.array(lengths, np.int64),
-        )  # fmt: skip
+        self._offsets, self._lengths = np.array(offsets, np.int64), np.array(lengths, np.int64)
+        self.keep(_LEAST_BLOCKS)
         self._wanted: _Wanted = SimpleQueue()
         self._read: _Read = deque()
         self._thread: Thread | None = None
         self._is_reading = self._has_changed = False
-        self._close = weakref.finalize(self, os.close, fd)
+        self._close: weakref.finalize[..., Reader] = weakref.finalize(self, os.close, fd)
+
+    def keep(self, num_blocks: int) -> None:
+        """Have an empty cache of so many blocks, or fewer; memory is taken as it is used."""
+        most = max(num_blocks, _LEAST_BLOCKS).bit_length() - 1
+        num_places = 1 << min(most, (-(-self._stamp[0] // BLOCK) - 1).bit_length())
+        memory = np.zeros((num_places, BLOCK // 8), np.int64)
+        reading = np.zeros(1, READING)
+        reading["first"], reading["iovec"] = memory.ctypes.data, reading.ctypes.data
+        reading["fd"], reading["size"] = self._fd, self._stamp[0]
+        self.blocks = Blocks(
+            reading, np.zeros(num_places, np.int64), memory.view(np.uint8), memory.view(np.int32), memory,
+            np.zeros(_MOST_MISSING, np.int64), self._offsets, self._lengths,
+        )  # fmt: skip
 
     def begin(self, max_reads: int) -> None:
         """Lookups follow, which read so many blocks at most."""

@@ -14,7 +14,9 @@ from vllm_double.retrieval.datastore.lookup_steps import CHOICE, REQUEST, Texts,
 __all__ = ["DatastoreRetriever"]
 
 _logger = logging.getLogger(__name__)
-_MAX_READS = 512  # blocks that the lookups of one call read in all, in less than a millisecond
+_MAX_READS = 512  # blocks that the lookups of one call read in all, in less than a millisecond,
+_LEAST_READS = 8  # and of each file: many small files take longer
+_MOST_BLOCKS = 1 << 15  # of all files that are kept: 32 MiB
 
 
 class DatastoreRetriever(ArraySource):
@@ -37,6 +39,8 @@ class DatastoreRetriever(ArraySource):
         """``max_match`` is the greatest of the datastores'."""
         self.max_match = max(datastore.header.max_match for datastore in datastores)
         self._files = list(datastores)
+        for datastore in datastores:
+            datastore.reader.keep(_MOST_BLOCKS // len(datastores))
         self.rows = Texts(np.zeros(16, REQUEST), np.zeros((16, 8 * self.max_match), np.int32))
         self._context = np.zeros(0, np.int32)
         self._choices = np.zeros(0, CHOICE)
@@ -70,7 +74,7 @@ class DatastoreRetriever(ArraySource):
             self._choices.fill(0)
             passes = [True, False]
         for file in self._files:
-            file.reader.begin(_MAX_READS // len(self._files))
+            file.reader.begin(max(_LEAST_READS, _MAX_READS // len(self._files)))
         for is_probe in passes:
             for number, file in enumerate(self._files):
                 row = self._steps.lookup(
