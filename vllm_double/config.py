@@ -3,7 +3,7 @@
 import difflib
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 __all__ = ["MAX_SPECULATIVE_TOKENS", "ConfigError", "DoubleConfig", "check_num_speculative_tokens", "nearest"]
 
@@ -26,9 +26,18 @@ class DoubleConfig(BaseModel):
     history_tokens: int = Field(1 << 20, ge=0, le=1 << 30, description=(
         "tokens of earlier answers kept for retrieval, about 70 bytes each in target and draft worker; 0: none. A request "
         "retrieves from its own tenant (cache_salt) only. The tenant that has waited longest for an answer loses tokens first"))
+    tenant_share: float = Field(0.5, gt=0, le=1, description=(
+        "part of the history that a cache_salt, all tenants without one together, or the requests without a tenant may take "
+        "from others; beyond it they lose their own tokens first"))
     share_history: bool = Field(False, description=(
         "requests without a tenant share a history. The speed of an answer then shows whether another request got that text, "
         "as vLLM's prefix caching does for prompts"))
+    require_salt: bool = Field(False, description=(
+        "a tenant counts only within a cache_salt. Without it, whoever knows a tenant's name can tell by the speed of answers "
+        "which texts it got"))
+    context_gib: float = Field(2.0, gt=0, le=1024, description=(
+        "most memory for the indexes of running requests' texts in GiB, about 90 bytes per token, each in target and draft "
+        "worker. A request that finds no room gets no tokens from its own text and the history"))
     datastore: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description=(
         "file or folder that `vllm-double datastore build` made with the target's tokenizer, or a list of them. All requests "
         "retrieve from it"))
@@ -66,6 +75,13 @@ class DoubleConfig(BaseModel):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else () if value is None else value
+
+    @field_validator("require_salt")
+    @classmethod
+    def _names_are_not_shared(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("share_history"):
+            raise ValueError('with "share_history" a request without a salt would share what its tenant may not')
+        return value
 
     @field_validator("ray_address")
     @classmethod

@@ -242,7 +242,11 @@ def _schedule(self: Any, throttle_prefills: bool = False) -> Any:
 
 
 def _params(
-    monkeypatch: pytest.MonkeyPatch, salt: Any = None, double: Any = None, lora: LoRARequest | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    salt: Any = None,
+    double: Any = None,
+    lora: LoRARequest | None = None,
+    requires_salt: bool = False,
 ) -> RequestParams:
     """What the worker makes of a request after its way from the scheduler."""
     monkeypatch.setattr(Scheduler, "schedule", _schedule)
@@ -250,6 +254,7 @@ def _params(
     request = Request("r", [1, 2], sampling, None, cache_salt=salt, lora_request=lora)
     proposer = object.__new__(v1.DoubleProposer)
     proposer._max_model_len, proposer._said_unreadable = 100, False
+    proposer._requires_salt = requires_salt
     return proposer._params(*_sent(_scheduler(monkeypatch), request), 5)
 
 
@@ -273,6 +278,21 @@ def test_requests_that_differ_in_any_name_have_histories_of_their_own(monkeypatc
         _params(monkeypatch, salt="b", double={"tenant": "a"}).tenant,
     ]
     assert None not in tenants and len(set(tenants)) == len(tenants)
+
+
+def test_tenants_of_one_salt_and_all_without_one_have_one_owner_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def owner(**said: Any) -> str:
+        return (_params(monkeypatch, **said).tenant or "").partition("/")[0]
+
+    a, b = {"tenant": "a"}, {"tenant": "b"}
+    assert owner(salt="x", double=a) == owner(salt="x", double=b) == owner(salt="x") != owner(salt="y")
+    assert owner(double=a) == owner(double=b) == ""
+
+
+def test_a_tenant_without_a_salt_is_none_if_the_operator_requires_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _params(monkeypatch, double={"tenant": "a"}, requires_salt=True).tenant is None
+    salted = {"salt": "x", "double": {"tenant": "a"}}
+    assert _params(monkeypatch, **salted, requires_salt=True).tenant == _params(monkeypatch, **salted).tenant
 
 
 def test_a_reset_of_the_prefix_cache_reaches_the_draft_before_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:

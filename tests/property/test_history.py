@@ -1,5 +1,6 @@
 """History retrieval against a scan of the generations that should be there."""
 
+from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
@@ -42,10 +43,18 @@ class Twin:
             held += rest[:budget_tokens]
             self.current = (held, rest[budget_tokens:]) if len(rest) > budget_tokens else None
             budget_tokens -= len(rest)
-            while sum(max(len(held), self.smallest) for _, _, held in self.generations) > self.max_tokens:
-                _, _, dropped = self.generations.pop(0)
+            while sum(self.charges().values()) > self.max_tokens:
+                over = {name for name, charge in self.charges().items() if charge > self.max_tokens / 2}
+                place = next(i for i, (name, _, _) in enumerate(self.generations) if not over or name in over)
+                _, _, dropped = self.generations.pop(place)
                 if self.current is not None and self.current[0] is dropped:
                     self.current = None
+
+    def charges(self) -> Counter[str | None]:
+        charges: Counter[str | None] = Counter()
+        for tenant, _, held in self.generations:
+            charges[tenant] += max(len(held), self.smallest)
+        return charges
 
     def room_for(self, tenant: str | None, num_tokens: int) -> list[int]:
         own = [(capacity, held) for name, capacity, held in self.generations if name == tenant]
@@ -205,3 +214,24 @@ def test_the_oldest_texts_go_first() -> None:
     retriever.start(99, np.array([5], np.int32), "a")
     found = [retriever.lookup(99, [1000 + 10 * key], 8) is not None for key in range(30)]
     assert found[-1] and not found[0] and found == sorted(found)
+
+
+def test_whoever_invents_tenants_takes_no_more_than_a_quota_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_SMALLEST", 16)
+    retriever = HistoryRetriever(400, share_unnamed=True)
+    known = {"salted/a": 100, "other/a": 200, None: 300}
+    for key, (tenant, first) in enumerate(known.items()):
+        _answered(retriever, key, tenant, list(range(first, first + 30)))
+    for key in range(10, 500):
+        _answered(retriever, key, f"/invented {key}", [7, 8, 9])
+        check_history(retriever)
+    for key, (tenant, first) in enumerate(known.items()):
+        retriever.start(key, np.array([first, first + 1], np.int32), tenant)
+        assert retriever.lookup(key, (), 4) is not None, tenant
+
+
+def test_a_tenant_that_is_alone_has_the_whole_history() -> None:
+    retriever = HistoryRetriever(400)
+    for key in range(60):
+        _answered(retriever, key, "a", list(range(1000 + 10 * key, 1009 + 10 * key)))
+    assert 300 <= retriever.num_tokens <= 400

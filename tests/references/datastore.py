@@ -33,7 +33,7 @@ def _innermost(nodes: list[Node], first: int, stop: int, depth: int) -> int:
 
 def check_datastore(datastore: Datastore) -> None:
     """Raise AssertionError where the sections are not those of the documents. Slow, O(n^2): for tests."""
-    lists = [array.tolist() for array in datastore.sections]
+    lists = [[item for part in datastore.parts(section) for item in part.tolist()] for section in datastore.header.sections]
     tokens, starts, samples, order, followers, successors, shared, anchors = lists[:-1]
     nodes = [Node(*node) for node in lists[-1]]
     depth, num_entries = datastore.header.max_match, datastore.header.num_entries
@@ -83,7 +83,7 @@ def check_datastore(datastore: Datastore) -> None:
 
 def documents_of(datastore: Datastore) -> Iterator[list[int]]:
     """The corpus, document by document."""
-    tokens = datastore.sections.tokens
+    tokens = np.concatenate(list(datastore.parts(datastore.header.sections[0])))
     ends = np.flatnonzero(tokens == SEPARATOR)
     for start, end in pairwise(ends):
         yield tokens[start + 1 : end].tolist()

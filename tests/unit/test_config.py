@@ -16,6 +16,7 @@ def test_defaults_are_what_no_setting_gives() -> None:
         ({"ray_address": "localhost"}, 'not of the form "host:port"'),
         ({"ray_address": "ray://h:1"}, 'not of the form "host:port"'),
         ("fast", "takes an object"),
+        ({"require_salt": True, "share_history": True}, "share what its tenant may not"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_sentence(raw: object, sentence: str) -> None:

@@ -257,7 +257,7 @@ def test_an_exception_ends_in_the_guard_and_drafts_come_back(
 def test_failures_at_every_trial_lengthen_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Guarded()
     world.admit("r", [1, 5])
-    monkeypatch.setattr(world.inner, "propose", failing(6))
+    monkeypatch.setattr(world.inner, "propose", failing(7))  # at the second one the request is suspected, in vain
     pauses = []
     for _ in range(6):
         world.run(2)
@@ -265,7 +265,7 @@ def test_failures_at_every_trial_lengthen_the_pause(monkeypatch: pytest.MonkeyPa
         world.now += pauses[-1]
     assert pauses == [1, 2, 4, 8, 8, 8]
     world.step()
-    assert world.guarded.breaker.state == "closed" and world.guarded.counters.failures == 6
+    assert world.guarded.breaker.state == "closed" and world.guarded.counters.failures == 7
 
 
 def test_an_exception_outside_the_round_ends_in_the_guard_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,9 +448,11 @@ def test_exceptions_anywhere_in_the_proposer_leak_nothing_and_drafting_comes_bac
     world.run(8)
     world.check_texts(prompts)
     assert world.accepted() > accepted
-    assert world.inner.num_requests == len(world.guarded._live) == len(prompts) == len(world.worker.frontier)
+    assert world.inner.num_requests == len(world.guarded._live) == len(prompts)
+    num_drafted = sum(params.use_drafts for params in world.guarded._live.values())
+    assert len(world.worker.frontier) == num_drafted >= 2
     for source in sources:
-        assert source.requests["live"].sum() == len(prompts)
+        assert source.requests["live"].sum() == num_drafted
     for name in prompts:
         world.guarded.finish(name)
     world.index()

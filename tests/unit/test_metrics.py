@@ -42,7 +42,7 @@ def test_counts_arrive_on_the_page() -> None:
     counters.proposed(0.00015)
     counters.proposed(7.0)
     counters.worker = {"iterations": 4.0, "requests": 2.0}
-    server = serve(key, 0, counters, worker_restarts=3)
+    server = serve(key, 0, counters, worker_restarts=3, index_bytes=900, unindexed=5)
     found = page(key)
     server.close()
     assert found["vllm:double_committed_tokens_total", ""] == 4
@@ -53,6 +53,7 @@ def test_counts_arrive_on_the_page() -> None:
     assert found["vllm:double_accepted_tokens_total", "draft"] == 1
     assert found["vllm:double_proposed_tokens_total", ""] == 2 and found["vllm:double_expected_tokens_total", ""] == 0.75
     assert found["vllm:double_step_seconds", ""] == 0.02 and found["vllm:double_step_token_seconds", ""] == 0.001
+    assert found["vllm:double_index_bytes", ""] == 900 and found["vllm:double_unindexed_total", ""] == 5
     assert found["vllm:double_worker_restarts_total", ""] == 3 and found["vllm:double_worker_up", ""] == 1
     assert found["vllm:double_worker_iterations_total", ""] == 4 and found["vllm:double_worker_requests", ""] == 2
     assert found["vllm:double_propose_seconds_bucket", "0.0001"] == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from vllm_double.hosting.settings import DraftSettings
 
 __all__ = ["build"]
-
-logger = logging.getLogger(__name__)
 
 
 def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> DraftWorker | Follower:
@@ -47,18 +44,11 @@ def build(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> 
     from vllm_double.draft.frontier import FrontierLimits
     from vllm_double.draft.worker import DraftWorker
     from vllm_double.retrieval import known_noise
-    from vllm_double.retrieval.datastore import DatastoreError
     from vllm_double.retrieval.sources import Sources
     from vllm_double.transport.shared import SharedDraftChannel
 
-    sources = Sources(context=False)
-    if double.draft_retrieval:
-        sources = Sources(double.context_retrieval, double.history_tokens, double.share_history, settings.datastores)
-    try:
-        retrievers = sources.open()
-    except DatastoreError as error:  # it was there when the target started
-        logger.warning("%s The draft goes on without it.", error)
-        retrievers = replace(sources, datastores=()).open()
+    sources = Sources.of(double, settings.datastores) if double.draft_retrieval else Sources(context=False)
+    retrievers = sources.open_again()
     known_noise.warm_up()
     channel = SharedDraftChannel.attach(address)
     gc.collect()

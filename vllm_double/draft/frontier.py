@@ -6,7 +6,7 @@ one child this is PEARL (2408.11850); if the draft tokens that the target verifi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ class FrontierLimits:
 class DraftRequest:
     """One admission; the rest of its state is in the arena. is_reading: the prefix cache may know more of its text."""
 
-    __slots__ = ("handle", "is_reading", "prefix", "slot", "temperature", "tenant")
+    __slots__ = ("handle", "is_reading", "num_committed", "num_foreseen", "prefix", "slot", "temperature", "tenant")
 
     def __init__(self, admission: Admit, slot: int, pool: PagePool, page_size: int) -> None:
         self.handle, self.slot = admission.handle, slot
@@ -63,6 +63,7 @@ class DraftRequest:
         self.temperature = admission.temperature
         self.prefix = Prefix(pool, page_size, self.tenant, admission.epoch)
         self.is_reading = True
+        self.num_committed = self.num_foreseen = 0  # since its admission
 
 
 class Frontier:
@@ -77,8 +78,13 @@ class Frontier:
         self._page_size = engine.page_size
         self._num_children = min(limits.children_per_node, engine.vocab_size)
         self._pool = PagePool(engine.num_pages, prefix_caching)
+        # Page 0 is nobody's, and the last text's continuation needs one.
+        self.max_length = min(engine.max_length, (engine.num_pages - 2) * engine.page_size)
+        """Texts of so many tokens, or more, are not drafted for."""
+        self.dropped: set[int] = set()
+        """Handles that the target uses, and that are not known: to be reported, and removed by the caller."""
         self._arena = make_arena(
-            self._pool.pages, self._pool.totals, limits.max_nodes, self._num_children, engine.page_size, engine.max_length,
+            self._pool.pages, self._pool.totals, limits.max_nodes, self._num_children, engine.page_size, self.max_length,
             engine.vocab_size, limits.num_speculative_tokens,
         )  # fmt: skip
         self._free_slots: list[int] = []
@@ -109,7 +115,7 @@ class Frontier:
     def counters(self) -> dict[str, int]:
         """By the names of `WorkerStats`."""
         totals = {name: int(self._pool.totals[name][0]) for name in ("retrieved_tokens", "confirmed_tokens", "nodes_evicted")}
-        return self._counters | totals
+        return self._counters | totals | {"index_bytes": self._lookups.num_bytes, "unindexed": self._lookups.num_unindexed}
 
     # ---- commands ---------------------------------------------------------------------------------------------
 
@@ -127,11 +133,14 @@ class Frontier:
             self._admit(command)
         else:
             self._counters["late_commands"] += 1
+            if isinstance(command, Commit):
+                self.dropped.add(command.handle)
 
     def _admit(self, command: Admit) -> None:
         self._counters["prefix_cache_queries"] += command.base
         if 2 * len(self._requests) >= self._limits.max_nodes:
             self._counters["requests_evicted"] += 1
+            self.dropped.add(command.handle)
             return
         self._make_room(1, max(command.base, command.max_length), len(command.stop_token_ids))
         arena, slot = self._arena, self._free_slots.pop()
@@ -175,8 +184,11 @@ class Frontier:
         )
         if num_foreseen < 0:
             self._counters["late_commands"] += 1
-            self._release(request)
+            self._drop(request)
             return
+        if was_whole:
+            request.num_committed += len(tokens)
+            request.num_foreseen += num_foreseen
         self._counters["foreseen_tokens"] += num_foreseen
         self._counters["committed_tokens"] += len(tokens)
         if self._forward.progress["num_lessons"][0]:
@@ -204,6 +216,10 @@ class Frontier:
         self._steps.release(self._arena, request.slot)
         del self._requests[request.handle], self._by_slot[request.slot]
         self._free_slots.append(request.slot)
+
+    def _drop(self, request: DraftRequest) -> None:
+        self.dropped.add(request.handle)
+        self._release(request)
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
@@ -299,18 +315,38 @@ class Frontier:
         self._steps.evict(self._arena, best, 0, 2 * len(self._forward.picks))
 
     def _evict_requests(self) -> None:
-        """Pages ran out for texts: give up continuations; if that is not enough, the texts that were admitted last."""
+        """Pages ran out for texts: give up the least useful texts, if there cannot be room for all, and then continuations."""
+        self._drop_least_useful(self._num_obtainable)
         needed = sum(map(self._num_lacking, self._requests.values()))
         self._steps.evict(self._arena, 1.0, needed + len(self._requests), 0)
-        for request in reversed(list(self._requests.values())):
-            if needed <= self._pool.num_free:
-                break
+        self._drop_least_useful(lambda: self._pool.num_free)
+
+    def _drop_least_useful(self, num_available: Callable[[], int]) -> None:
+        """Until so many pages are enough for all texts: the requests that foresaw the fewest of their tokens, for each page."""
+        needed = sum(map(self._num_lacking, self._requests.values()))
+        while needed > num_available():
+            request = min(reversed(list(self._requests.values())), key=self._use_of_a_page)
             needed -= self._num_lacking(request)
             self._counters["requests_evicted"] += 1
-            self._release(request)
+            self._drop(request)
+
+    def _use_of_a_page(self, request: DraftRequest) -> float:
+        share = (request.num_foreseen + 1) / (request.num_committed + 2)
+        return share / (self._num_held(request) + self._num_lacking(request))
+
+    def _num_obtainable(self) -> int:
+        """Pages that no text needs."""
+        arena = self._arena
+        held = [arena.trunks[one.slot, : self._num_held(one)] for one in self._requests.values()]
+        return len(arena.pages) - 1 - len(np.unique(np.concatenate(held))) if held else len(arena.pages) - 1
+
+    def _num_held(self, request: DraftRequest) -> int:
+        """Pages with the cached text."""
+        return -(-int(self._arena.requests["num_cached"][request.slot]) // self._page_size)
 
     def _num_lacking(self, request: DraftRequest) -> int:
         """Pages that the request's text and one token more need beyond those that it has."""
         entry = self._arena.requests[request.slot]
-        length = min(int(entry["length"]), int(self._arena.limits["max_length"][0]))
-        return -(-(length + 1) // self._page_size) - int(self._arena.branches["num_pages"][entry["trunk"]])
+        length = int(entry["length"])
+        is_read = length < min(int(entry["max_length"]), self.max_length) and not entry["has_ended"]
+        return max(0, -(-(length + 1) // self._page_size) - self._num_held(request)) if is_read else 0

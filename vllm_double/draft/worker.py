@@ -7,7 +7,7 @@ from vllm_double.draft.engine.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.retrieval.base import Source
 from vllm_double.transport.base import DraftChannel
-from vllm_double.transport.messages import WorkerStats
+from vllm_double.transport.messages import Dropped, WorkerStats
 
 __all__ = ["DraftWorker"]
 
@@ -52,6 +52,8 @@ class DraftWorker:
         for command in self._channel.receive():
             self.frontier.apply(command)
         batch = self.frontier.select()
+        if (dropped := self.frontier.dropped) and self._channel.report(Dropped(tuple(dropped))):
+            dropped.clear()
         if len(batch):
             started = self._clock()
             if copies := self.frontier.tail_copies:
@@ -88,6 +90,7 @@ class DraftWorker:
             "requests": len(self.frontier),
             "nodes_per_iteration": self._limits.nodes_per_iteration,
             "step_seconds": self._step_seconds,
+            "max_length": self.frontier.max_length,
         }
         # A target without requests reads nothing: news alone, or the log is full of statistics when the next one comes.
         if values != self._reported and self._channel.report(WorkerStats(values)):

@@ -55,13 +55,14 @@ class Launch:
             self._settings = draft_settings(vllm_config, sorted({*processes, *ranks}))
             if vllm_config.device_config.device_type == "cpu":
                 self.start_draft()
-        sources = Sources(double.context_retrieval, double.history_tokens, double.share_history, config.datastores)
+        sources = Sources.of(double, config.datastores)
         retrievers = sources.open() if double.target_retrieval else []
         known_noise.warm_up()
         vocab_size = vllm_config.model_config.get_vocab_size()
         proposer = Proposer(
-            config.num_speculative_tokens, self._channel, retrievers, time.perf_counter, vocab_size, double.wait_for_draft
-        )
+            config.num_speculative_tokens, self._channel, retrievers, time.perf_counter, vocab_size, double.wait_for_draft,
+            sources.open_again,
+        )  # fmt: skip
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic), _nap)
         self._indexer = Indexer(self.proposer.index, self.proposer.turnstile)
         # Not its rank: engines of a dense model count themselves as the only one.
@@ -95,6 +96,8 @@ class Launch:
             draft_failed=supervisor is not None and supervisor.state == "failed",
             enabled=self.proposer.enabled,
             paused_s=self.proposer.breaker.paused_s,
+            index_bytes=self.proposer.lookups.num_bytes,
+            unindexed=self.proposer.lookups.num_unindexed,
         )
 
     def _worker_answers(self) -> bool:

@@ -30,9 +30,12 @@ _logger = logging.getLogger(__name__)
 class TargetRank:
     """What each target worker has. Only the output rank proposes; every rank verifies the chains that the scheduler sends."""
 
+    _requires_salt = False
+
     def __init__(self, vllm_config: VllmConfig) -> None:
         wrap_worker()
         self._max_model_len = vllm_config.model_config.max_model_len
+        self._requires_salt = vllm_config.speculative_config.double.require_salt
         self._launch = Launch(vllm_config) if _is_output_rank() else None
         self._proposer: GuardedProposer | None = self._launch.proposer if self._launch is not None else None
         self._step_started = 0.0
@@ -127,12 +130,13 @@ class TargetRank:
         # foretells this one badly.
         salt, lora = getattr(new, SALT_ATTRIBUTE, None), new.lora_request
         adapter = (lora.lora_name, lora.lora_int_id, lora.lora_path) if lora is not None else None
-        is_named = bool(salt or args.tenant)
+        is_named = bool(salt or (args.tenant and not self._requires_salt))
+        owner = digest(salt) if salt else ""  # of the tenant: see HistoryRetriever
         return RequestParams(
             temperature=sampling.temperature,
             max_length=min(self._max_model_len, new.prompt_len + max_tokens),
             stop_token_ids=frozenset(stops),
-            tenant=digest(salt, args.tenant, adapter) if is_named else None,
+            tenant=f"{owner}/{digest(salt, args.tenant, adapter)}" if is_named else None,
             use_drafts=has_text and args.enabled,
             use_worker=not new.mm_features,
             seed=seed,

@@ -40,6 +40,8 @@ _COUNTERS = {  # attribute of Counters: (name behind "vllm:double_", help)
     "rewinds": ("rewinds", "Requests whose text became shorter."),
     "resynchronisations": ("resynchronisations", "Requests that were admitted to a draft worker again."),
     "rounds_without_worker": ("rounds_without_draft", "Rounds in which no draft worker was connected."),
+    "texts_too_long": ("texts_too_long", "Requests whose text was longer than the draft can read: it drafts nothing for them."),
+    "unindexed": ("unindexed", "Requests and answers that found no room in the indexes of retrieval."),
     "failures": ("failures", "Exceptions in the proposer. Drafting pauses after each."),
     "losses": ("losses", "Times that drafting paused because it cost more time than it saved."),
     "draft_pauses": ("draft_rests", "Times that the draft model was paused for a request that accepted few of its tokens."),
@@ -62,10 +64,12 @@ _GAUGES = {
     "paused_seconds": "Seconds until drafting is tried again, after an exception or because it did not pay.",
     "propose_max_seconds": "Longest round so far, in seconds.",
     "step_seconds": "Learnt time of a target forward without draft tokens, in seconds.",
+    "index_bytes": "Memory of the indexes of retrieval, in bytes.",
     "step_token_seconds": "Learnt time that each further token adds to a target forward, in seconds.",
 }
 # fmt: on
-_WORKER_GAUGES = frozenset({"requests", "nodes_per_iteration", "step_seconds"})
+_WORKER_GAUGES = frozenset({"requests", "nodes_per_iteration", "step_seconds", "max_length", "index_bytes"})
+_OF_OTHERS = ("worker_restarts", "unindexed")  # which `Counters` does not have
 _TIMEOUT_S = 0.5
 _SILENCE_S = 30.0  # before an engine that did not answer in time is asked again
 
@@ -79,14 +83,19 @@ def snapshot(
     draft_failed: bool,
     enabled: bool,
     paused_s: float,
+    index_bytes: int = 0,
+    unindexed: int = 0,
 ) -> dict[str, Any]:
     """The counters and the worker's state, for JSON.
 
-    step_cost: StepCost.estimate, in seconds. enabled: the switch. paused_s: CircuitBreaker.paused_s.
+    step_cost: StepCost.estimate, in seconds. enabled: the switch. paused_s: CircuitBreaker.paused_s. index_bytes, unindexed: of
+    Lookups.
     """
     names = (*_COUNTERS, *_BY_SOURCE, "propose_seconds", "propose_max_seconds", "propose_buckets", "worker")
-    return {name: getattr(counters, name) for name in names if name != "worker_restarts"} | {
+    return {name: getattr(counters, name) for name in names if name not in _OF_OTHERS} | {
         "worker_restarts": worker_restarts,
+        "index_bytes": index_bytes,
+        "unindexed": unindexed,
         "worker_up": int(worker_up),
         "draft_failed": int(draft_failed),
         "enabled": int(enabled),

@@ -107,6 +107,13 @@ class Source(ABC):
     """
 
     name: str
+    num_unindexed: int = 0
+    """Requests and answers that found no room in an index."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its indexes that it shares with no other source before it in a list of `sources.Sources`."""
+        return 0
 
     @abstractmethod
     def start(self, key: int, tokens: Tokens, tenant: str | None) -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from vllm_double.retrieval.array_source import ArraySource
 from vllm_double.retrieval.base import Found, Queries, Tokens
 from vllm_double.retrieval.context_steps import CONTEXT, QUEUE, Contexts, context_steps
-from vllm_double.retrieval.suffix_automaton.arena import NONE, SPARE, Arena, Arrays
+from vllm_double.retrieval.suffix_automaton.arena import BYTES_PER_TOKEN, NONE, SPARE, Arena, Arrays
 
 __all__ = ["ContextRetriever"]
 
@@ -123,6 +123,11 @@ class ContextRetriever(ArraySource):
 
     def _look_up(self, queries: Queries, found: Found, evidence: npt.NDArray[Any]) -> int:
         return self._steps.lookup(self.arena.arrays, self.requests, queries, found, evidence)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole arena."""
+        return self.arena.num_used * BYTES_PER_TOKEN
 
     @property
     def num_waiting(self) -> int:

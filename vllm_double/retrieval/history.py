@@ -1,6 +1,6 @@
 """Retrieval from what the target answered to earlier requests of the same tenant."""
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ __all__ = ["HistoryRetriever"]
 # Room of a tenant's first generation, and what any is charged at least: otherwise a tenant for each request had no bound.
 _SMALLEST = 1 << 8
 _GROWTH = 16
-# A tenant that has the whole history for itself loses a quarter of it at a time.
+# A generation is never larger than a quarter: a tenant that has the whole history for itself loses a quarter of it at a time.
 _SHARE = 4
 _SHORTEST_TEXT = 2
 _CLEANED = 512  # tokens that are indexed in the time that a slice of released memory takes
@@ -26,9 +26,10 @@ _CLEANED = 512  # tokens that are indexed in the time that a slice of released m
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
-    """A partition. ``number``: its row. ``num_users``: requests and waiting texts."""
+    """A partition. ``number``: its row. ``num_users``: requests and waiting texts. ``owner``: whose quota it is charged to."""
 
     name: str | None
+    owner: str | None
     number: int
     num_users: int = 0
     generations: "deque[_Generation]" = field(default_factory=deque)
@@ -73,6 +74,9 @@ class HistoryRetriever(ArraySource):
     generations of all tenants together hold more than ``max_tokens``, each counted as 256 at least, the one that has waited
     longest for another text is given up, whole; so it is if the arena is full. Texts longer than a generation keep their end.
 
+    The part of a tenant's name before the first "/" is its owner. An owner has a quota, ``tenant_share`` of ``max_tokens``: if
+    some have more, generations of theirs are given up first. So nobody who invents names takes more than a quota from others.
+
     A lookup answers from one generation: that in which the longest suffix of text + tail, of at most ``max_match`` tokens,
     occurs; of equally long ones the newest. There it is `ContextRetriever`'s lookup over texts that each end with a separator:
     contexts do not reach across it, it counts as a token that followed, and a continuation ends where it followed most often.
@@ -85,7 +89,8 @@ class HistoryRetriever(ArraySource):
     name = "history"
 
     def __init__(
-        self, max_tokens: int, max_match: int = 32, *, share_unnamed: bool = False, arena: Arena | None = None
+        self, max_tokens: int, max_match: int = 32, *, share_unnamed: bool = False, arena: Arena | None = None,
+        tenant_share: float = 0.5,
     ) -> None:  # fmt: skip
         """Room for ``max_tokens`` tokens of all tenants. Call `sources.warm_up` before the first start."""
         if max_tokens < 1 or max_match < 1:
@@ -111,6 +116,9 @@ class HistoryRetriever(ArraySource):
         # The text that is being indexed: its generation, and how much of it is done.
         self._current: tuple[_Generation, _Text, int] | None = None
         self._charge = 0  # of all generations
+        self._quota = tenant_share * max_tokens
+        self._charges: Counter[str | None] = Counter()  # by owner
+        self._over: set[str | None] = set()  # owners with more than the quota
         self._last_serial = 0
 
     # ---- requests ---------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ class HistoryRetriever(ArraySource):
             past = self.past
             self.past = past._replace(tenants=with_room(past.tenants, number), generations=with_room(past.generations, number))
             self.past.tenants[number] = (0, 0)
-            self._tenants[name] = tenant = _Tenant(name, number)
+            self._tenants[name] = tenant = _Tenant(name, name and name.partition("/")[0], number)
         return tenant
 
     def _leave(self, tenant: _Tenant, slot: int) -> None:
@@ -224,16 +232,16 @@ class HistoryRetriever(ArraySource):
             generation, text, start = self._current
             stop = min(text.stop, start + budget_tokens)
             self._steps.fill(self.arena.arrays, generation.slot, text.slot, start, stop)
-            self._charge -= generation.charge
+            before = generation.charge
             generation.num_tokens += stop - start
-            self._charge += generation.charge
+            self._count(generation.tenant.owner, generation.charge - before)
             self.num_tokens += stop - start
             budget_tokens -= stop - start
             self._current = (generation, text, stop)
             if stop == text.stop:
                 self._end_text()
             while self._charge > self.max_tokens:
-                self._evict(next(iter(self._generations.values())))
+                self._evict(self._least_wanted())
         self.arena.clean(num_slices)
         key = NONE
         while (key := self._steps.crowded(self.arena.arrays, self.requests, key + 1, SPARE)) != NONE:
@@ -272,24 +280,39 @@ class HistoryRetriever(ArraySource):
         while (slot := self.arena.open(1 << (capacity - 1).bit_length(), self.max_match)) == NONE:
             if not self._generations:
                 return None
-            self._evict(next(iter(self._generations.values())))
+            self._evict(self._least_wanted())
         self._last_serial += 1
         generation = _Generation(tenant, slot, self._last_serial, capacity, least)
         tenant.generations.appendleft(generation)
         self._generations[generation.serial] = generation
-        self._charge += generation.charge
+        self._count(tenant.owner, generation.charge)
         row = self.past.tenants[tenant.number]
         row["newest"] = (row["newest"] + 1) % MAX_GENERATIONS
         row["num_generations"] += 1
         self.past.generations[tenant.number, row["newest"]] = slot
         return generation
 
+    def _count(self, owner: str | None, num_tokens: int) -> None:
+        """So many tokens more are charged to an owner."""
+        self._charge += num_tokens
+        self._charges[owner] += num_tokens
+        if self._charges[owner] > self._quota:
+            self._over.add(owner)
+        else:
+            self._over.discard(owner)
+        if not self._charges[owner]:
+            del self._charges[owner]
+
+    def _least_wanted(self) -> _Generation:
+        """The generation that has waited longest for another text; of owners with more than their quota, if there are any."""
+        return next(one for one in self._generations.values() if not self._over or one.tenant.owner in self._over)
+
     def _evict(self, generation: _Generation) -> None:
         """Give up a generation, the oldest of its tenant's."""
         del self._generations[generation.serial]
         self.num_tokens -= generation.num_tokens
-        self._charge -= generation.charge
         tenant = generation.tenant
+        self._count(tenant.owner, -generation.charge)
         tenant.generations.pop()
         self.past.tenants["num_generations"][tenant.number] -= 1
         self.arena.close(generation.slot)

@@ -277,14 +277,14 @@ def _observe_forward(means: Any, request: Any, num_verified: int, num_new: int, 
 
 
 def pack_commits(
-    tries: Any, rows: Any, which: Any, slots: Any, ends: Any, session: Any, waits: bool, most: int, words: Any, floats: Any,
-    unknown: Any,
+    tries: Any, rows: Any, which: Any, slots: Any, ends: Any, session: Any, waits: bool, most: int, longest: int, words: Any,
+    floats: Any, unknown: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Write a commit for each of the rows ``which`` up to ``ends`` (by row of the batch), as `messages` has it, into ``words``.
 
-    A paused request is sent nothing but its end. floats: the same memory as ``words``. most: tokens of one command. Returns how
-    many rows were looked at before the room ended, how many words were written, and how many rows are ``unknown``: the worker
-    must admit their requests first.
+    A paused request is sent nothing but its end. floats: the same memory as ``words``. most: tokens of one command. longest: of
+    a text that the worker can use, plus one. Returns how many rows were looked at before the room ended, how many words were
+    written, and how many rows are ``unknown``: the worker must admit their requests first.
     """
     size = num_unknown = 0
     for index in range(len(which)):
@@ -293,7 +293,7 @@ def pack_commits(
         if not request.use_worker or (request.pause > 0 and not request.finished):
             continue
         num_tokens, num_chain = ends[row] - as_int(request.num_sent), as_int(request.chain_length)
-        if request.session == 0 or request.session != session or num_tokens > most:
+        if request.session == 0 or request.session != session or num_tokens > most or ends[row] >= longest:
             unknown[num_unknown] = index
             num_unknown += 1
             continue

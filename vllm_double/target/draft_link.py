@@ -2,23 +2,26 @@
 
 A worker's session knows a request under a handle, which is new at each admission: records of an earlier one cannot be mistaken.
 Nobody waits for the worker, and nothing that it does, or does not do, ends a request: what finds no room in the channel is
-released and admitted again, whole, when there is room; a new session is sent all requests again.
+released and admitted again, whole, when there is room; a new session is sent all requests again. What is longer than the draft
+can read, or than the channel has room for, is not sent at all.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_double.target._round_steps import SLOT_BITS
 from vllm_double.target.batch import Batch
 from vllm_double.target.request_table import RequestTable
 from vllm_double.target.round_calls import calls
 from vllm_double.target.stats import Counters
 from vllm_double.transport import messages
 from vllm_double.transport.base import TargetChannel
-from vllm_double.transport.messages import Admit, Commit, Commits, Forget, NodeArray, Nodes, Release
+from vllm_double.transport.messages import Admit, Commit, Commits, Dropped, Forget, NodeArray, Nodes, Release
 
 __all__ = ["DraftLink"]
 
@@ -46,6 +49,7 @@ class DraftLink:
         self._words = np.zeros(_COMMIT_WORDS, np.uint32)
         self._floats = self._words.view(np.float32)
         self._unknown = np.zeros(1, np.int32)
+        self._longest = channel.longest_text if channel is not None else 0
 
     @property
     def session(self) -> int:
@@ -75,9 +79,22 @@ class DraftLink:
         for report in self._channel.drain(_DRAIN_BYTES_PER_ROUND):
             if isinstance(report, Nodes):
                 nodes.append(report.records)
+            elif isinstance(report, Dropped):
+                self._drop(report.handles)
             else:
                 self._counters.worker = report.values
+                self._longest = int(min(self._channel.longest_text, report.values.get("max_length", self._longest)))
         return nodes
+
+    def _drop(self, handles: Iterable[int]) -> None:
+        """The worker has forgotten these requests, for lack of room: they are admitted again after as long a pause as after
+        drafts that were of no use."""
+        requests, limits = self._table.tries.requests, self._table.tries.limits[0]
+        for handle in self._handles.intersection(handles):
+            request = requests[handle & ((1 << SLOT_BITS) - 1)]
+            self._handles.discard(handle)
+            request["session"], request["pause"] = 0, request["next_pause"]
+            request["next_pause"] = min(2 * request["next_pause"], limits["longest_pause"])
 
     def all_have_drafted(self) -> bool:
         """Whether the worker has drafted for all requests that it may know since their admission, but for paused ones."""
@@ -94,8 +111,12 @@ class DraftLink:
         session = channel.session
         if session == 0:
             return
-        self._admit_budget -= len(tokens)
         request = self._table.tries.requests[slot]
+        if len(tokens) >= self._longest:
+            request["use_worker"] = False  # texts only grow
+            self._counters.texts_too_long += 1
+            return
+        self._admit_budget -= len(tokens)
         self._counters.resynchronisations += int(request["handle"] != 0)
         request["handle"] = handle = self._table.new_number(slot)
         chunk = _ADMIT_TOKENS_PER_COMMAND
@@ -199,7 +220,7 @@ class DraftLink:
         while start < len(rows):
             num_done, num_words, num_unknown = self._calls.pack_commits(
                 self._table.tries, batch.rows, rows[start:], slots[start:], ends, session, waits,
-                messages.MAX_TOKENS, self._words, self._floats, self._unknown,
+                messages.MAX_TOKENS, self._longest, self._words, self._floats, self._unknown,
             )  # fmt: skip
             missing = self._unknown[:num_unknown].tolist()
             unknown.extend(start + index for index in missing)

@@ -4,6 +4,9 @@ The breaker opens after an exception of ours, and where drafting has cost more t
 same: the state of all requests is dropped, on both sides, nothing is indexed, inserted or sent, and requests go on in plain
 decoding. When it ends, each request is admitted again with its text as it then is, so that nothing has to be right about the
 state that an exception leaves behind.
+
+If a round fails again, a request of it may be what fails: the round's requests are suspects, and half of them at a time get
+drafts again, until the one is found without which rounds succeed. It goes on without drafts.
 """
 
 import logging
@@ -19,6 +22,7 @@ from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.target.batch import Batch, Row
 from vllm_double.target.calibration import Calibration
 from vllm_double.target.indexer import Turnstile
+from vllm_double.target.lookups import Lookups
 from vllm_double.target.proposer import Proposer
 from vllm_double.target.request_table import RequestParams
 from vllm_double.target.stats import Counters
@@ -51,7 +55,10 @@ class GuardedProposer:
         self._proposer = proposer
         self._is_drafting = True
         self._live: dict[str, RequestParams] = {}
-        self._suspects: set[str] = set()  # live requests whose latest admission failed
+        self._suspects: list[str] = []  # one of them may be why rounds fail
+        self._tried: set[str] = set()  # those of them that get drafts
+        self._waking = ""  # the request that is being admitted
+        self._is_in_round = False
         # Who has come, with a text, and who has gone, without one: the proposer is told while the forward runs.
         self._changes: deque[tuple[str, npt.NDArray[np.int32] | None]] = deque()
         self._judged = self._totals()
@@ -59,6 +66,10 @@ class GuardedProposer:
     @property
     def counters(self) -> Counters:
         return self._proposer.counters
+
+    @property
+    def lookups(self) -> Lookups:
+        return self._proposer.lookups
 
     @property
     def step_cost(self) -> StepCost:
@@ -85,9 +96,36 @@ class GuardedProposer:
 
     def _fail(self) -> None:
         self.counters.failures += 1
-        pause_s = self.breaker.failed("after an exception")
-        _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
+        live, failed = self._live.copy(), self._suspects
+        if self._waking in live:
+            failed = [self._waking]
+        elif self._is_in_round:
+            awake = [name for name, params in live.items() if params.use_drafts and self._proposer.knows(name)]
+            failed = [name for name in awake if name in self._tried] or awake
+        was_trial = bool(self._suspects) and failed is not self._suspects
+        if was_trial and len(failed) == 1:
+            _logger.exception("A request goes on without drafts")
+            self._live[failed[0]] = replace(live[failed[0]], use_drafts=False)
+            failed = []
+        elif was_trial:
+            _logger.exception("Some requests go on without drafts, until it is found which of them are the reason")
+        else:
+            pause_s = self.breaker.failed("after an exception")
+            _logger.exception("Requests go on without drafts; these are tried again in %.0f s", pause_s)
+        self._waking, self._is_in_round = "", False
+        self._suspect(failed)
         self._stop()
+
+    def _suspect(self, names: list[str]) -> None:
+        """These, of which one half is to be tried."""
+        self._suspects = names
+        self._tried = set(names[: (len(names) + 1) // 2])
+
+    def _clear(self, batch: Batch) -> None:
+        """The round was right."""
+        if self._suspects:
+            right = {name for name in batch.request_ids if self._proposer.knows(name)}
+            self._suspect([name for name in self._suspects if name in self._live and name not in right])
 
     def index(self) -> bool:
         """Take in one request that has come or gone, or index a slice of what waits; whether more may wait.
@@ -113,7 +151,6 @@ class GuardedProposer:
     def finish(self, request_id: str) -> None:
         """See Proposer.finish; as `admit`."""
         self._live.pop(request_id, None)
-        self._suspects.discard(request_id)
         self._change(request_id, None)
 
     def forget_history(self) -> None:
@@ -136,7 +173,10 @@ class GuardedProposer:
         with self.guard():
             if self._goes_on():
                 self._wake_all(batch)
+                self._is_in_round = True
                 chains = self._proposer.propose(batch, self._nap)
+                self._is_in_round = False
+                self._clear(batch)
                 if self.breaker.succeeded():
                     _logger.info("Drafting is tried again, having paused %s.", self.breaker.why)
                 self._judge()
@@ -208,11 +248,8 @@ class GuardedProposer:
                 self._wake(request_id, text[: len(text) - batch.rows.num_sampled[row]])
 
     def _wake(self, request_id: str, tokens: npt.NDArray[np.int32]) -> None:
-        params = self._live[request_id]
-        if request_id in self._suspects:
-            # Where it fails again it goes without drafts from now on: at every trial it would take all others' with it.
-            self._live[request_id] = replace(params, use_drafts=False)
-        self._suspects.add(request_id)
-        self._proposer.admit(request_id, tokens, params)
-        self._suspects.discard(request_id)
-        self._live[request_id] = params
+        if request_id in self._suspects and request_id not in self._tried:
+            return
+        self._waking = request_id
+        self._proposer.admit(request_id, tokens, self._live[request_id])
+        self._waking = ""

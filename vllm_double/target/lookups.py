@@ -1,6 +1,6 @@
 """What the round asks of the sources of repeated text, for all rows at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int32]
 
 
 class Lookups:
-    """The sources. Keys are the requests' slots."""
+    """The sources. Keys are the requests' slots. ``is_broken``: a call of one raised, and may have left anything behind."""
 
     def __init__(self, sources: Sequence[Source], indices: Sequence[int], max_tokens: int) -> None:
         """indices: of the sources' names, see `Calibration`. max_tokens: of an answer."""
@@ -25,6 +25,7 @@ class Lookups:
         self.indices = np.array(indices, np.int32)
         self._max_tokens = max_tokens
         self._num_waiting = 0  # tokens that may not be indexed yet, at most
+        self.is_broken = False
         self.bundle = Bundle(self.sources)
         self.found = self._room(1)
 
@@ -32,17 +33,33 @@ class Lookups:
         shape = (len(self.sources), num_queries, self._max_tokens)
         return Found(np.zeros(shape[:2], np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
 
+    def _calling(self, first: int = 0) -> Iterator[Source]:
+        """The sources from this one on, each to be called once."""
+        self.is_broken = True
+        yield from self.sources[first:]
+        self.is_broken = False
+
     def start(self, slot: int, tokens: Tokens, tenant: str | None) -> None:
         """A request begins; its prompt is indexed by `index`."""
         self._num_waiting += len(tokens)
-        for source in self.sources:
+        for source in self._calling():
             source.start(slot, tokens, tenant)
 
     def stop(self, slot: int, length: int, keep: bool) -> None:
         """A request ends with a text of so many tokens. keep: later requests of its tenant may be offered its output."""
         self._num_waiting += length
-        for source in self.sources:
+        for source in self._calling():
             source.stop(slot, keep)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of indexes."""
+        return sum(source.num_bytes for source in self.sources)
+
+    @property
+    def num_unindexed(self) -> int:
+        """Requests and answers that found no room in an index."""
+        return sum(source.num_unindexed for source in self.sources)
 
     def drop(self, slot: int) -> None:
         """A request ends that may not be sound."""
@@ -52,12 +69,12 @@ class Lookups:
 
     def forget(self) -> None:
         """Nothing of requests that ended is offered again."""
-        for source in self.sources:
+        for source in self._calling():
             source.forget()
 
     def index(self, budget_tokens: int) -> bool:
         """Index at most so many tokens for each source; whether more may wait."""
-        for source in self.sources:
+        for source in self._calling():
             source.work(budget_tokens)
         self._num_waiting = max(0, self._num_waiting - budget_tokens)
         return self._num_waiting > 0
@@ -65,7 +82,7 @@ class Lookups:
     def extend(self, live: Live, num_grown: int, num_told: int) -> None:
         """Texts have grown; so many sources know it."""
         self._num_waiting = max(self._num_waiting, _HOUSEKEEPING_TOKENS)
-        for source in self.sources[num_told:]:
+        for source in self._calling(num_told):
             source.extend_many(live.grown_slots[:num_grown], live.new_tokens, live.new_starts[: num_grown + 1])
 
     @property
@@ -81,6 +98,6 @@ class Lookups:
     def ask(self, queries: Queries) -> Found:
         """What follows texts with tails, by each source. The answer is good until the next question."""
         self.make_room(len(queries.keys))
-        for source, lengths, tokens, beliefs in zip(self.sources, *self.found, strict=True):
+        for source, lengths, tokens, beliefs in zip(self._calling(), *self.found, strict=True):
             source.lookup_many(queries, Found(lengths, tokens, beliefs))
         return self.found

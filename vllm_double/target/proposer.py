@@ -60,11 +60,13 @@ class Proposer:
 
     ``vocab_size``: of the target; prompts can hold ids beyond it (of images, say), which are not offered. ``may_wait``:
     whether the target may wait for the draft. Prompts and answers are indexed by `index`, which somebody must call.
+    ``renew_sources``: makes other sources, empty ones, in the place of those whose state may be broken.
     """
 
     def __init__(
         self, num_speculative_tokens: int, channel: TargetChannel | None, sources: Sequence[Source],
         clock: Callable[[], float], vocab_size: int = sys.maxsize, may_wait: bool = True,
+        renew_sources: Callable[[], Sequence[Source]] | None = None,
     ) -> None:  # fmt: skip
         self.calibration = Calibration(source.name for source in sources)
         self.counters = Counters(tuple(self.calibration.sources))
@@ -72,14 +74,18 @@ class Proposer:
         self.table = RequestTable(num_speculative_tokens, vocab_size)
         self.link = DraftLink(channel, self.table, self.counters)
         self.waiting = Waiting(self.link, self.counters, clock)
-        indices = [self.calibration.sources.index(source.name) for source in sources]
-        self.lookups = Lookups(sources, indices, num_speculative_tokens)
+        self._use(sources)
+        self._renew_sources = renew_sources
         self._clock = clock
         self._may_wait = may_wait and channel is not None
         self._calls = calls()
         self._slots: dict[str, int] = {}
         self._search = Search.empty(num_speculative_tokens)
         self._make_room(1, 1)
+
+    def _use(self, sources: Sequence[Source]) -> None:
+        indices = [self.calibration.sources.index(source.name) for source in sources]
+        self.lookups = Lookups(sources, indices, self.table.max_chain)
 
     def _make_room(self, num_rows: int, num_new: int) -> None:
         """For so many rows, and so many sampled tokens in all."""
@@ -129,7 +135,10 @@ class Proposer:
         self.link.reset_prefix_cache()
 
     def reset(self) -> None:
-        """Drop the state of all live requests on both sides, sound or not. History stays."""
+        """Drop the state of all live requests on both sides, sound or not. History stays if the sources are sound."""
+        if self.lookups.is_broken and self._renew_sources is not None:
+            with suppress(Exception):
+                self._use(self._renew_sources())
         for slot in self._slots.values():
             self.lookups.drop(slot)
         self._slots = {}
@@ -215,7 +224,8 @@ class Proposer:
         given = self.table.tries, self.calibration.tables, self._search, now.batch.rows, live, picked, now.floor
         if lookups.are_bundled:
             unknown = self._calls.find_whole_paths(*given, lookups.found, lookups.indices, lookups.bundle.indexes())
-            assert unknown == NONE
+            self.lookups.is_broken = unknown != NONE
+            assert not self.lookups.is_broken
             return
         self._calls.ask(live, picked)
         queries = Queries(live.keys[:num], live.tails[:num], live.tail_lengths[:num], live.tail_limits[:num])

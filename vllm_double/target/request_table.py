@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +20,7 @@ __all__ = ["RequestParams", "RequestTable"]
 _NUM_SLOTS = 64  # at first
 _NUM_NODES = 1 << 16
 _NUM_EDGES = 1 << 16
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,9 @@ class RequestParams:
     stop_token_ids: tokens after which nothing counts. tenant: whose earlier texts the request may be offered; None: it named
     nobody. use_drafts: False if drafts were declined. use_worker: False if the draft model cannot read the prompt.
     seed: of the noise that tokens are drawn with, int64. top_k (0: off), top_p, min_p: what they are drawn from.
+
+    Whatever a client says, it fits the arrays and records that it goes into: numbers are cut to what makes no difference, and
+    one that nobody can draw by gets no drafts.
     """
 
     temperature: float
@@ -40,6 +46,17 @@ class RequestParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        set_field = partial(object.__setattr__, self)
+        set_field("max_length", min(self.max_length, _MOST))
+        set_field("stop_token_ids", frozenset(token for token in self.stop_token_ids if 0 <= token <= _MOST))
+        set_field("top_k", self.top_k if 0 <= self.top_k <= _MOST else 0)
+        if not (0.0 <= self.temperature < math.inf and 0.0 < self.top_p <= 1.0 and 0.0 <= self.min_p <= 1.0):
+            set_field("temperature", 0.0)
+            set_field("top_p", 1.0)
+            set_field("min_p", 0.0)
+            set_field("use_drafts", False)
 
 
 class RequestTable:

@@ -58,7 +58,7 @@ def calls() -> RoundCalls:
         find_whole_paths=machine_code(_whole_steps.find_whole_paths, *paths, indexes),
         cut_chains=machine_code(choosing.cut_chains, tries, tally, live, ints, 0.5, 0.5),
         pack_commits=machine_code(
-            steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, words, words.view(np.float32), ints
+            steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, 1, words, words.view(np.float32), ints
         ),
         forget_retrieved=machine_code(steps.forget_retrieved, tries),
         drop_request=machine_code(steps.drop_request, tries, 0),

@@ -56,6 +56,7 @@ class Counters:
     rewinds: int = 0
     resynchronisations: int = 0
     rounds_without_worker: int = 0
+    texts_too_long: int = 0
     failures: int = 0
     losses: int = 0
     waits: int = 0

@@ -17,6 +17,7 @@ from vllm_double.transport.messages import (
     NODES,
     Command,
     Commits,
+    Dropped,
     MessageError,
     NodeArray,
     Nodes,
@@ -124,6 +125,11 @@ class TargetChannel:
         """A counter that the worker raises at every turn of its loop."""
         return 0 if self._closed else self._words[HEARTBEAT_WORD]
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that are sent whole without fail: half of what there is room for."""
+        return self._commands.capacity // 8
+
     def close(self) -> None:
         """Send the worker away and give everything back. May be called twice."""
         if not self._closed:
@@ -220,9 +226,9 @@ class DraftChannel:
         """Write nodes (NODE_DTYPE [n]) as one record. False: no room or superseded; nothing was written."""
         return self._write(Nodes(records))
 
-    def report(self, stats: WorkerStats) -> bool:
-        """Write statistics; as ``publish``."""
-        return self._write(stats)
+    def report(self, news: WorkerStats | Dropped) -> bool:
+        """Write statistics, or which requests are not known any more; as ``publish``."""
+        return self._write(news)
 
     def _write(self, message: Report) -> bool:
         return not self.superseded and _push(self._reports, self._session, message)

@@ -26,6 +26,7 @@ __all__ = [
     "Command",
     "Commit",
     "Commits",
+    "Dropped",
     "Forget",
     "MessageError",
     "Nodes",
@@ -67,6 +68,7 @@ RELEASE: Final = 3
 NODES: Final = 4
 STATS: Final = 5
 FORGET: Final = 6
+DROPPED: Final = 7
 
 # Each is followed by its arrays in the order of the counts.
 # handle, base, max_length, epoch, temperature, seed, top_k, top_p, min_p, #tokens, #stop tokens, #bytes of the tenant
@@ -162,8 +164,15 @@ class WorkerStats:
     values: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The worker knows nothing of these requests, for lack of room, or because something of their texts was lost."""
+
+    handles: tuple[int, ...]
+
+
 Command: TypeAlias = "Admit | Commit | Release | Forget"
-Report: TypeAlias = "Nodes | WorkerStats"
+Report: TypeAlias = "Nodes | WorkerStats | Dropped"
 
 
 def encode(message: Command | Commits | Report) -> tuple[int, bytes]:
@@ -182,6 +191,8 @@ def encode(message: Command | Commits | Report) -> tuple[int, bytes]:
             return RELEASE, _RELEASE.pack(message.handle, message.keep)
         if isinstance(message, Forget):
             return FORGET, b""
+        if isinstance(message, Dropped):
+            return DROPPED, struct.pack(f"<{len(message.handles)}Q", *message.handles)
         return STATS, json.dumps(message.values, allow_nan=False).encode()
     except (struct.error, ValueError, TypeError, OverflowError) as error:
         raise MessageError(f"cannot encode {type(message).__name__}: {error}") from error
@@ -216,6 +227,8 @@ def decode_reports(records: Iterable[tuple[int, Buffer]]) -> list[Report]:
     for kind, payload in records:
         if kind == STATS:
             reports += _decode_stats(payload)
+        elif kind == DROPPED and len(payload) % 8 == 0:
+            reports.append(Dropped(struct.unpack(f"<{len(payload) // 8}Q", payload)))
         elif kind == NODES and len(payload) % NODE_DTYPE.itemsize == 0:
             parts.append(payload)
     if any(len(part) for part in parts):

@@ -26,7 +26,7 @@ from vllm_double.transport.base import (
 
 __all__ = ["PROTOCOL_VERSION", "SharedDraftChannel", "SharedTargetChannel"]
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Raised with every change of the control block, the rings or the messages."""
 
 _MAGIC: Final = int.from_bytes(b"vlldoubl", "little")

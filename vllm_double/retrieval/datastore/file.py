@@ -1,4 +1,4 @@
-"""Retrieval from a static corpus: a file that is built once, mapped by every process of a host, and never written again.
+"""Retrieval from a static corpus: a file that is built once, read by every process of a host, and never written again.
 
 An entry is a token of the corpus that has another before it in its document. The tokens before it are its
 context, the token itself is the follower. Entries are sorted by context, read backwards, so those whose context ends
@@ -22,10 +22,10 @@ at a multiple of 64 bytes. Checksums are zlib.crc32: they find damage, not malic
 """
 
 import hashlib
-import mmap
+import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_double.retrieval.datastore.lookup_steps import MAX_DEPTH, NONE, SCAN, SECTION_DTYPES, Sections
+from vllm_double.retrieval.datastore.reader import Reader, stamp_of
 
 __all__ = ["Datastore", "DatastoreError", "Header", "Section", "files_of", "fingerprint"]
 
@@ -180,44 +181,59 @@ def _bounds(header: Header) -> dict[str, tuple[int, int]]:
 def _exceeds(name: str, array: npt.NDArray[Any], bounds: dict[str, tuple[int, int]]) -> bool:
     if array.dtype.names:
         return any(_exceeds(field, array[field], bounds) for field in array.dtype.names)
-    parts = (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))
     least, greatest = bounds[name]
-    return any(bool((part < least).any() or (part > greatest).any()) for part in parts)
+    return bool((array < least).any() or (array > greatest).any())
 
 
 class Datastore:
-    """A mapped file. Opening reads the header only; whatever the sections hold, a lookup stays inside of them and ends.
+    """An open file. Opening reads the header only; whatever the sections hold, a lookup stays inside of them and ends.
 
-    As with any mapped file, cutting it off in place ends the processes that look up in it: replace it, as the builder does.
+    A file that is changed in place is not read any more: see `reader`. Replace it, as the builder does, and start again.
     """
 
     def __init__(self, path: Path, tokenizer: bytes | None = None) -> None:
-        """Map the file. ``tokenizer`` is the fingerprint that its ids must have; None: any. Raises DatastoreError."""
+        """Open the file. ``tokenizer`` is the fingerprint that its ids must have; None: any. Raises DatastoreError."""
         self.path = path
         try:
-            with path.open("rb") as file:
-                self.header = Header.unpack(file.read(_HEADER.size + _CHECKSUM.size))
-                size = file.seek(0, 2)
-                if size != self.header.num_bytes:
-                    raise DatastoreError(f"it has {size} bytes, and {self.header.num_bytes} by its header")
-                if tokenizer is not None and tokenizer != self.header.fingerprint:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                stamp = stamp_of(self._fd)
+                self.header = header = Header.unpack(os.pread(self._fd, _HEADER.size + _CHECKSUM.size, 0))
+                if stamp[0] != header.num_bytes:
+                    raise DatastoreError(f"it has {stamp[0]} bytes, and {header.num_bytes} by its header")
+                if tokenizer is not None and tokenizer != header.fingerprint:
                     raise DatastoreError("it was built with another tokenizer")
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except BaseException:
+                os.close(self._fd)
+                raise
         except OSError as error:
             raise DatastoreError(f'The datastore "{path}" cannot be read: {error.strerror}.') from None
         except DatastoreError as error:
             raise DatastoreError(f'The datastore "{path}" cannot be used: {error}.') from None
-        sections = self.header.sections
-        self.sections = Sections(*(np.frombuffer(mapped, s.dtype, s.length, s.offset) for s in sections))
-        """Read-only, without a copy."""
+        sections = header.sections
+        self.reader = Reader(self._fd, stamp, [s.offset for s in sections], [s.length for s in sections])
+
+    def parts(self, section: Section) -> Iterator[npt.NDArray[Any]]:
+        """The section's items, in arrays of some millions; of a file that was cut off those that are left."""
+        size = np.dtype(section.dtype).itemsize
+        for start in range(0, section.length, _CHUNK):
+            num_bytes = size * min(_CHUNK, section.length - start)
+            data = os.pread(self._fd, num_bytes, section.offset + size * start)
+            yield np.frombuffer(data, section.dtype, len(data) // size)
 
     def verify(self) -> None:
         """Compare all checksums, and every number with what it can be. Raises DatastoreError that names the bad sections."""
-        pairs = zip(self.sections._asdict().items(), self.header.checksums, strict=True)
-        damaged = [name for (name, array), checksum in pairs if zlib.crc32(array.data) != checksum]
+        damaged, wrong, bounds = [], [], _bounds(self.header)
+        for section, expected in zip(self.header.sections, self.header.checksums, strict=True):
+            checksum, exceeds = 0, False
+            for part in self.parts(section):
+                checksum = zlib.crc32(part.data, checksum)
+                exceeds |= _exceeds(section.name, part, bounds)
+            if checksum != expected:
+                damaged.append(section.name)
+            elif exceeds:
+                wrong.append(section.name)
         if damaged:
             raise DatastoreError(f'The datastore "{self.path}" is damaged: the checksum of {", ".join(damaged)} differs.')
-        bounds = _bounds(self.header)
-        wrong = ", ".join(name for name, array in self.sections._asdict().items() if _exceeds(name, array, bounds))
         if wrong:
-            raise DatastoreError(f'The datastore "{self.path}" is made up: numbers in {wrong} are out of range.')
+            raise DatastoreError(f'The datastore "{self.path}" is made up: numbers in {", ".join(wrong)} are out of range.')

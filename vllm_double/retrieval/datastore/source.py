@@ -1,5 +1,6 @@
 """Retrieval from datastores."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ from vllm_double.retrieval.datastore.lookup_steps import CHOICE, REQUEST, Texts,
 
 __all__ = ["DatastoreRetriever"]
 
+_logger = logging.getLogger(__name__)
+_MAX_READS = 512  # blocks that the lookups of one call read in all, in less than a millisecond,
+_LEAST_READS = 8  # and of each file: many small files take longer
+_MOST_BLOCKS = 1 << 15  # of all files that are kept: 32 MiB
+
 
 class DatastoreRetriever(ArraySource):
     """Continues a request with what follows the same words in the corpus.
@@ -23,6 +29,7 @@ class DatastoreRetriever(ArraySource):
     frequent ones the lowest id. Steps end with ``max_tokens``, or before a context would be shorter than the first one
     (``match_length``). tests/references/retrieval.py has the same in a few obvious lines.
 
+    An answer is shorter where the file is not in memory yet, and ends for good with a file that is changed: see `reader`.
     Of each text the last ``max_match`` tokens at least are kept. Costs: benchmarks/datastore_bench.py.
     """
 
@@ -31,7 +38,9 @@ class DatastoreRetriever(ArraySource):
     def __init__(self, *datastores: Datastore) -> None:
         """``max_match`` is the greatest of the datastores'."""
         self.max_match = max(datastore.header.max_match for datastore in datastores)
-        self._files = [(datastore.sections, datastore.header.max_match) for datastore in datastores]
+        self._files = list(datastores)
+        for datastore in datastores:
+            datastore.reader.keep(_MOST_BLOCKS // len(datastores))
         self.rows = Texts(np.zeros(16, REQUEST), np.zeros((16, 8 * self.max_match), np.int32))
         self._context = np.zeros(0, np.int32)
         self._choices = np.zeros(0, CHOICE)
@@ -59,13 +68,22 @@ class DatastoreRetriever(ArraySource):
         if len(self._context) < room:
             self._context = np.zeros(room, np.int32)
         self._choices = with_room(self._choices, len(queries.keys))
+        found.lengths[: len(queries.keys)] = 0
         row, passes = -1, [False]
         if len(self._files) > 1:
             self._choices.fill(0)
             passes = [True, False]
+        for file in self._files:
+            file.reader.begin(max(_LEAST_READS, _MAX_READS // len(self._files)))
         for is_probe in passes:
-            for number, (sections, max_match) in enumerate(self._files):
+            for number, file in enumerate(self._files):
                 row = self._steps.lookup(
-                    sections, max_match, number, is_probe, self.rows, self._context, self._choices, queries, found, evidence
-                )
+                    file.reader.blocks, file.header.max_match, number, is_probe, self.rows, self._context, self._choices,
+                    queries, found, evidence,
+                )  # fmt: skip
+        if changed := [file for file in self._files if not file.reader.end()]:
+            found.lengths[: len(queries.keys)] = 0
+            self._files = [file for file in self._files if file not in changed]
+            for file in changed:
+                _logger.warning('The datastore "%s" was changed, or cannot be read: it is not used any more.', file.path)
         return row

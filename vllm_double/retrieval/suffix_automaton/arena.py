@@ -72,6 +72,8 @@ class Arena:
         self.arrays = Arrays(np.zeros(0, AUTOMATON), *arrays)
         self.num_refused = 0
         """Ranges that there was no room for."""
+        self.num_used = 0
+        """Tokens of ranges that are owned, or whose memory is still to be given back."""
         self._memories = dict(zip(memories, (64, 16, 8, 4), strict=True))  # bytes per token
         self._free: dict[int, set[int]] = {1 << order: set() for order in range(num_tokens.bit_length())}
         self._slots: list[int] = []
@@ -117,6 +119,7 @@ class Arena:
         if not found:
             self.num_refused += 1
             return NONE
+        self.num_used += capacity
         start = self._free[found].pop()
         while found > capacity:
             found //= 2
@@ -146,6 +149,7 @@ class Arena:
         return num_done
 
     def _merge(self, start: int, capacity: int) -> None:
+        self.num_used -= capacity
         while start ^ capacity in self._free[capacity]:
             self._free[capacity].remove(start ^ capacity)
             start &= ~capacity
