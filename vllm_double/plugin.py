@@ -3,23 +3,26 @@
 vLLM calls it in every process before a configuration is built; an exception here would end every `vllm serve` on the machine.
 """
 
+import importlib
 import logging
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 __all__ = ["register"]
 
 _logger = logging.getLogger("vllm.double")
+_ARGUMENTS = "vllm.engine.arg_utils"  # only processes that build configurations import it
 
 
 def register() -> None:
     """Teach vLLM the method "double" and mend the CPU sampler; without the method nothing else of vLLM changes."""
     try:
-        # Only processes that build configurations have loaded the engine's arguments.
-        arguments = sys.modules.get("vllm.engine.arg_utils")
-        engine_args = getattr(arguments, "EngineArgs", None)
-        if engine_args is not None:
-            _wrap(engine_args)
+        if _ARGUMENTS in sys.modules:
+            _wrap(importlib.import_module(_ARGUMENTS))  # waits for a thread that is importing it
+        elif not any(isinstance(finder, _WrapAfterImport) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _WrapAfterImport())
         from vllm_double.integration.hooks import mend_cpu_sampler
 
         mend_cpu_sampler()
@@ -27,15 +30,50 @@ def register() -> None:
         _logger.exception("vllm-double cannot be registered; vLLM runs without it.")
 
 
-def _wrap(engine_args: Any) -> None:
+class _WrapAfterImport:
+    """A finder of modules, which has the others find the module and wraps what is in it once it is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _ARGUMENTS:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec: Any = next(filter(None, found), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_wrap(module: ModuleType) -> None:
+                execute(module)
+                register()
+
+            spec.loader.exec_module = execute_and_wrap
+        return spec
+
+
+def _wrap(arguments: Any) -> None:
     from vllm_double.wrap import wrap_once
 
-    @wrap_once(engine_args, "create_speculative_config")
+    @wrap_once(arguments.EngineArgs, "create_speculative_config")
     def create_speculative_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         raw = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
         if raw.get("method", getattr(self, "spec_method", None)) != "double":
             return original(self, *args, **kwargs)
         return _create(self, raw, *args, **kwargs)
+
+    @wrap_once(arguments.EngineArgs, "create_engine_config")
+    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.scheduler_cls, self.async_scheduling
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.scheduler_cls, self.async_scheduling = before
+
+    @wrap_once(arguments.EngineArgs, "add_cli_args")
+    def add_cli_args(original: Any, parser: Any) -> Any:
+        parser = original(parser)
+        for action in parser._actions:
+            if "--spec-method" in action.option_strings and action.choices is not None:
+                action.choices = [*action.choices, "double"]
+        return parser
 
 
 def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = None, target_parallel_config: Any = None) -> Any:
@@ -47,10 +85,12 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         from vllm_double.integration.speculative_config import SCHEDULER_PATH, build
         from vllm_double.operations.metrics import expose
 
-        for flag, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
-            value = getattr(engine_args, flag, None)
+        for name, key in (("method", "method"), ("model", "model"), ("tokens", "num_speculative_tokens")):
+            value = getattr(engine_args, f"spec_{name}", None)
+            if value is not None and key in raw:
+                raise ConfigError(f'--spec-{name} and "{key}" in --speculative-config exclude each other: leave one out.')
             if value is not None:
-                raw.setdefault(key, value)
+                raw[key] = value
         raw.update(target_model_config=target_model_config, target_parallel_config=target_parallel_config)
         config = build(raw)
         if config is None:
@@ -67,7 +107,7 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
         engine_args.async_scheduling = False
         if engine_args._api_process_count == 1 or engine_args._api_process_rank < 0:  # once, of however many front ends
             _logger.info("Method double: asynchronous scheduling is off, because draft tokens are proposed between two steps.")
-        expose(config.metrics_key, target_parallel_config.data_parallel_size)
+        expose(config, target_parallel_config.data_parallel_size)
         return config
     except (ConfigError, UnsupportedVllm) as error:
         if _is_command():
@@ -78,4 +118,8 @@ def _create(engine_args: Any, raw: dict[str, Any], target_model_config: Any = No
 
 
 def _is_command() -> bool:
-    return "vllm.entrypoints.cli.main" in sys.modules and sys.argv[1:2] == ["serve"]
+    """Whether a person started a program of vLLM's: `vllm ...` or `python -m vllm...`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return str(spec.name).startswith("vllm.")
+    return "vllm.entrypoints.cli.main" in sys.modules and Path(sys.argv[0]).name == "vllm"

@@ -1,6 +1,7 @@
 """How a function of somebody else's is wrapped: once, and so that the original stays what it was for everybody else."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ def wrap_once(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
             return function(original, *args, **kwargs)
 
         setattr(wrapped, _MARK, True)
-        setattr(owner, name, wrapped)
+        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
 
     return decorate
 

@@ -39,6 +39,14 @@ def refuse(settings: DraftSettings, address: str, rank: int, rendezvous: str) ->
     raise ValueError("the draft model is not there")
 
 
+def fail(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
+    raise RuntimeError("nobody knows why")
+
+
+def cannot_reach(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
+    raise ConnectionError("the hub is away")
+
+
 class WaitingFollower:
     """A rank that leads nothing: it maps a segment of shared memory, as vLLM's ranks do, and waits."""
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from typing import Any
 import psutil
 from prometheus_client import REGISTRY
 
-from tests.chaos.chaos import Process, all_processes
+from tests.chaos.chaos import MARKER, Process, Run, all_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "benchmarks/pair"
+DRAFT = PAIR / "draft"
 MAX_LEN = 384
+_RUN = Run(os.environ.setdefault(MARKER, secrets.token_hex(8)))
 Texts = dict[str, list[list[int]]]
 
 
@@ -26,12 +29,10 @@ def prompts(count: int) -> list[str]:
 
 
 def descendants() -> list[Process]:
-    """Of this process, with the sessions of our hosts, whose guards have no parent; but for the one with which Python's
-    multiprocessing follows segments for as long as this one runs."""
-    pids = {child.pid for child in psutil.Process().children(recursive=True)}
-    everything = all_processes()
-    sessions = {process.session for process in everything if process.pid in pids and process.role == "host"}
-    ours = [process for process in everything if process.pid in pids or process.session in sessions]
+    """Of this process, with our hosts and guards, which have no parent; but for the one with which Python's multiprocessing
+    follows segments for as long as this one runs."""
+    pids = {child.pid for child in psutil.Process().children(recursive=True)} | {process.pid for process in _RUN.processes()}
+    ours = [process for process in all_processes() if process.pid in pids - {os.getpid()}]
     return [process for process in ours if "resource_tracker" not in process.command]
 
 
@@ -41,8 +42,8 @@ def draft_actors() -> list[Process]:
 
 
 @contextmanager
-def engine(speculative: dict[str, Any] | None, bind: str = "auto", **arguments: Any) -> Iterator[Any]:
-    """A fresh engine, with drafts ready where there is a draft model. bind: cores of its ranks."""
+def engine(speculative: dict[str, Any] | None, bind: str = "auto", until: str = "worker_up", **arguments: Any) -> Iterator[Any]:
+    """A fresh engine, with drafts ready where there is a draft model. bind: cores of its ranks. until: this metric is 1."""
     from vllm import LLM
 
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
@@ -52,9 +53,9 @@ def engine(speculative: dict[str, Any] | None, bind: str = "auto", **arguments: 
     try:
         if speculative is not None and "model" in speculative:
             deadline = time.monotonic() + 180
-            while not sample("worker_up") and time.monotonic() < deadline:
+            while not sample(until) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert sample("worker_up") == 1, "no draft worker"
+            assert sample(until) == 1, "no draft worker"
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()

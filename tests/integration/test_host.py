@@ -83,10 +83,27 @@ def test_ray_starts_no_daemon_that_one_actor_does_not_need(target: Target) -> No
     )
 
 
-def test_a_worker_that_cannot_be_built_says_why_and_is_tried_again() -> None:
-    target = Target(factory="chaos_factory:refuse")
+@pytest.mark.parametrize(
+    ("factory", "why", "num_restarts"),
+    [("refuse", "the draft model is not there", 0), ("fail", "RuntimeError: nobody knows why", 2)],
+)
+def test_a_worker_that_can_never_be_built_is_given_up_with_one_sentence(factory: str, why: str, num_restarts: int) -> None:
+    target = Target(factory=f"chaos_factory:{factory}")
     try:
-        reason = "The draft actor ended: ValueError: the draft model is not there. It is started again in 2 s."
+        target.wait_for(lambda seen: seen["state"] == "failed", START_S)
+        wait_for(lambda: not ours(target), START_S, lambda: "".join(target.log))
+        sentence = f"The draft model cannot work here and is given up: {why}. Retrieval alone drafts."
+        assert sum(sentence in line for line in target.log) == 1
+        assert sum("started again" in line for line in target.log) == num_restarts
+        assert target.process.poll() is None and target.seen["starts"] == 1
+    finally:
+        target.end()
+
+
+def test_a_worker_that_may_be_built_later_says_why_and_is_tried_again() -> None:
+    target = Target(factory="chaos_factory:cannot_reach")
+    try:
+        reason = "The draft actor ended: ConnectionError: the hub is away. It is started again in 4 s."
         wait_for(lambda: any(reason in line for line in target.log), START_S, lambda: "".join(target.log))
         assert target.process.poll() is None
     finally:

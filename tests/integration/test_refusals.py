@@ -14,6 +14,7 @@ import pytest
 
 from vllm_double.cli import main
 from vllm_double.config import ConfigError
+from vllm_double.hosting.settings import DraftSettings
 from vllm_double.integration.launch import draft_settings
 
 pytestmark = pytest.mark.integration
@@ -29,11 +30,10 @@ def create(speculative: dict[str, object], **arguments: object) -> object:
     raw = {"method": "double", "model": str(DRAFT), "num_speculative_tokens": 8} | speculative
     raw = {key: value for key, value in raw.items() if value is not ...}
     engine_args = EngineArgs(
-        model=str(TARGET),
         dtype="float32",
         max_model_len=256,
         speculative_config=raw,
-        **{"enforce_eager": True, **arguments},
+        **{"model": str(TARGET), "enforce_eager": True, **arguments},
     )
     return engine_args.create_engine_config()
 
@@ -89,6 +89,69 @@ def test_a_setting_that_cannot_work_is_refused_in_one_sentence(speculative: dict
         create(speculative)
     message = str(caught.value)
     assert sentence in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"), [("s3://bucket/draft", "is an address"), ("{file}", "is a file"), ("/no/such/draft", "does not exist")]
+)
+def test_the_forms_in_which_a_draft_is_found_are_named(tmp_path: Path, model: str, fault: str) -> None:
+    (tmp_path / "draft.gguf").touch()
+    model = model.format(file=tmp_path / "draft.gguf")
+    with pytest.raises(ConfigError) as caught:
+        create({"model": model})
+    assert str(caught.value) == (
+        f'The draft model "{model}" {fault}: "model" takes a folder that holds config.json and weights, or the name of a '
+        'repository, such as "Qwen/Qwen3-0.6B".'
+    )
+
+
+HOW_TO_FIND = {
+    "load_format": "dummy",
+    "download_dir": "weights",
+    "safetensors_load_strategy": "eager",
+    "safetensors_prefetch_num_threads": 3,
+    "safetensors_prefetch_block_size": 4096,
+    "model_loader_extra_config": {"num_threads": 2},
+    "ignore_patterns": ["*.bin"],
+    "use_tqdm_on_load": False,
+    "pt_load_map_location": "meta",
+    "config_format": "hf",
+    "hf_token": "secret",
+}
+
+
+def test_how_models_are_found_and_read_reaches_the_draft_unless_its_own_key_says_otherwise() -> None:
+    from vllm_double.draft.engine.loader import _vllm_config
+
+    def loaded(speculative: dict[str, object]) -> dict[str, Any]:
+        settings = DraftSettings.from_json(draft_settings(create(speculative, **HOW_TO_FIND), []).to_json())  # type: ignore[arg-type]
+        assert settings.engine is not None
+        config = _vllm_config(settings.engine)
+        found = {name: getattr(config.load_config, name) for name in HOW_TO_FIND if hasattr(config.load_config, name)}
+        model = config.model_config
+        return found | {"config_format": model.config_format, "hf_token": model.hf_token}
+
+    expected = HOW_TO_FIND | {"download_dir": str(Path("weights").absolute())}
+    assert loaded({}) == expected
+    plain = {"load_format": "auto", "download_dir": None, "safetensors_load_strategy": None, "pt_load_map_location": "cpu"}
+    own = loaded({"draft_load_config": {"load_format": "safetensors", "use_tqdm_on_load": True}})
+    assert {name: own[name] for name in plain} == plain | {"load_format": "safetensors"} and own["hf_token"] == "secret"
+    with pytest.raises(ConfigError, match=r"load_fromat.* is not possible"):
+        create({"draft_load_config": {"load_fromat": "dummy"}})
+
+
+def test_models_without_tokenizers_are_taken_if_none_is_needed(tmp_path: Path) -> None:
+    for source in (TARGET, DRAFT):
+        (tmp_path / source.name).mkdir()
+        for file in source.iterdir():
+            if "token" not in file.name:
+                (tmp_path / source.name / file.name).write_bytes(file.read_bytes())
+    models: Any = {"model": str(tmp_path / "target"), "skip_tokenizer_init": True}
+    config: Any = create({"model": str(tmp_path / "draft")}, **models)
+    assert config.speculative_config.draft["model"] == str(tmp_path / "draft")
+    store = tmp_path / "store"
+    with pytest.raises(ConfigError, match="The tokenizer of the target cannot be read"):
+        create({"double": {"datastore": str(store)}}, **models)
 
 
 def test_a_draft_with_another_tokenizer_is_refused(other_draft: Path) -> None:
@@ -170,7 +233,23 @@ def test_the_settings_reach_the_engine_and_the_cores_are_split() -> None:
     cores = os.sched_getaffinity(0)
     if len(cores) > 1:
         assert not set(config.cores.draft) & {core for rank in config.cores.target for core in rank}
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == config.cores.bind
+
+
+def test_a_configuration_leaves_the_environment_and_its_arguments_as_they_were() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    create(NGRAM)  # what vLLM itself leaves
+    speculative: dict[str, Any] = {"method": "double", "model": str(DRAFT), "num_speculative_tokens": 8}
+    args = EngineArgs(model=str(TARGET), max_model_len=256, enforce_eager=True, speculative_config=speculative)
+    environment, arguments = dict(os.environ), dict(vars(args))
+    config = args.create_engine_config()
+    cores = config.speculative_config.cores  # type: ignore[union-attr]
+    assert OMPProcessManager(config).cpu_lists == [list(rank) for rank in cores.target]
+    assert config.scheduler_config.async_scheduling is False
+    assert {name: value for name, value in os.environ.items() if environment.get(name) != value} == {}
+    changed = {name: value for name, value in vars(args).items() if arguments.get(name) != value}
+    assert not {"scheduler_cls", "async_scheduling", "speculative_config"} & changed.keys()
 
 
 @pytest.mark.parametrize(("of_target", "of_draft", "expected"), [(True, ..., True), (False, ..., False), (True, False, False)])

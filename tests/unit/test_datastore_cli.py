@@ -231,6 +231,39 @@ def test_other_mistakes_are_refused_with_a_sentence(
         assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_is_no_datastore_is_never_replaced(
+    tmp_path: Path, build: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, partial = tmp_path / "store", tmp_path / "store.partial"
+    source = lines(tmp_path / "in.jsonl", {"text": "a b c"})
+
+    def check(path: Path) -> None:
+        before = path.lstat().st_mode, path.stat().st_size
+        assert build(source) == 1
+        assert "exists and is not a datastore: it is not replaced." in capsys.readouterr().err.splitlines()[-1]
+        assert (path.lstat().st_mode, path.stat().st_size) == before
+        assert source.read_text() == '{"text": "a b c"}\n'
+
+    for path in (store, partial):
+        for make in (path.hardlink_to, path.symlink_to, lambda _, path=path: os.mkfifo(path)):
+            make(source)  # the input itself by another name, or a pipe
+            check(path)
+            path.unlink()
+    store.touch()
+    check(store)
+    store.unlink()
+    assert not partial.exists()
+
+    assert build(source) == 0
+    whole = store.read_bytes()
+    for left in (b"", bytes(100), whole[:100]):  # by a build that was killed, or on another machine
+        partial.write_bytes(left)
+        store.write_bytes(whole[:-1])
+        assert build(source) == 0
+        assert store.read_bytes() == whole
+        assert not partial.exists()
+
+
 def test_a_cut_or_foreign_file_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "store"
     builder.build(path, [np.array([1, 2, 1, 2], np.int32)], 6, TOKENIZER)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_double.operations import metrics
@@ -19,7 +19,7 @@ from vllm_double.target.stats import Counters
 
 
 def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
-    said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0} | state
+    said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0} | state
     return Endpoint(Address(key, engine), lambda command, who: snapshot(counters, (0.02, 0.001), **said))
 
 
@@ -84,17 +84,32 @@ def test_two_scrapes_at_once_are_both_answered() -> None:
     assert len(pages) == 4 and all(p["vllm:double_worker_up", ""] == 1 for p in pages)
 
 
+def test_the_metrics_leave_the_page_with_the_configuration_of_their_engines() -> None:
+    class Configuration:
+        metrics_key = secrets.token_hex(8)
+
+    def shown() -> int:
+        return sum(isinstance(collector, _DoubleCollector) for collector in REGISTRY._collector_to_names)
+
+    before, config = shown(), Configuration()
+    metrics.expose(config, 1)
+    assert shown() == before + 1
+    del config
+    assert shown() == before
+
+
 def test_a_page_of_several_front_ends_shows_the_metrics_once(tmp_path: Path) -> None:
     """As vLLM makes it there: each scrape has a registry of its own. In a process apart, for what is changed in it stays."""
     code = """
+import types
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
 from vllm_double.target.stats import Counters
 from vllm_double.operations.control_socket import Address, Answer, Endpoint
 from vllm_double.operations.metrics import expose, snapshot
 
-said = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0}
+said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0}
 engines = [Endpoint(Address("%s", engine), lambda command, who: snapshot(Counters(), (1.0, 1.0), **said)) for engine in (0, 1)]
-expose("%s", 2)
+expose(types.SimpleNamespace(metrics_key="%s"), 2)
 Counter("other", "").inc()
 for scrape in range(2):
     registry = CollectorRegistry()
@@ -124,8 +139,8 @@ class Late:
         assert self.may_answer.wait(10)
         if self.error is not None:
             raise self.error
-        state: dict[str, Any] = {"worker_up": True, "worker_restarts": 0, "enabled": True, "paused_s": 0.0}
-        return Answer(7, snapshot(Counters(failures=self.failures), (0.02, 0.001), **state))
+        state: dict[str, Any] = {"worker_up": True, "draft_failed": False, "worker_restarts": 0, "enabled": True}
+        return Answer(7, snapshot(Counters(failures=self.failures), (0.02, 0.001), **state, paused_s=0.0))
 
 
 def values(collector: _DoubleCollector) -> tuple[float, float] | None:

@@ -20,6 +20,15 @@ class FakeEngineArgs:
     def __init__(self, speculative_config: dict[str, object] | None) -> None:
         self.speculative_config = speculative_config
 
+    scheduler_cls = async_scheduling = None
+
+    @staticmethod
+    def add_cli_args(parser: object) -> object:
+        return parser
+
+    def create_engine_config(self) -> object:
+        return self.create_speculative_config(None, None)
+
     def create_speculative_config(self, target: object, parallel: object) -> object:
         return ("vllm's own", self.speculative_config)
 
@@ -29,7 +38,7 @@ def engine_args(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngineArgs]:
     kind = type(
         "EngineArgs",
         (FakeEngineArgs,),
-        {"create_speculative_config": FakeEngineArgs.create_speculative_config},
+        {name: entry for name, entry in vars(FakeEngineArgs).items() if "c" in name and not name.startswith("__")},
     )
     module = types.ModuleType("vllm.engine.arg_utils")
     module.EngineArgs = kind  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -77,7 +78,7 @@ class World:
 
 
 def said(text: str = "", **values: object) -> str:
-    return MARK + json.dumps({"level": "INFO", "text": text, **values})
+    return MARK + json.dumps({"level": "INFO", "text": text} | values)
 
 
 @pytest.fixture
@@ -148,6 +149,39 @@ def test_the_last_lines_of_a_host_that_ends_without_a_word_are_shown(
     world.wait_until_running()
     assert caplog.text.count("Its last lines were") == 1
     assert "Traceback\nKeyError: 3" in caplog.text
+
+
+def test_a_draft_that_cannot_work_is_given_up_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "vllm_double.hosting.supervisor")
+    world = World(([said("It cannot work.", level="ERROR", state="failed", is_last=True)], 1.0))
+    supervisor = world.supervise()
+    supervisor._thread.join(LIMIT_S)
+    assert (supervisor.state, supervisor.starts, world.pauses) == ("failed", 1, [])
+    assert [record.getMessage() for record in caplog.records] == ["(draft) It cannot work."]
+    supervisor.stop()
+
+
+class HTTPError(OSError):
+    """As a library's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "is_final"),
+    [
+        (ValueError("page_size is 7.\n  It must be 32."), "page_size is 7. It must be 32", True),
+        (KeyError("model.layers.3"), "KeyError: 'model.layers.3'", True),
+        (FileNotFoundError("no config"), "FileNotFoundError: no config", True),
+        (RuntimeError("whatever it is"), "RuntimeError: whatever it is", None),
+        (MemoryError(), "MemoryError: ", False),
+        (ConnectionRefusedError("by the hub"), "ConnectionRefusedError: by the hub", False),
+        (HTTPError("503"), "HTTPError: 503", False),
+    ],
+)
+def test_an_error_of_a_build_is_told_from_one_that_passes(error: Exception, reason: str, is_final: bool | None) -> None:
+    from vllm_double.hosting.actor import BuildError
+
+    found = pickle.loads(pickle.dumps(BuildError.of(error)))
+    assert (str(found), found.is_final) == (reason, is_final)
 
 
 def test_a_forked_child_does_not_stop_its_parents_host(stop_at_end: list[DraftSupervisor]) -> None:

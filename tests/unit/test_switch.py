@@ -50,6 +50,7 @@ class FakeEngine:
         self.commands: list[tuple[dict[str, Any], str]] = []
         calibration = [("draft", 0, 0.4, 0.381, 812.0), ("context", 3, 0.95, 0.9, 20.0)]
         self._rest = {"generation": generation, "paused_seconds": paused_s, "paused_why": why, "calibration": calibration}
+        self.draft_failed = False
         self._endpoint = Endpoint(Address(key, number), self._answer)
         self.close = self._endpoint.close
 
@@ -57,7 +58,7 @@ class FakeEngine:
         if command:
             self.commands.append((command, who))
             self.enabled = command["enabled"]
-        return {"enabled": int(self.enabled), **self._rest}
+        return {"enabled": int(self.enabled), "draft_failed": int(self.draft_failed), **self._rest}
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--tokenizer", required=True, help="name or folder of a model")
     sources = '.jsonl files with "text" or "token_ids" in each line, text files, or folders of them'
     build.add_argument("--input", nargs="+", type=Path, required=True, help=sources)
-    target = "file to write, replaced when the new one is complete; with --shard-tokens a new folder"
+    target = "new file, or a datastore, replaced when the new one is complete; with --shard-tokens a new folder"
     build.add_argument("--output", type=Path, required=True, help=target)
     build.add_argument("--shard-tokens", type=int, help="write a new folder of files with about so many tokens each")
     build.add_argument("--max-match", type=int, default=32, help="longest context that is matched, in tokens (default: 32)")
@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
         options.act(options)
     except DatastoreError as error:
         reason = str(error)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         reason = f"{error.strerror}: {error.filename or getattr(options, 'output', None) or options.store}."
     else:
@@ -49,6 +51,7 @@ def _build(options: argparse.Namespace) -> None:
     from vllm_double.retrieval.datastore.build import build, build_shards
     from vllm_double.retrieval.datastore.corpus import load_tokenizer, read_documents
 
+    _check_replaced(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     vocabulary = tokenizer.get_vocab()
     documents = read_documents(options.input, tokenizer, show_progress=True)
@@ -59,6 +62,24 @@ def _build(options: argparse.Namespace) -> None:
         headers = build_shards(options.output, documents, options.shard_tokens, *rest, show_progress=True)
     for header in headers:
         print(f"{header.num_corpus_tokens} tokens of {header.num_documents} documents: {header.num_bytes} bytes")
+
+
+def _check_replaced(output: Path) -> None:
+    """A build replaces its output and what a killed build left: neither may be anything but a datastore, whole or not."""
+    from vllm_double.retrieval.datastore import DatastoreError
+    from vllm_double.retrieval.datastore.build import partial_path
+    from vllm_double.retrieval.datastore.file import _MAGIC as MAGIC
+
+    unfinished = {MAGIC, bytes(len(MAGIC)), b""}  # the header is written last
+    for path, beginnings in ((output, {MAGIC}), (partial_path(output), unfinished)):
+        if not path.exists() or path.is_dir():  # of folders the build itself says what is wrong
+            continue
+        beginning = None
+        if path.is_file():
+            with path.open("rb") as file:
+                beginning = file.read(len(MAGIC))
+        if beginning not in beginnings:
+            raise DatastoreError(f'"{path}" exists and is not a datastore: it is not replaced.')
 
 
 def _inspect(options: argparse.Namespace) -> None:

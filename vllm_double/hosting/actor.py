@@ -26,15 +26,30 @@ from vllm_double.hosting.cores import bind_all_threads
 from vllm_double.hosting.process_care import ProcessWatch, children, unlink_shared_memory
 from vllm_double.hosting.settings import DraftSettings
 
-__all__ = ["Cluster", "ClusterLostError", "DraftActor", "UnreachableError"]
+__all__ = ["BuildError", "Cluster", "ClusterLostError", "DraftActor", "UnreachableError"]
 
 _NAMESPACE = "vllm-double"
 _OBJECT_STORE_BYTES = 75 << 20  # Ray's minimum; nothing of ours goes through it.
 _LOOK_EVERY_S = 0.25
 _PING_EVERY_S = 10.0
 _PING_TIMEOUT_S = 60.0
-# Of the server's environment, as in vLLM's own Ray executor.
-_PASSED_ON = ("HF_", "HUGGING_FACE_", "NCCL_", "TRANSFORMERS_", "VLLM_")
+# Of the server's environment: what vLLM's own Ray executor passes on, and how models are found and reached.
+_PASSED_ON = (
+    "HF_", "HUGGING_FACE_", "NCCL_", "TRANSFORMERS_", "VLLM_", "MODELSCOPE_", "RUNAI_", "AWS_", "GOOGLE_", "AZURE_",
+    "XDG_CACHE_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+)  # fmt: skip
+# Errors of a build that another one will have, too.
+_FINAL = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    ImportError,
+    AssertionError,
+    FileNotFoundError,
+)
+_PASSING = ("Memory", "Connect", "Timeout", "HTTP")  # in the name of an error that may be another one's, or nobody's, tomorrow
 
 
 class UnreachableError(Exception):
@@ -43,6 +58,29 @@ class UnreachableError(Exception):
 
 class ClusterLostError(Exception):
     """The Ray under the actor is gone; only a new one helps."""
+
+
+class BuildError(Exception):
+    """The draft worker cannot be built. is_final: nor will it be; None: unknown."""
+
+    def __init__(self, reason: str, is_final: bool | None) -> None:
+        super().__init__(reason, is_final)
+        self.is_final = is_final
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @classmethod
+    def of(cls, error: Exception) -> BuildError:
+        name = type(error).__name__
+        entries: Any = getattr(error, "errors", None)  # pydantic's
+        text = str(entries()[0]["msg"]).removeprefix("Value error, ") if callable(entries) else str(error)
+        reason = " ".join(text.split()).rstrip(".")
+        if not reason or not isinstance(error, ValueError):
+            reason = f"{name}: {reason}"
+        if any(word in name for word in _PASSING):
+            return cls(reason, is_final=False)
+        return cls(reason, is_final=True if isinstance(error, _FINAL) else None)
 
 
 @ray.remote(num_gpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"loop": 1, "control": 1})
@@ -95,18 +133,24 @@ class DraftActor:
     def run(self) -> str:
         """Builds the worker and drafts until the target has ended or the worker returns; the result tells which."""
         try:
-            module, _, name = self._settings.factory.partition(":")
-            build = getattr(importlib.import_module(module), name)
-            if self._cores is not None and (torch := sys.modules.get("torch")) is not None:
-                # In this thread: OpenMP keeps the number of threads per thread.
-                torch.set_num_threads(len(self._cores))
-            worker = build(self._settings, self._address, self._rank, self._meeting)
+            try:
+                worker = self._build()
+            except Exception as error:
+                raise BuildError.of(error) from error
             unlink_shared_memory()
             self._state = "up"
             worker.run(lambda: not self._target.alive())
         finally:
             self._state = "ended"
         return "the worker returned" if self._target.alive() else "the target is gone"
+
+    def _build(self) -> Any:
+        module, _, name = self._settings.factory.partition(":")
+        build = getattr(importlib.import_module(module), name)
+        if self._cores is not None and (torch := sys.modules.get("torch")) is not None:
+            # In this thread: OpenMP keeps the number of threads per thread.
+            torch.set_num_threads(len(self._cores))
+        return build(self._settings, self._address, self._rank, self._meeting)
 
 
 class Cluster:
@@ -129,7 +173,7 @@ class Cluster:
 
     def run_actor(self, address: str, target_pid: int, runtime_dir: str, on_state: Callable[[str, int], None]) -> str:
         """Starts the draft's actor, one for each of its ranks, and stays with them until the first ends; returns why it ended.
-        The others are ended then, too. Raises ClusterLostError.
+        The others are ended then, too. Raises ClusterLostError, and BuildError if the worker cannot be built.
         """
         settings = self._settings
         self._num_starts += 1
@@ -158,6 +202,8 @@ class Cluster:
             return "it does not answer"
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, BuildError):
+                raise cause from error
             return f"{type(cause).__name__}: {cause}".rstrip(".") if cause is not None else str(error)
         except RayActorError as error:
             return _first_sentence(error)

@@ -39,6 +39,7 @@ MARK = "@vllm-double "
 _GRACE_S = 1.5
 _LINGER_S = 12.0  # in which an engine that is told to stop should have ended
 _REAP_EVERY_S = 5.0
+_MOST_ALIKE = 3  # builds that fail for one reason, if it is unknown whether the next one would
 
 
 def report(level: str, text: str = "", **values: object) -> None:
@@ -51,19 +52,26 @@ def report(level: str, text: str = "", **values: object) -> None:
 
 
 def main() -> None:
-    """The host. Reads {"settings", "cores", "engine_pids", "is_gentle", "address", "target_pid", "runtime_dir"} from stdin."""
+    """Starts the host, which first prints its process id, and ends.
+
+    Reads {"settings", "cores", "engine_pids", "is_gentle", "address", "target_pid", "runtime_dir"} from stdin.
+    """
     request: dict[str, Any] = json.load(sys.stdin)
     if os.getsid(0) != os.getpid():
-        raise SystemExit("The host must lead a session of its own; it is started by DraftSupervisor.")
-    _be("double-host")
+        raise SystemExit("The host must be started in a session of its own, by DraftSupervisor.")
+    target = ProcessWatch(request["target_pid"])
+    if os.getppid() == target.pid and os.fork() == 0:  # else the number is another process's by now
+        _run_and_exit("double-host", lambda: _host(request, target))
+
+
+def _host(request: dict[str, Any], target: ProcessWatch) -> None:
+    os.write(1, f"{os.getpid()}\n".encode())
     if request["cores"] is not None:
         _bind(request["cores"])
     guard: ProcessWatch | None = None
     try:
-        target = ProcessWatch(request["target_pid"])
         guard = ProcessWatch(_start_guard(request))
-        if os.getppid() == target.pid:  # else the number is another process's by now
-            wait_for_one([target, guard])
+        wait_for_one([target, guard])
     finally:  # after SIGTERM, too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         spared = {os.getpid()}
@@ -72,17 +80,17 @@ def main() -> None:
             with suppress(ProcessLookupError):
                 os.kill(guard.pid, signal.SIGTERM)
             deadline = time.monotonic() + 2 * _GRACE_S
-            while guard.alive() and set(session_members(os.getpid())) - spared and time.monotonic() < deadline:
+            while guard.alive() and set(session_members(os.getsid(0))) - spared and time.monotonic() < deadline:
                 time.sleep(0.01)
-        kill_session(os.getpid(), spared)
+        kill_session(os.getsid(0), spared)
         rmtree(request["runtime_dir"], ignore_errors=True)
 
 
-def _guard(request: dict[str, Any]) -> None:
+def _guard(request: dict[str, Any], host_pid: int) -> None:
     """Waits for the end of the target, the host or the driver, or for SIGTERM, and leaves nothing behind."""
     has_failed, driver = False, None
     try:
-        target, host = ProcessWatch(request["target_pid"]), ProcessWatch(os.getsid(0))
+        target, host = ProcessWatch(request["target_pid"]), ProcessWatch(host_pid)
         adopt_orphans()
         driver = ProcessWatch(_fork_driver(request))
         while not wait_for_one([target, host, driver], _REAP_EVERY_S):
@@ -95,7 +103,7 @@ def _guard(request: dict[str, Any]) -> None:
             with suppress(ProcessLookupError):
                 os.kill(driver.pid, signal.SIGTERM)
             wait_for_one([driver], _GRACE_S)
-        kill_session(os.getsid(0), spare=(os.getpid(), os.getsid(0)))
+        kill_session(os.getsid(0), spare=(os.getpid(), host_pid))
         reap()
         rmtree(request["runtime_dir"], ignore_errors=True)
         if not has_failed:  # else another guard will look after the engine
@@ -119,13 +127,13 @@ def _bind(cores: Iterable[int]) -> None:
 
 def _start_guard(request: dict[str, Any]) -> int:
     """Starts the guard, which has no parent of ours; returns its process id."""
-    read, write = os.pipe()
+    host, (read, write) = os.getpid(), os.pipe()
     between = os.fork()
     if between == 0:
         guard = os.fork()
         if guard == 0:
             os.close(write)
-            _run_and_exit("double-guard", lambda: _guard(request))
+            _run_and_exit("double-guard", lambda: _guard(request, host))
         os.write(write, str(guard).encode())
         os._exit(0)
     os.close(write)
@@ -175,9 +183,11 @@ def _drive(request: dict[str, Any]) -> None:
         report("ERROR", str(error), is_last=True)
         return
     except (ImportError, ValueError) as error:
-        report("ERROR", f"Ray cannot be started for the draft: {error}", is_last=True)
+        values = {"state": "failed"} if isinstance(error, ImportError) else {}
+        report("ERROR", f"Ray cannot be started for the draft: {error}", is_last=True, **values)
         return
     back_off = BackOff()
+    reasons: list[str] = []  # why builds failed, one after another
     try:
         while True:
             started = time.monotonic()
@@ -186,9 +196,17 @@ def _drive(request: dict[str, Any]) -> None:
                 reason = cluster.run_actor(
                     request["address"], request["target_pid"], request["runtime_dir"], partial(_report_state, states)
                 )
+                reasons.clear()
             except actor.ClusterLostError as error:
                 report("WARNING", str(error), is_last=True)
                 return
+            except actor.BuildError as error:
+                reason = str(error)
+                reasons.append(reason)
+                if error.is_final or (error.is_final is None and reasons[-_MOST_ALIKE:] == [reason] * _MOST_ALIKE):
+                    text = f"The draft model cannot work here and is given up: {reason}. Retrieval alone drafts."
+                    report("ERROR", text, state="failed", is_last=True)
+                    return
             wait_s = back_off.after(time.monotonic() - started, "up" in states)
             text = f"The draft actor ended: {reason}. It is started again in {wait_s:.0f} s."
             report("WARNING", text, state="down")

@@ -1,6 +1,6 @@
 """Who starts, watches and ends whom. What must be gone after the end of a server, however violent it was, goes here.
 
-    API server -- engine core -- worker (the target) -- host     guard -- driver -- Ray's daemons -- actor
+    API server -- engine core -- worker (the target)     host     guard -- driver -- Ray's daemons -- actor
 
 ==================  ========================  ================================================================================
 ends                noticed by                what follows
@@ -16,10 +16,11 @@ actor               driver                    another actor is started
 orderly stop        supervisor                SIGTERM for the host, which does the same
 ==================  ========================  ================================================================================
 
-Two clean up, so that either may be killed together with the target. The guard is nobody's child: vLLM's API server kills
-all its descendants at once when it is told to stop. Neither runs Ray, which takes down its process if it fails. Ray gives each
-actor a process group but leaves the session alone, so the session names all processes of ours, orphans included. If everything
-is killed at the same moment, only the folder stays. The next start on this machine removes it, as nobody holds its lock.
+Two clean up, so that either may be killed together with the target. They are nobody's children: vLLM's API server kills all
+its descendants at once when it is told to stop, with a warning about each. Neither runs Ray, which takes down its process if it
+fails. Ray gives each actor a process group but leaves the session alone, so the session names all processes of ours, orphans
+included. If everything is killed at the same moment, only the folder stays. The next start on this machine removes it, as
+nobody holds its lock.
 
 What a process has in shared memory it unlinks itself as soon as all others have attached (`unlink_shared_memory`).
 """

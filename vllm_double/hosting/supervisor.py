@@ -13,6 +13,7 @@ import multiprocessing.util
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -27,14 +28,14 @@ from typing import Any, Literal, Protocol
 from vllm_double.hosting.back_off import BackOff
 from vllm_double.hosting.cores import format_cores
 from vllm_double.hosting.host import MARK
-from vllm_double.hosting.process_care import ProcessWatch, RuntimeFolder, kill_session, wait_for_one
+from vllm_double.hosting.process_care import ProcessWatch, RuntimeFolder, kill_session, wait_for_end, wait_for_one
 from vllm_double.hosting.settings import DraftSettings
 
 __all__ = ["DraftSupervisor", "HostProcess", "State", "child_environment"]
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "up", "down", "stopped"]
+State = Literal["starting", "up", "down", "failed", "stopped"]  # failed: the draft cannot work here, and is given up
 OnLine = Callable[[str], None]
 
 # Both together are less than vLLM's engine core waits for its workers to exit: 5 s.
@@ -150,7 +151,7 @@ class DraftSupervisor:
         while not self._stopping.is_set():
             started, earlier = self._clock(), self.workers_up
             self._run_once()
-            if self._stopping.is_set():
+            if self._stopping.is_set() or self.state == "failed":
                 return
             self.state = "down"
             wait_s = back_off.after(self._clock() - started, self.workers_up > earlier)
@@ -195,7 +196,7 @@ class DraftSupervisor:
                 self._last_up = pid
                 self.workers_up += 1
         if state is not None and not self._stopping.is_set():
-            self.state = state if state in ("up", "down") else "starting"
+            self.state = state if state in ("up", "down", "failed") else "starting"
 
 
 class HostProcess:
@@ -221,20 +222,27 @@ class HostProcess:
                 start_new_session=True,
                 pass_fds=(self._folder.lock,),
                 env=child_environment(os.environ, settings),
+                bufsize=0,
             )
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            with suppress(OSError), self._process.stdin as stdin:  # if it ended at once, its output says why
+                stdin.write(json.dumps(request).encode())
+            # Its child goes on, so that it is nobody's: vLLM kills and lists what descends from its processes.
+            self._said = self._process.stdout.readline()
+            has_started = self._said.strip().isdigit()
+            self._watch = ProcessWatch(int(self._said) if has_started else self._process.pid)
         except OSError:
             self._folder.remove()
             raise
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(OSError), self._process.stdin as stdin:  # if it ended at once, wait() returns at once
-            stdin.write(json.dumps(request).encode())
-        self._watch = ProcessWatch(self._process.pid)
+        if has_started:
+            self._said = b""
+            self._process.wait()
         self._stdout = self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
 
     def wait(self, on_line: OnLine) -> None:
-        rest, has_ended = b"", False
+        rest, has_ended = self._said, False
         try:
             # The end of the output would not do: whoever the host has started may hold the pipe for longer.
             while not has_ended:
@@ -248,9 +256,11 @@ class HostProcess:
             self._clean_up()
 
     def stop(self, timeout_s: float) -> None:
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):  # host and guard finish without us, if they are slow
-            self._process.wait(timeout_s)
+        if not self._watch.alive():
+            return
+        with suppress(OSError):  # it has just ended
+            os.kill(self._watch.pid, signal.SIGTERM)
+            wait_for_end(self._watch.pid, timeout_s)  # host and guard finish without us, if they are slow
 
     def _read(self) -> bytes:
         try:
@@ -260,7 +270,8 @@ class HostProcess:
 
     def _clean_up(self) -> None:
         """What host and guard have done, unless they were killed."""
-        if self._process.poll() != 0:
+        self._process.wait()
+        if Path(self._folder.path).exists():
             kill_session(self._process.pid)
         self._folder.remove()
 

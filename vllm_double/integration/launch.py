@@ -3,11 +3,13 @@
 import logging
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.utils import get_draft_load_config
 
 from vllm_double.config import DoubleConfig
 from vllm_double.draft.engine.config import EngineConfig
@@ -90,6 +92,7 @@ class Launch:
             self.proposer.step_cost.estimate(),
             worker_up=self._worker_answers(),
             worker_restarts=supervisor.restarts if supervisor is not None else 0,
+            draft_failed=supervisor is not None and supervisor.state == "failed",
             enabled=self.proposer.enabled,
             paused_s=self.proposer.breaker.paused_s,
         )
@@ -145,6 +148,7 @@ def draft_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> DraftSett
         page_size=double.draft_page_size,
         kv_cache_bytes=int(double.draft_kv_cache_gib * 2**30),
         trust_remote_code=target.trust_remote_code,
+        loading=_loading(vllm_config),
         seed=target.seed,
         num_children=double.children_per_node,
         enforce_eager=draft["enforce_eager"],
@@ -161,6 +165,15 @@ def draft_settings(vllm_config: VllmConfig, engine_pids: list[int]) -> DraftSett
         num_ranks=num_ranks,
         engine_pids=tuple(engine_pids),
     )
+
+
+def _loading(vllm_config: VllmConfig) -> dict[str, Any]:
+    """EngineConfig.loading: as the target's, but for what "draft_load_config" says."""
+    config, target = get_draft_load_config(vllm_config), vllm_config.model_config
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name != "device"}
+    if values["download_dir"] is not None:
+        values["download_dir"] = str(Path(values["download_dir"]).expanduser().absolute())  # the actor may work elsewhere
+    return values | {"config_format": target.config_format, "hf_token": target.hf_token}
 
 
 def _physical_device(index: int) -> str:

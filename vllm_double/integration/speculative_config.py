@@ -11,13 +11,13 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from pydantic import ConfigDict, ValidationError
+from vllm.config import LoadConfig, ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 
 from vllm_double.config import ConfigError, DoubleConfig, check_num_speculative_tokens, nearest
 from vllm_double.hosting.cores import CoreSplit, read_topology, split_cores
-from vllm_double.integration.front_end import allow_v2, check_requests
+from vllm_double.integration.front_end import allow_v2, bind_target, check_requests
 from vllm_double.integration.tokenizers import check_datastores, check_same_tokenizer
 
 __all__ = ["SCHEDULER_PATH", "DoubleSpeculativeConfig", "build"]
@@ -115,6 +115,7 @@ def build(raw: dict[str, Any]) -> DoubleSpeculativeConfig | None:
         target_model_config=target,
         target_parallel_config=parallel,
         double=double,
+        draft_load_config=draft.pop("draft_load_config", None),
         draft=draft,
         datastores=datastores,
         cores=cores,
@@ -128,13 +129,16 @@ def _metrics_key(parallel: ParallelConfig) -> str:
     """A new one; in a further front end that of the first process, which launched the engines: each builds a configuration."""
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
         return os.environ[_METRICS_KEY]
-    key = os.environ[_METRICS_KEY] = secrets.token_hex(8)
+    key = secrets.token_hex(8)
+    if parallel._api_process_count > 1:
+        os.environ[_METRICS_KEY] = key
     return key
 
 
 def _teach_process() -> None:
     check_requests(DoubleSpeculativeConfig)
     allow_v2(DoubleSpeculativeConfig)
+    bind_target(DoubleSpeculativeConfig)
 
 
 def _check_target(target: ModelConfig, parallel: ParallelConfig) -> None:
@@ -157,15 +161,15 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     model = draft["model"]
     if not isinstance(model, str) or not model:
         raise ConfigError(f'"model" is {model!r}, and must be the path or the name of a draft model.')
-    looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if looks_like_path and not Path(model).expanduser().is_dir():
-        raise ConfigError(f'The draft model "{model}" does not exist.')
+    _check_place(model)
     size = draft.setdefault("draft_tensor_parallel_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_DRAFT_RANKS:
         raise ConfigError(f'"draft_tensor_parallel_size" is {size!r}, and must be a whole number from 1 to {MAX_DRAFT_RANKS}.')
-    for key in ("kv_cache_dtype", "attention_backend", "moe_backend", "draft_load_config"):
+    for key in ("kv_cache_dtype", "attention_backend", "moe_backend"):
         if draft.pop(key, None) not in (None, "auto"):
             raise ConfigError(f'"{key}" cannot be set for the draft of method "double".')
+    if isinstance(draft.get("draft_load_config"), dict):
+        draft["draft_load_config"] = _load_config(draft["draft_load_config"])
     if draft.get("enforce_eager") is None:
         draft["enforce_eager"] = target.enforce_eager  # as in vLLM
     elif not isinstance(draft["enforce_eager"], bool):
@@ -177,6 +181,34 @@ def _check_draft(draft: dict[str, Any], double: DoubleConfig, target: ModelConfi
     _check_device(double.draft_device, size, num_engines)
     if double.ray_address is not None:
         _check_reachable(double.ray_address)
+
+
+def _check_place(model: str) -> None:
+    """A folder, or what may be a repository's name: the two forms in which a draft is found."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return
+    fault = ""
+    if "://" in model:
+        fault = "is an address"
+    elif path.exists():
+        fault = "is a file"
+    elif model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        fault = "does not exist"
+    if fault:
+        raise ConfigError(
+            f'The draft model "{model}" {fault}: "model" takes a folder that holds config.json and weights, or the name of a '
+            'repository, such as "Qwen/Qwen3-0.6B".'
+        )
+
+
+def _load_config(values: dict[str, Any]) -> LoadConfig:
+    try:
+        return LoadConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f'"draft_load_config": {{"{name}": {first["input"]!r}}} is not possible: {first["msg"]}.') from None
 
 
 def _check_device(device: str, num_ranks: int, num_engines: int) -> None:
@@ -214,10 +246,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> CoreSplit | None:
-    """On CPU the target's and the draft's cores are disjoint; decided before the executor spawns its workers.
-
-    Sets VLLM_CPU_OMP_THREADS_BIND, from which the target's workers take their cores.
-    """
+    """On CPU the target's and the draft's cores are disjoint; decided before the executor spawns its workers."""
     from vllm import envs
     from vllm.platforms import current_platform
 
@@ -238,5 +267,4 @@ def _bind_cores(double: DoubleConfig, num_ranks: int, num_draft_ranks: int) -> C
             raise ValueError(f"{len(split.draft)} core(s) cannot be divided among {num_draft_ranks} draft ranks.")
     except ValueError as error:
         raise ConfigError(f'"draft_cores": {error}') from None
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = split.bind
     return split

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig
+from vllm.tokenizers import get_tokenizer
 
 from vllm_double.config import ConfigError
 
@@ -14,16 +15,13 @@ _SAMPLE = "def f(x):\n    return x ** 2  # naïve café, 東京, 12345.678\n\tEn
 
 
 def check_same_tokenizer(target: ModelConfig, draft: str, draft_revision: str | None) -> None:
-    """Raises ConfigError with one sentence if the draft cannot be read or has another tokenizer."""
-    from transformers import AutoTokenizer
+    """Raises ConfigError with one sentence if the draft's tokenizer cannot be read or is another.
 
-    try:
-        draft_tokenizer = AutoTokenizer.from_pretrained(
-            draft, revision=draft_revision, trust_remote_code=target.trust_remote_code
-        )
-    except Exception as error:  # whatever a loader of foreign files can raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f'The tokenizer of the draft model "{draft}" cannot be read: {reason}') from None
+    With --skip-tokenizer-init there may be no tokenizers: whoever serves token ids knows what they mean.
+    """
+    if target.skip_tokenizer_init:
+        return
+    draft_tokenizer = _read(f'draft model "{draft}"', draft, draft_revision, target)
     found = difference(_tokenizer_of(target), draft_tokenizer)
     if found is not None:
         raise ConfigError(f'The draft model "{draft}" has another tokenizer than the target: {found}.')
@@ -52,11 +50,23 @@ def check_datastores(target: ModelConfig, paths: Sequence[str]) -> tuple[tuple[s
 
 
 def _tokenizer_of(target: ModelConfig) -> Any:
-    from transformers import AutoTokenizer
+    return _read("target", target.tokenizer, target.tokenizer_revision, target)
 
-    return AutoTokenizer.from_pretrained(
-        target.tokenizer, revision=target.tokenizer_revision, trust_remote_code=target.trust_remote_code
-    )
+
+def _read(whose: str, name: str, revision: str | None, target: ModelConfig) -> Any:
+    """A tokenizer, as vLLM reads the target's. Raises ConfigError with one sentence."""
+    token = {} if target.hf_token is None else {"token": target.hf_token}
+    try:
+        return get_tokenizer(
+            name,
+            tokenizer_mode=target.tokenizer_mode,
+            revision=revision,
+            trust_remote_code=target.trust_remote_code,
+            **token,
+        )
+    except Exception as error:  # whatever a loader of foreign files can raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"The tokenizer of the {whose} cannot be read: {reason}") from None
 
 
 def difference(target: Any, draft: Any) -> str | None:

@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import accumulate
@@ -60,6 +61,7 @@ _BY_SOURCE = {
 _GAUGES = {
     "age_seconds": "Seconds since the engine gave these values.",
     "worker_up": "1 while a draft worker answers.",
+    "draft_failed": "1 if the draft model cannot work here and has been given up: retrieval alone drafts.",
     "enabled": "0 while drafting is switched off.",
     "paused_seconds": "Seconds until drafting is tried again, after an exception or because it did not pay.",
     "propose_max_seconds": "Longest round so far, in seconds.",
@@ -78,6 +80,7 @@ def snapshot(
     *,
     worker_up: bool,
     worker_restarts: int,
+    draft_failed: bool,
     enabled: bool,
     paused_s: float,
 ) -> dict[str, Any]:
@@ -89,6 +92,7 @@ def snapshot(
     return {name: getattr(counters, name) for name in names if name != "worker_restarts"} | {
         "worker_restarts": worker_restarts,
         "worker_up": int(worker_up),
+        "draft_failed": int(draft_failed),
         "enabled": int(enabled),
         "paused_seconds": paused_s,
         "step_seconds": step_cost[0],
@@ -199,12 +203,20 @@ class _DoubleCollector(Collector):
         return families((number, values) for number, values in found if values is not None)
 
 
-def expose(key: str, num_engines: int) -> None:
-    """Show the metrics of ``num_engines`` engines on this process's page."""
+def _remove(collector: Collector) -> None:
+    with suppress(KeyError):  # somebody has emptied the registry before
+        REGISTRY.unregister(collector)
+
+
+def expose(config: Any, num_engines: int) -> None:
+    """Show the metrics of ``num_engines`` engines, with ``metrics_key`` of their configuration, on this process's page, as long
+    as that configuration lives.
+    """
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    collector = _DoubleCollector(key, num_engines, folder=folder)
+    collector = _DoubleCollector(config.metrics_key, num_engines, folder=folder)
     if folder is None:
         REGISTRY.register(collector)
+        weakref.finalize(config, _remove, collector)
         return
     # Here each scrape has a new registry, with nothing but this collector of prometheus_client in it.
     original = MultiProcessCollector.collect

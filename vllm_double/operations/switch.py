@@ -101,6 +101,8 @@ def switch(servers: Sequence[Server], enabled: bool, why: str) -> Server:
 def _state(values: dict[str, Any]) -> str:
     if not values["enabled"]:
         return "off"
+    if values["draft_failed"]:
+        return "on, without the draft model, which cannot work here: see the log"
     paused_s = values["paused_seconds"]
     return f"on, but paused {values['paused_why']}; drafting is tried again in {paused_s:.0f} s" if paused_s else "on"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["EngineConfig"]
 
@@ -11,8 +12,8 @@ __all__ = ["EngineConfig"]
 class EngineConfig:
     """Which draft model, where it runs, and how much it may keep.
 
-    model, revision, quantization, load_format, trust_remote_code, max_model_len, seed: as in vLLM; None is the
-        model's own.
+    model, revision, quantization, trust_remote_code, max_model_len, seed: as in vLLM; None is the model's own.
+    loading: further arguments of vLLM's EngineArgs, which say how weights and configuration are found and read.
     dtype: as in vLLM, whose 'auto' is 16 bits for a float32 model, too; but float32 on a CPU without instructions for them.
     longest_text: of the target; a draft model that could read more is not given room for it.
     device: 'cpu' or 'cuda:N'; vLLM must be built for it.
@@ -49,7 +50,7 @@ class EngineConfig:
     rendezvous: str = ""
     trust_remote_code: bool = False
     seed: int = 0
-    load_format: str = "auto"
+    loading: dict[str, Any] = field(default_factory=dict)
     num_children: int = 32
     enforce_eager: bool = False
 

@@ -34,7 +34,7 @@ __all__ = ["EngineConfig", "LoadedModel", "load"]
 
 _PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 _VLLM_ARGS = (
-    "model", "revision", "code_revision", "quantization", "dtype", "max_model_len", "trust_remote_code", "seed", "load_format",
+    "model", "revision", "code_revision", "quantization", "dtype", "max_model_len", "trust_remote_code", "seed",
     "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
 )  # fmt: skip
 """Fields of EngineConfig that are called as in vLLM."""
@@ -82,7 +82,7 @@ def load(config: EngineConfig) -> LoadedModel:
     set_default_torch_wrap(vllm_config.compilation_config.ir_enable_torch_wrap)
     with set_current_vllm_config(vllm_config):
         _init_distributed(vllm_config, device, config)
-        model = get_model(vllm_config=vllm_config)
+        model = _load_model(vllm_config)
         if device.type != "cpu":
             init_workspace_manager(device)
         loaded = _allocate(vllm_config, model, device, config)
@@ -93,7 +93,9 @@ def load(config: EngineConfig) -> LoadedModel:
 
 
 def _vllm_config(config: EngineConfig) -> VllmConfig:
-    args: dict[str, Any] = {name: getattr(config, name) for name in _VLLM_ARGS} | {
+    args: dict[str, Any] = {
+        **config.loading,
+        **{name: getattr(config, name) for name in _VLLM_ARGS},
         "enforce_eager": bool(config.eager_because),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
@@ -122,6 +124,15 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
     if config.dtype == "auto" and config.device == "cpu" and _is_slow_on_cpu(vllm_config):
         vllm_config = EngineArgs(**{**args, "dtype": "float32"}).create_engine_config()
     return vllm_config
+
+
+def _load_model(vllm_config: VllmConfig) -> Any:
+    try:
+        return get_model(vllm_config=vllm_config)
+    except RuntimeError as error:
+        if "Cannot find any model weights" in str(error):
+            raise ValueError(f"there are no weights of {vllm_config.model_config.model}") from error
+        raise
 
 
 def _is_slow_on_cpu(vllm_config: VllmConfig) -> bool:
