@@ -71,6 +71,18 @@ def test_an_engine_that_does_not_answer_is_left_out_and_the_page_stands() -> Non
     assert page(key, engines=3).get(("vllm:double_enabled", "")) is None
 
 
+def test_a_worker_whose_report_is_garbled_spoils_no_page() -> None:
+    counters, key = Counters(), secrets.token_hex(8)
+    counters.worker = {"iterations": 4.0, "no name\n": 1.0, "": 1.0, "\xfc": 1.0}
+    server = serve(key, 0, counters)
+    found = page(key)
+    server.close()
+    assert found["vllm:double_worker_iterations_total", ""] == 4
+    assert [name for name, _ in found if name.startswith("vllm:double_worker_")] == [
+        "vllm:double_worker_restarts_total", "vllm:double_worker_up", "vllm:double_worker_iterations_total"
+    ]  # fmt: skip
+
+
 def test_two_scrapes_at_once_are_both_answered() -> None:
     key = secrets.token_hex(8)
     server = serve(key, 0, Counters())

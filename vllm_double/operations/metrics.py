@@ -114,7 +114,7 @@ def families(snapshots: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric
         yield plain(CounterMetricFamily, name, help_text, itemgetter(key))
     for key, help_text in _GAUGES.items():
         yield plain(GaugeMetricFamily, key, help_text, itemgetter(key))
-    for key in sorted({key for _, values in snapshots for key in values["worker"]}):
+    for key in sorted({key for _, values in snapshots for key in values["worker"] if key.isascii() and key.isidentifier()}):
         kind = GaugeMetricFamily if key in _WORKER_GAUGES else CounterMetricFamily
         help_text = f"{key.replace('_', ' ').capitalize()} of the draft worker."
         yield plain(kind, f"worker_{key}", help_text, lambda values, key=key: values["worker"].get(key, 0.0))  # type: ignore[misc]
