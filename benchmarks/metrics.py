@@ -11,12 +11,12 @@ __all__ = ["Speculation", "counters", "growth", "speculation"]
 
 
 def counters(page: str) -> dict[str, float]:
-    """All samples summed over their labels, by sample name (a counter's ends in ``_total``)."""
+    """All samples summed over their labels, by sample name (a counter's ends in ``_total``); of histograms sum and count."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
-        if family.type in ("counter", "gauge"):
+        if family.type in ("counter", "gauge", "histogram"):
             for sample in family.samples:
-                if not sample.name.endswith("_created"):
+                if not sample.name.endswith(("_created", "_bucket")):
                     found[sample.name] = found.get(sample.name, 0.0) + sample.value
     return found
 
@@ -33,6 +33,7 @@ class Speculation:
     waits_per_round: float | None
     wait_ms: float | None
     missed_share: float | None
+    propose_ms: float | None
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -48,7 +49,7 @@ def speculation(grown: Mapping[str, float]) -> Speculation:
     """Rates from the counters' growth; ``tokens_per_forward`` counts forwards without drafts too.
 
     ``waits_per_round``: times per target forward that the target waited for the draft's first tokens. ``wait_ms``: their
-    mean length. ``missed_share``: the share of them that ended without a token.
+    mean length. ``missed_share``: the share of them that ended without a token. ``propose_ms``: a round of double's.
     """
     generated = grown.get("vllm:generation_tokens_total")
     drafts = grown.get("vllm:spec_decode_num_drafts_total")
@@ -61,6 +62,7 @@ def speculation(grown: Mapping[str, float]) -> Speculation:
     waits = grown.get("vllm:double_waits_total")
     waited_s = _ratio(grown.get("vllm:double_wait_seconds_total"), waits)
     step = _ratio(grown.get("vllm:double_worker_forward_seconds_total"), grown.get("vllm:double_worker_iterations_total"))
+    propose_s = _ratio(grown.get("vllm:double_propose_seconds_sum"), grown.get("vllm:double_propose_seconds_count"))
     return Speculation(
         tokens_per_forward=_ratio(generated, forwards),
         acceptance=_ratio(accepted, drafted),
@@ -70,4 +72,5 @@ def speculation(grown: Mapping[str, float]) -> Speculation:
         waits_per_round=_ratio(waits, grown.get("vllm:double_target_forwards_total")),
         wait_ms=None if waited_s is None else 1000 * waited_s,
         missed_share=_ratio(grown.get("vllm:double_waits_missed_total"), waits),
+        propose_ms=None if propose_s is None else 1000 * propose_s,
     )

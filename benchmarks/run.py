@@ -264,6 +264,7 @@ def describe(series: Series) -> dict[str, rows.Value]:
         "waits_per_round": speculation.waits_per_round,
         "wait_ms": speculation.wait_ms,
         "missed_share": speculation.missed_share,
+        "propose_ms": speculation.propose_ms,
         "caches": "warm" if series.arm.name in WARM else "cold",
     }
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,8 +42,10 @@ class _Cache(FunctionCache):
 @functools.cache
 def _sources() -> str:
     """Digest of all files in folders with compiled functions: their records and constants are compiled in, too."""
-    texts = {file: file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))}
-    folders = {file.parent for file, text in texts.items() if b"vllm_double.jit" in text}
+    kernels = importlib.util.find_spec("double_kernels")
+    homes = [Path(__file__).parent, *map(Path, kernels.submodule_search_locations or () if kernels else ())]
+    texts = {file: file.read_bytes() for home in homes for file in sorted(home.rglob("*.py"))}
+    folders = {file.parent for file, text in texts.items() if b"vllm_double.jit" in text or b"import numba" in text}
     return hashlib.sha256(b"".join(text for file, text in texts.items() if file.parent in folders)).hexdigest()
 
 

@@ -25,7 +25,7 @@ from double_kernels.support import fill_up
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["compiled_chances", "compiled_noise", "compiled_ranking", "ranked_tokens", "score_errors"]
+__all__ = ["compiled_chances", "compiled_noise", "compiled_ranking", "ranked_tokens", "row_chances", "score_errors"]
 
 _BLOCK = 256
 _LOG2_E = math.log2(math.e)
@@ -128,6 +128,18 @@ def _exponential(state: Any) -> Any:
     return -math.log(max(1 - uniform, _LARGEST_COMPLEMENT)) if uniform > 0.25 else -math.log1p(-uniform)
 
 
+@numba.njit(error_model="numpy")
+def row_chances(seed: Any, position: Any, tokens: Any, length: Any, probs: Any) -> None:
+    """`noise.draw_chances` of one row, for other compiled functions."""
+    state = _mixed(np.uint32(0), _word(np.uint32(seed & _LOW_BITS)))
+    state = _mixed(state, _word(np.uint32((seed >> 32) & _LOW_BITS)))
+    for place in range(length):
+        prefix = _mixed(state, _word(np.uint32((position + place) & _LOW_BITS)))
+        exponential = _exponential(_hash(prefix, _word(np.uint32(tokens[place]))))
+        prob = min(max(np.float64(probs[place]), _LEAST_PROB), 1.0)
+        probs[place] = math.exp((prob - 1.0) / prob * exponential)
+
+
 def _compiled(function: Any, signature: str) -> Any:
     """From numba's cache if that works."""
     options = {"nogil": True, "error_model": "numpy"}
@@ -173,13 +185,7 @@ def _chances(
 ) -> None:
     """See `noise.draw_chances`."""
     for row in range(len(lengths)):
-        seed = _mixed(np.uint32(0), _word(np.uint32(seeds[row] & _LOW_BITS)))
-        seed = _mixed(seed, _word(np.uint32((seeds[row] >> 32) & _LOW_BITS)))
-        for place in range(lengths[row]):
-            prefix = _mixed(seed, _word(np.uint32((positions[row] + place) & _LOW_BITS)))
-            exponential = _exponential(_hash(prefix, _word(np.uint32(tokens[row, place]))))
-            prob = min(max(np.float64(probs[row, place]), _LEAST_PROB), 1.0)
-            probs[row, place] = math.exp((prob - 1.0) / prob * exponential)
+        row_chances(seeds[row], positions[row], tokens[row], lengths[row], probs[row])
 
 
 def _rank(

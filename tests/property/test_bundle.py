@@ -52,7 +52,9 @@ def test_bundled_sources_give_the_chains_that_they_give_one_by_one(seed: int, hi
         if len(texts) < 4 and rng.random() < 0.4:
             name = f"r{number}"
             texts[name], chains[name] = speaker.say(rng.randint(1, 300)), []
-            params = RequestParams(0.0, 2000, frozenset({rng.randrange(VOCAB)}), use_drafts=rng.random() < 0.9)
+            params = RequestParams(
+                rng.choice([0.0, 0.7]), 2000, frozenset({rng.randrange(VOCAB)}), use_drafts=rng.random() < 0.9, seed=number
+            )
             for one in both:
                 one.admit(name, np.array(texts[name], np.int32), params)
         elif texts and rng.random() < 0.1:

@@ -7,8 +7,6 @@
 from typing import Any
 
 from vllm_double.jit import as_int, view_part
-from vllm_double.retrieval.base import Queries
-from vllm_double.retrieval.bundle import look_up
 from vllm_double.target._trie_steps import (
     DRAFT,
     NONE,
@@ -154,24 +152,6 @@ def extend_paths(
             if is_stop(tries, request, path[place].token):
                 live.path_lengths[one] = place + 1
                 break
-
-
-_ask, _find, _extend = view_part(ask), view_part(find_paths), view_part(extend_paths)
-
-
-def find_whole_paths(tries: Any, tables: Any, search: Any, rows: Any, live: Any, picked: Any, floor: float, found: Any,
-                     sources: Any, indexes: Any) -> int:  # fmt: skip
-    """All of that in one call, if all sources are in the bundle; the row of a request that these do not know, or NONE."""
-    num = len(picked)
-    _ask(live, picked)
-    queries = Queries(live.keys[:num], live.tails, live.tail_lengths, live.tail_limits)
-    unknown = look_up(indexes, queries, found)
-    if unknown == NONE:
-        _find(tries, tables, search, rows, live, picked, floor, found, sources)
-        unknown = look_up(indexes, queries, found)
-    if unknown == NONE:
-        _extend(tries, tables, search, rows, live, picked, floor, found, sources)
-    return unknown
 
 
 def cut_chains(tries: Any, tally: Any, live: Any, chosen: Any, fixed: float, per_token: float) -> None:

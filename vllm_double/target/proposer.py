@@ -213,7 +213,7 @@ class Proposer:
             return
         lookups.make_room(num)
         given = self.table.tries, self.calibration.tables, self._search, now.batch.rows, live, picked, now.floor
-        if lookups.are_bundled and not now.summary.num_sampled:
+        if lookups.are_bundled:
             unknown = self._calls.find_whole_paths(*given, lookups.found, lookups.indices, lookups.bundle.indexes())
             assert unknown == NONE
             return

@@ -22,7 +22,7 @@ __all__ = ["RoundCalls", "calls"]
 
 
 class RoundCalls(NamedTuple):
-    """See `_round_steps` and `_choose_steps`."""
+    """See `_round_steps`, `_choose_steps` and `_whole_steps`."""
 
     file_nodes: Callable[..., None]
     commit: Callable[..., int]
@@ -39,6 +39,8 @@ class RoundCalls(NamedTuple):
 @functools.cache
 def calls() -> RoundCalls:
     """Compiled at the first call, or read from numba's cache."""
+    from vllm_double.target import _whole_steps  # imports torch
+
     tries, tables, tally, means = Tries.empty(1, 1, 1, 1), Tables.prior(1), Counters().tally, Means.empty()
     rows = Batch.of([Row("", np.zeros(1, np.int32), 1, [0])]).rows
     live, search = Live.empty(1, 1, 1), Search.empty(1)
@@ -53,7 +55,7 @@ def calls() -> RoundCalls:
         ask=machine_code(choosing.ask, live, ints),
         find_paths=machine_code(choosing.find_paths, *paths),
         extend_paths=machine_code(choosing.extend_paths, *paths),
-        find_whole_paths=machine_code(choosing.find_whole_paths, *paths, indexes),
+        find_whole_paths=machine_code(_whole_steps.find_whole_paths, *paths, indexes),
         cut_chains=machine_code(choosing.cut_chains, tries, tally, live, ints, 0.5, 0.5),
         pack_commits=machine_code(
             steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, words, words.view(np.float32), ints
