@@ -161,14 +161,6 @@ def test_what_a_worker_lists_outside_the_vocabulary_and_behind_it_is_dropped(are
         assert arena.best_path(slot, K) == []
 
 
-def test_a_worker_that_is_more_than_certain_is_taken_as_certain(arena: Arena) -> None:
-    slot = arena.admit()
-    arena.file(slot, arena.root(slot), 0, [7], [3e38])
-    assert tokens_of(arena.best_path(slot, K)) == [7]
-    arena.commit(slot, 7)
-    arena.table.check_integrity()
-
-
 def test_if_sources_agree_the_better_probability_counts(arena: Arena) -> None:
     slot = arena.admit()
     arena.file(slot, arena.root(slot), 0, [1, 2], [0.3, 0.2])
