@@ -111,10 +111,11 @@ class DoubleConfig(BaseModel):
             raise ConfigError(f'"double": {{"{name}": {first["input"]!r}}} is not possible: {reason}.') from None
 
 
-def nearest(key: str, known: Any) -> str:
-    """The known name that ``key`` most looks like."""
+def nearest(key: Any, known: Any) -> str:
+    """The known name that ``key`` most looks like, by as much of it as any such name has."""
     names: list[str] = sorted(known)
-    return max(names, key=lambda name: difflib.SequenceMatcher(None, str(key).lower(), name).ratio())
+    start = str(key)[: max(map(len, names))].lower()
+    return max(names, key=lambda name: difflib.SequenceMatcher(None, start, name).ratio())
 
 
 def check_num_speculative_tokens(value: Any) -> int:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -120,6 +121,29 @@ def test_drafts_come_with_the_output(asked: list[str], monkeypatch: pytest.Monke
     assert received is not None
     assert received.draft_token_ids == [[1, 2]]
     assert asked == []
+
+
+def test_objects_that_take_no_attributes_go_without_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        engine_core.attach((), engine_core.SALT_ATTRIBUTE, "a")
+    assert len(caplog.messages) == 1 and "takes no attribute double_cache_salt" in caplog.text
+
+
+def test_an_output_that_takes_no_attribute_is_returned_all_the_same(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = namedtuple("Closed", "req_ids sampled_token_ids")(["a"], [[5]])
+    runner.drafter = object.__new__(v1.DoubleProposer)
+    other = object.__new__(GPUModelRunner)
+    monkeypatch.setattr(GPUModelRunner, "sample_tokens", lambda self, grammar: closed)
+    worker = object.__new__(Worker)
+    worker.model_runner, other.model, other.drafter = other, SimpleNamespace(load_weights=None), runner.drafter
+    other.drafter.join(worker)
+    assert other.sample_tokens(None) is closed
+
+
+def test_a_request_of_whom_nobody_knows_whose_it_is_gets_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _params(monkeypatch).use_drafts
+    monkeypatch.setattr(engine_core, "attach", lambda *_: None)
+    assert not _params(monkeypatch).use_drafts
 
 
 def test_the_worker_is_asked_if_no_drafts_came(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

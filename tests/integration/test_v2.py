@@ -4,7 +4,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,7 +172,7 @@ class FakeProposer:
         starts = rows.verified_starts.tolist()
         verified = [rows.verified[start:end].tolist() for start, end in itertools.pairwise(starts)]
         self.rows = list(zip(batch.request_ids, texts, rows.num_sampled.tolist(), verified, strict=True))
-        return [[text[-1]] * (len(text) % 2) for text in texts]
+        return [text[-1:] * (len(text) % 2) for text in texts]
 
 
 def speculator(module: Any, proposer: Any) -> Any:
@@ -253,6 +253,24 @@ def test_a_request_that_was_preempted_is_admitted_anew_only_with_another_text(v2
     assert proposer.admitted == {"a": [1, 2, 8]}
     made.follow_step(runner, scheduled({}, {}, finished=("a",)))
     assert proposer.finished == ["a"] and made._texts.rows == {}
+
+
+def test_a_request_whose_text_got_lost_goes_without_drafts_and_others_with(v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = FakeProposer()
+    proposer.guard = lambda: suppress(Exception)  # type: ignore[method-assign]
+    made, runner, start = speculator(v2, proposer), runner_with(states("a", "b")), v2._Texts.start
+
+    def lose_one(texts: Any, request_id: str, tokens: Any) -> None:
+        if request_id == "b":
+            raise RuntimeError("something of ours")
+        start(texts, request_id, tokens)
+
+    monkeypatch.setattr(v2._Texts, "start", lose_one)
+    made.follow_step(runner, scheduled({"a": [1, 2]}, {}))
+    made.follow_step(runner, scheduled({"b": [1, 2, 3]}, {}))
+    drafts = made.propose_rows(output(a=[7], b=[4]))
+    assert drafts.draft_token_ids[0] == [7] and [row[::2] for row in proposer.rows] == [("a", 1), ("b", 0)]
+    assert list(proposer.admitted) == ["a"]
 
 
 def test_a_rank_that_does_not_propose_keeps_no_texts_and_verifies_the_same(v2: Any) -> None:

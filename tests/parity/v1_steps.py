@@ -73,7 +73,7 @@ class SharedNoise(VllmsRejection):
         runner = SimpleNamespace(
             sampler=Sampler(), rejection_sampler=None, device=torch.device("cpu"),
             vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=_MOST_ROWS)),
-            input_batch=SimpleNamespace(logitsprocs=LogitsProcessors()),
+            input_batch=SimpleNamespace(logitsprocs=LogitsProcessors(), thinking_budget_state_holder=None),
         )  # fmt: skip
         share_noise(runner, lambda: self._draws)
         self.sampler, self.rejection_sampler = runner.sampler, runner.rejection_sampler
@@ -102,10 +102,10 @@ class SharedNoise(VllmsRejection):
             processor.update_state(update)
 
 
-def _metadata(scheduled: np.ndarray, chain: np.ndarray) -> Any:
+def _metadata(scheduled: np.ndarray, chain: np.ndarray, most: int = MAX_CHAIN) -> Any:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    drafted = np.arange(MAX_CHAIN) < scheduled[:, None]
+    drafted = np.arange(most) < scheduled[:, None]
     ends = np.cumsum(scheduled + 1)
     all_logits = np.arange(ends[-1])
     bonus = ends - 1

@@ -151,6 +151,16 @@ def test_records_of_an_earlier_admission_and_of_nobody_are_dropped(arena: Arena)
     assert arena.counts.late_nodes == 3 and arena.best_path(slot, K) == []
 
 
+def test_what_a_worker_lists_outside_the_vocabulary_and_behind_it_is_dropped(arena: Arena) -> None:
+    slot = arena.admit()
+    arena.table.tries.limits["vocab_size"] = 50
+    for token in (-1, 50):
+        arena.file(slot, arena.root(slot), 0, [7, token, 8], [0.4, 0.9, 0.9])
+        assert tokens_of(arena.best_path(slot, K)) == [7]
+        arena.file(slot, arena.root(slot), 0, [token], [0.9])
+        assert arena.best_path(slot, K) == []
+
+
 def test_if_sources_agree_the_better_probability_counts(arena: Arena) -> None:
     slot = arena.admit()
     arena.file(slot, arena.root(slot), 0, [1, 2], [0.3, 0.2])

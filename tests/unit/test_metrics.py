@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_double.operations import metrics
-from vllm_double.operations.control_socket import Address, Endpoint
+from vllm_double.operations.control_socket import Address, Answer, Endpoint
 from vllm_double.operations.metrics import _DoubleCollector, snapshot
 from vllm_double.target.stats import Counters
 
@@ -72,6 +72,18 @@ def test_an_engine_that_does_not_answer_is_left_out_and_the_page_stands() -> Non
     assert page(key, engines=3).get(("vllm:double_enabled", "")) is None
 
 
+def test_a_worker_whose_report_is_garbled_spoils_no_page() -> None:
+    counters, key = Counters(), secrets.token_hex(8)
+    counters.worker = {"iterations": 4.0, "no name\n": 1.0, "": 1.0, "\xfc": 1.0}
+    server = serve(key, 0, counters)
+    found = page(key)
+    server.close()
+    assert found["vllm:double_worker_iterations_total", ""] == 4
+    assert [name for name, _ in found if name.startswith("vllm:double_worker_")] == [
+        "vllm:double_worker_restarts_total", "vllm:double_worker_up", "vllm:double_worker_iterations_total"
+    ]  # fmt: skip
+
+
 def test_two_scrapes_at_once_are_both_answered() -> None:
     key = secrets.token_hex(8)
     server = serve(key, 0, Counters())
@@ -105,7 +117,7 @@ def test_a_page_of_several_front_ends_shows_the_metrics_once(tmp_path: Path) -> 
 import types
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
 from vllm_double.target.stats import Counters
-from vllm_double.operations.control_socket import Address, Endpoint
+from vllm_double.operations.control_socket import Address, Answer, Endpoint
 from vllm_double.operations.metrics import expose, snapshot
 
 said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0}
@@ -124,20 +136,80 @@ for engine in ("0", "1"):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def test_a_silent_engine_is_asked_again_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, now = [], 0.0
+class Late:
+    """In place of `ask`: an engine that answers what it is told to, when it may."""
 
-    def ask(address: Address, timeout_s: float) -> Any:
-        asked.append(address.engine)
-        if address.engine == 0:
-            raise TimeoutError
-        raise ConnectionRefusedError
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failures, self.num_asked = 0, 0
+        self.error: Exception | None = None
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        monkeypatch.setattr(metrics, "_PATIENCE_S", 0.05)
+        monkeypatch.setattr(metrics, "ask", self.ask)
 
-    monkeypatch.setattr(metrics, "ask", ask)
-    collector = _DoubleCollector("00", 2, lambda: now)
-    for _ in range(3):
-        list(collector.collect())
-    assert asked == [0, 1, 1, 1]
-    now = 31.0
-    list(collector.collect())
-    assert asked[4:] == [0, 1]
+    def ask(self, address: Address, timeout_s: float) -> Answer:
+        self.num_asked += 1
+        assert self.may_answer.wait(10)
+        if self.error is not None:
+            raise self.error
+        state: dict[str, Any] = {"worker_up": True, "draft_failed": False, "worker_restarts": 0, "enabled": True}
+        return Answer(7, snapshot(Counters(failures=self.failures), (0.02, 0.001), **state, paused_s=0.0))
+
+
+def values(collector: _DoubleCollector) -> tuple[float, float] | None:
+    """Failures and age, as the page has them."""
+    found = {sample.name: sample.value for family in collector.collect() for sample in family.samples}
+    age = found.get("vllm:double_age_seconds")
+    return None if age is None else (found["vllm:double_failures_total"], age)
+
+
+def test_a_late_engine_keeps_its_last_values_with_their_age_and_is_awaited_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, now = Late(monkeypatch), 100.0
+    collector = _DoubleCollector("00", 1, lambda: now)
+    engine.failures = 1
+    assert values(collector) == (1, 0)
+    engine.may_answer.clear()
+    engine.failures, now = 2, 101.0
+    assert values(collector) == (1, 1)
+    now = 140.0
+    assert values(collector) == (1, 40) and engine.num_asked == 2
+    asking = collector._engines[0]._asking
+    assert asking is not None
+    engine.may_answer.set()
+    asking.join(10)
+    engine.may_answer.clear()
+    now = 141.0
+    assert values(collector) == (2, 1) and engine.num_asked == 3
+    engine.may_answer.set()
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(), TimeoutError(), ValueError()], ids=["full", "silent", "garbled"])
+def test_an_engine_without_a_readable_answer_keeps_its_last_values(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    engine, now = Late(monkeypatch), 100.0
+    collector = _DoubleCollector("00", 1, lambda: now)
+    assert values(collector) == (0, 0)
+    engine.error, now = error, 105.0
+    assert values(collector) == (0, 5)
+    engine.error = None
+    assert values(collector) == (0, 0)
+
+
+def test_an_engine_that_has_ended_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Late(monkeypatch)
+    collector = _DoubleCollector("00", 1)
+    assert values(collector) is not None
+    engine.error = ConnectionRefusedError()
+    assert values(collector) is None
+
+
+def test_front_ends_show_the_newest_values_that_any_of_them_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine, now = Late(monkeypatch), 100.0
+    first, second = (_DoubleCollector("00", 1, lambda: now, str(tmp_path)) for _ in range(2))
+    assert values(first) == (0, 0)
+    engine.failures, now = 3, 101.0
+    assert values(second) == (3, 0)
+    engine.may_answer.clear()
+    now = 102.0
+    newcomer = _DoubleCollector("00", 1, lambda: now, str(tmp_path))
+    assert values(first) == values(second) == values(newcomer) == (3, 1)
+    engine.may_answer.set()

@@ -1,5 +1,7 @@
 """What a request says about itself, read or refused."""
 
+import time
+
 import pytest
 
 from vllm_double.config import ConfigError
@@ -29,10 +31,13 @@ def test_a_request_is_read(extra_args: dict[str, object] | None, expected: Reque
         ([1], "takes an object, not one of type list"),
         (True, "takes an object, not one of type bool"),
         ("off", "text, but not JSON"),
-        ("[" * 100_000, "text, but not JSON"),
+        ("[" * 4096, "text, but not JSON"),
+        ("[" * 4097, "more than 4096 characters"),
+        ({"tenant": "a" * 257}, '"tenant" in "double" of a request has more than 256 characters'),
         ("[]", "takes an object, not one of type list"),
         ({"enabeld": False}, "no key 'enabeld'; the nearest one is \"enabled\""),
-        ({3: False}, "no key 3"),
+        ({3: False}, "a key of type int"),
+        ({10**5000: False}, "a key of type int"),
         ({"enabled": 0}, '"enabled" in "double" of a request must be true or false'),
         ({"enabled": "false"}, '"enabled" in "double" of a request must be true or false'),
         ({"tenant": 7}, '"tenant" in "double" of a request must be text'),
@@ -44,6 +49,17 @@ def test_a_malformed_request_is_refused_in_one_sentence(value: object, sentence:
         RequestArgs.parse({"double": value})
     message = str(refused.value)
     assert sentence in message and message.endswith(".") and message.count(". ") == 0
+
+
+def test_a_long_key_is_refused_at_once_and_not_repeated() -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="the nearest one is") as refused:
+        RequestArgs.parse({"double": {"enabled" * 1_000_000: True}})
+    assert time.process_time() - started < 0.5 and len(str(refused.value)) < 400
+
+
+def test_the_longest_tenant_is_taken() -> None:
+    assert RequestArgs.parse({"double": {"tenant": "a" * 256}}) == RequestArgs(tenant="a" * 256)
 
 
 def test_each_value_has_a_name_of_its_own_that_can_be_sent() -> None:

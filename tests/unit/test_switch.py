@@ -6,6 +6,8 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,11 +221,11 @@ def test_the_endpoint_answers_on_after_a_command_that_cannot_be_read(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
-def test_another_user_cannot_switch(engine: OnTheSpot) -> None:
-    key = secrets.token_hex(8)
-    one = engine(key=key)
+def test_another_user_is_sent_away_before_anything_is_computed() -> None:
+    key, asked = secrets.token_hex(8), []
+    endpoint = Endpoint(Address(key, 0), lambda command, who: {"asked": asked.append(command)})
     program = f"""
-import json, os, socket
+import os, socket
 from vllm_double.operations.control_socket import Address, ask
 os.setuid(65534)
 address = Address({key!r}, 0)
@@ -231,19 +233,37 @@ try:
     ask(address, {{"enabled": False, "why": ""}})
 except PermissionError as error:
     print(error)
-with socket.socket(socket.AF_UNIX) as connection:
-    connection.connect(address.name)
-    try:
-        connection.sendall(b'{{"enabled": false, "why": ""}}')
-        connection.shutdown(socket.SHUT_WR)
-        print(json.loads(connection.recv(1 << 16))["enabled"])
-    except OSError:
-        print("cut off")
+for request in (b'{{"enabled": false, "why": ""}}', b""):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address.name)
+        try:
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            print(connection.recv(1 << 16))
+        except OSError:
+            print(b"")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    refused, answered = done.stdout.splitlines()
-    assert refused.startswith(f"Process {os.getpid()} belongs to ") and answered in ("1", "cut off")
-    assert one.enabled and one.commands == []
+    refused, *answers = done.stdout.splitlines()
+    assert refused.startswith(f"Process {os.getpid()} belongs to ") and answers == ["b''", "b''"]
+    assert asked == []
+    ask(Address(key, 0))
+    endpoint.close()
+    assert asked == [{}]
+
+
+def test_many_polls_take_little_of_the_engines_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_GAP_S", 0.05)
+    key, asked = secrets.token_hex(8), []
+    polled = Endpoint(Address(key, 0), lambda command, who: {"asked": asked.append(time.monotonic())})
+    threads = [threading.Thread(target=ask, args=(Address(key, 0), None, 10.0)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    polled.close()
+    assert len(asked) == 20, "more than the socket's line is long, and all come in turn"
+    assert asked[-1] - asked[0] >= 19 * 0.05
 
 
 def test_the_endpoint_answers_a_request_without_a_command_and_is_found_until_it_is_closed() -> None:

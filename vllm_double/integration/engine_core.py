@@ -4,6 +4,8 @@ Without asynchronous scheduling the engine core asks its workers three times a s
 worker computes and samples at the first (see ``v1``), and its answer carries the drafts; the scheduler takes them from it.
 """
 
+import functools
+import logging
 import os
 import time
 from typing import Any
@@ -15,7 +17,9 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_double.hosting.cores import bind_all_threads
 from vllm_double.wrap import wrap_once
 
-__all__ = ["DRAFTS_ATTRIBUTE", "RESETS_ATTRIBUTE", "SALT_ATTRIBUTE", "DoubleScheduler", "sleep_while_waiting"]
+__all__ = ["DRAFTS_ATTRIBUTE", "RESETS_ATTRIBUTE", "SALT_ATTRIBUTE", "DoubleScheduler", "attach", "sleep_while_waiting"]
+
+_logger = logging.getLogger(__name__)
 
 DRAFTS_ATTRIBUTE = "double_draft_token_ids"  # of a ModelRunnerOutput: what the worker's take_draft_token_ids would return
 SALT_ATTRIBUTE = "double_cache_salt"  # of a NewRequestData, which is pickled into the workers: the request's cache_salt
@@ -51,8 +55,8 @@ class DoubleScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         for new in output.scheduled_new_reqs:
-            setattr(new, SALT_ATTRIBUTE, self.requests[new.req_id].cache_salt)
-            setattr(new, RESETS_ATTRIBUTE, self._num_resets)
+            attach(new, RESETS_ATTRIBUTE, self._num_resets)
+            attach(new, SALT_ATTRIBUTE, self.requests[new.req_id].cache_salt)
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -74,6 +78,19 @@ class DoubleScheduler(Scheduler):
         others, self._cores_to_leave = os.sched_getaffinity(0) - self._cores_to_leave, set()
         if others:
             bind_all_threads(others)
+
+
+def attach(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of ours on an object of vLLM's. One that takes none goes without; the log says so once."""
+    try:
+        setattr(owner, name, value)
+    except (AttributeError, TypeError, ValueError) as error:
+        _warn_once(f"{type(owner).__name__} takes no attribute {name}, so there are fewer draft tokens: {error}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _logger.warning("%s", text)
 
 
 def take_received_drafts() -> None:

@@ -137,7 +137,7 @@ class TargetRank:
             max_length=min(self._max_model_len, new.prompt_len + max_tokens),
             stop_token_ids=frozenset(stops),
             tenant=f"{owner}/{digest(salt, args.tenant, adapter)}" if is_named else None,
-            use_drafts=has_text and args.enabled,
+            use_drafts=has_text and args.enabled and hasattr(new, SALT_ATTRIBUTE),  # else nobody knows whose it is
             use_worker=not new.mm_features,
             seed=seed,
             top_k=max(sampling.top_k, 0),

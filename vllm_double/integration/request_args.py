@@ -13,6 +13,7 @@ from vllm_double.config import ConfigError, nearest
 __all__ = ["RequestArgs", "digest"]
 
 _KEYS = ("enabled", "tenant")
+_MOST_TEXT, _MOST_TENANT = 4096, 256  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class RequestArgs:
         """Raises ConfigError with one sentence."""
         raw = (extra_args or {}).get("double", {})
         if isinstance(raw, str):
+            if len(raw) > _MOST_TEXT:
+                raise ConfigError(f'"double" of a request is text of more than {_MOST_TEXT} characters.')
             try:
                 raw = json.loads(raw)
             except (ValueError, RecursionError):
@@ -34,13 +37,18 @@ class RequestArgs:
         if not isinstance(raw, dict):
             raise ConfigError(f'"double" of a request takes an object, not one of type {type(raw).__name__}.')
         for key in raw:
+            if not isinstance(key, str):
+                raise ConfigError(f'"double" of a request has a key of type {type(key).__name__}, and takes text.')
             if key not in _KEYS:
-                raise ConfigError(f'"double" of a request has no key {key!r}; the nearest one is "{nearest(key, _KEYS)}".')
+                known = nearest(key, _KEYS)
+                raise ConfigError(f'"double" of a request has no key {key[:_MOST_TENANT]!r}; the nearest one is "{known}".')
         enabled, tenant = raw.get("enabled", True), raw.get("tenant")
         if not isinstance(enabled, bool):
             raise ConfigError('"enabled" in "double" of a request must be true or false.')
         if tenant is not None and not (isinstance(tenant, str) and tenant):
             raise ConfigError('"tenant" in "double" of a request must be text, and not empty.')
+        if tenant is not None and len(tenant) > _MOST_TENANT:
+            raise ConfigError(f'"tenant" in "double" of a request has more than {_MOST_TENANT} characters.')
         return cls(enabled, tenant)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
+from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE, attach
 from vllm_double.integration.rank import TargetRank, as_int64
 from vllm_double.integration.v1_sampling import Draws, share_noise
 from vllm_double.target.batch import Batch
@@ -72,7 +72,7 @@ class DoubleProposer(TargetRank):
         def sample_tokens(original: Any, *args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             if output.req_ids:
-                setattr(output, DRAFTS_ATTRIBUTE, runner.take_draft_token_ids())
+                attach(output, DRAFTS_ATTRIBUTE, runner.take_draft_token_ids())
             return output
 
     def prepare(self, runner: GPUModelRunner) -> None:

@@ -8,6 +8,9 @@ A row of logits with draft tokens in front of it is treated as if these had been
 expanded to one row per position, and vLLM's own sampler does the rest. Everything happens on the logits' device.
 """
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,12 +27,14 @@ from vllm.v1.sample.logits_processor.builtin import (
     MinPLogitsProcessor,
     MinTokensLogitsProcessor,
 )
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-__all__ = ["ChainVerifier", "Draws", "SharedNoiseSampler", "share_noise"]
+__all__ = ["ChainVerifier", "Draws", "RowwiseBudget", "SharedNoiseSampler", "share_noise"]
 
 
 class Draws(NamedTuple):
@@ -61,6 +66,8 @@ def share_noise(runner: Any, draws_of: Callable[[], Draws]) -> None:
             processor = kind(runner.vllm_config, runner.device, runner.device.type != "cpu")
             invariant = processor.is_argmax_invariant()
             (processors.argmax_invariant if invariant else processors.non_argmax_invariant).append(processor)
+    if runner.input_batch.thinking_budget_state_holder is not None:
+        runner.input_batch.thinking_budget_state_holder = RowwiseBudget(runner.vllm_config.reasoning_config, runner.device)
 
 
 class SharedNoiseSampler(nn.Module):
@@ -72,7 +79,7 @@ class SharedNoiseSampler(nn.Module):
         self._draws_of = draws_of
         self._expansion: _Expansion | None = None  # while rows behind draft tokens are sampled
 
-    def expand(self, expansion: "_Expansion | None") -> None:
+    def expand(self, expansion: _Expansion | None) -> None:
         """From now on rows are positions of requests; None: they are requests."""
         self._expansion = expansion
 
@@ -164,6 +171,7 @@ class _Expansion:
     def expand(self, batch: SamplingMetadata, metadata: SpecDecodeMetadata) -> SamplingMetadata:
         """The sampling metadata of the rows."""
         owners = torch.from_numpy(self.owners).to(metadata.logits_indices.device, non_blocking=True)
+        budget: Any = batch.thinking_budget_state_holder
 
         def rows(values: Any) -> Any:
             return None if values is None else values[owners]
@@ -184,7 +192,7 @@ class _Expansion:
             logitsprocs=self._processors(batch.logitsprocs),
             logprob_token_ids=self._by_row(batch.logprob_token_ids) if batch.logprob_token_ids else batch.logprob_token_ids,
             spec_token_ids=None,
-            thinking_budget_state_holder=_RowwiseBudget.of(batch, metadata),
+            thinking_budget_state_holder=_ExpandedBudget(budget, self, batch) if budget is not None else None,
         )
 
     def _by_row(self, values: dict[int, Any]) -> dict[int, Any]:
@@ -239,30 +247,63 @@ class _Rowwise:
         raise TypeError(f"{type(processor).__name__} is no logits processor that knows draft tokens")
 
 
-class _RowwiseBudget:
-    """vLLM's thinking budget, which takes the rows before the last of each request apart from the last ones."""
+class RowwiseBudget(ThinkingBudgetStateHolder):
+    """vLLM's thinking budget as it is without draft tokens: its states see a text token by token, and force the next one.
 
-    def __init__(self, batch: SamplingMetadata, metadata: SpecDecodeMetadata) -> None:
-        self._batch = batch
-        self._metadata = metadata
+    vLLM's own runs ahead of the text by what is drafted, and forces the first row's token in steps without any.
+    """
 
-    @classmethod
-    def of(cls, batch: SamplingMetadata, metadata: SpecDecodeMetadata) -> "_RowwiseBudget | None":
-        holder = batch.thinking_budget_state_holder
-        return cls(batch, metadata) if holder is not None and holder.has_tracked_requests() else None
+    _state: dict[int, dict[str, Any]]
 
-    def has_tracked_requests(self) -> bool:
-        return True
+    def __init__(self, reasoning_config: Any, device: torch.device) -> None:
+        super().__init__(reasoning_config, 0, 0, device, False)
+        self._mask_capacity = sys.maxsize  # any number of rows
+
+    def sync_batch(self, batch_update: BatchUpdate | None) -> None:
+        """See ThinkingBudgetStateHolder, which leaves a request that takes a finished one's place with that one's state."""
+        for _, place, direction in batch_update.moved if batch_update else ():
+            if direction is MoveDirectionality.UNIDIRECTIONAL:
+                self._state.pop(place, None)
+        super().sync_batch(batch_update)
+
+    def update_state(self, output_token_ids: Any, *_: Any, **__: Any) -> None:
+        """Have the requests' states see what was committed since the last step."""
+        for request, state in self._state.items():
+            outputs = output_token_ids[request]
+            num_seen = state.get("num_seen", len(outputs))  # all at once if it comes with a text, after a preemption
+            for end in range(min(num_seen + 1, len(outputs)), len(outputs) + 1):
+                self._see(state, outputs[:end])
+            state["num_seen"] = len(outputs)
+
+    def _see(self, state: dict[str, Any], outputs: list[int]) -> None:
+        state |= {"output_tok_ids": outputs, "spec_token_ids": [], "force_index": []}
+        self._update_think_state(state)
+
+    def apply_to_rows(self, logits: torch.Tensor, expansion: _Expansion, drafts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """As `apply_to_logits`, for the rows of an expansion. drafts: of each request."""
+        requests, self._state = self._state, {}
+        try:
+            for request, state in requests.items():
+                for depth, row in enumerate(expansion.rows_of(request)):
+                    if depth:
+                        state = state | {}
+                        self._see(state, state["output_tok_ids"] + [drafts[request][depth - 1]])
+                    self._state[row] = state
+            forced: torch.Tensor = self.apply_to_logits(logits, False, None)
+            return forced
+        finally:
+            self._state = requests
+
+
+class _ExpandedBudget:
+    """A thinking budget in the sampling metadata of an expansion."""
+
+    def __init__(self, budget: RowwiseBudget, expansion: _Expansion, batch: SamplingMetadata) -> None:
+        self._budget, self._expansion, self._batch = budget, expansion, batch
+        self.has_tracked_requests = budget.has_tracked_requests
 
     def update_state(self, *_: Any, **__: Any) -> None:
-        batch = self._batch
-        batch.thinking_budget_state_holder.update_state(batch.output_token_ids, batch.spec_token_ids, repeat_indices=None)
+        self._budget.update_state(self._batch.output_token_ids)
 
     def apply_to_logits(self, logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        holder, drafts = self._batch.thinking_budget_state_holder, self._batch.spec_token_ids
-        for indices, is_bonus in (
-            (self._metadata.bonus_logits_indices, True),
-            (self._metadata.target_logits_indices, False),
-        ):
-            logits[indices] = holder.apply_to_logits(logits[indices], is_bonus, drafts)
-        return logits
+        return self._budget.apply_to_rows(logits, self._expansion, self._batch.spec_token_ids or [])

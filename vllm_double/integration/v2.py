@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE
+from vllm_double.integration.engine_core import DRAFTS_ATTRIBUTE, attach
 from vllm_double.integration.rank import TargetRank
 from vllm_double.target.batch import Batch
 from vllm_double.wrap import wrap_once
@@ -55,8 +55,10 @@ class _Texts:
             self._free.append(self.rows.pop(request_id))
 
     def extend(self, request_id: str, tokens: Sequence[int]) -> None:
-        """Its text goes on."""
-        row = self.rows[request_id]
+        """Its text goes on; unknown ids are ignored."""
+        row = self.rows.get(request_id)
+        if row is None:
+            return
         start = int(self.lengths[row])
         end = start + len(tokens)
         if end > self.buffer.shape[1]:
@@ -119,7 +121,7 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
                 return output
             # Scheduling is synchronous: the engine core waits for this output, whoever makes it.
             output = output.get_output()
-            setattr(output, DRAFTS_ATTRIBUTE, self.propose_rows(output))
+            attach(output, DRAFTS_ATTRIBUTE, self.propose_rows(output))
             return output
 
         @wrap_once(runner, "take_draft_token_ids")
@@ -145,7 +147,8 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         self._step = scheduler_output
         fresh: set[str] = set()
         if self._proposer is not None:
-            fresh = self._follow_texts(scheduler_output) | self._follow_seeds(scheduler_output, runner)
+            with self._proposer.guard():
+                fresh = self._follow_texts(scheduler_output) | self._follow_seeds(scheduler_output, runner)
         self.begin_step(
             scheduler_output,
             lambda new: self._texts.tokens(new.req_id).copy() if new.req_id in fresh else None,
@@ -198,18 +201,21 @@ class DoubleSpeculator(TargetRank, BaseSpeculator):
         scheduler_output, sampled, texts = self._step, output.sampled_token_ids, self._texts
         verified = scheduler_output.scheduled_spec_decode_tokens
         if self._proposer is not None:
-            for request_id, tokens in zip(output.req_ids, sampled, strict=True):
-                texts.extend(request_id, tokens)
+            with self._proposer.guard():
+                for request_id, tokens in zip(output.req_ids, sampled, strict=True):
+                    texts.extend(request_id, tokens)
 
         def rows() -> Batch:
             names = output.req_ids
-            places = [texts.rows[name] for name in names]
+            # A request whose text got lost goes without draft tokens: it is a row in which nothing was sampled.
+            places = [texts.rows.get(name, 0) for name in names]
+            counts = [len(tokens) if name in texts.rows else 0 for name, tokens in zip(names, sampled, strict=True)]
             return Batch.at(
                 names,
                 texts.buffer,
                 places,
                 texts.lengths[places].tolist(),
-                [len(tokens) for tokens in sampled],
+                counts,
                 [verified.get(name, ()) for name in names],
             )
 

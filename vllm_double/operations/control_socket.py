@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 1.0
 _RETRY_S = 0.1
+_GAP_S = 0.01
 _LONGEST_REQUEST = 1 << 16
 _PEER = struct.Struct("iII")  # process, user and group, as SO_PEERCRED gives them
 _LISTED = re.compile(r" @vllm-double-([0-9a-f]+)-(\d+)$")
@@ -49,10 +51,10 @@ class Answer:
 
 
 class Endpoint:
-    """Answers every connection, in a thread.
+    """Answers connections of this process's user, in a thread, one every ``_GAP_S`` seconds at most: each takes time from the
+    engine. Others are sent away before anything is read or computed, and count, too.
 
-    answer: takes a command and its sender ("user (process 7)"), or {} and "" if there is no command. Commands of other users
-    are ignored; these users get an answer.
+    answer: takes a command and its sender ("user (process 7)"), or {} and "" if there is no command.
     """
 
     def __init__(self, address: Address, answer: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
@@ -73,12 +75,18 @@ class Endpoint:
                 continue
             with connection:
                 try:
-                    connection.settimeout(_TIMEOUT_S)
-                    connection.sendall(json.dumps(self._answer(*_command(connection))).encode())
+                    process, user = _peer(connection)
+                    if user == os.geteuid():
+                        connection.settimeout(_TIMEOUT_S)
+                        command = _command(connection)
+                        who = f"{_user_name(user)} (process {process})" if command else ""
+                        connection.sendall(json.dumps(self._answer(command, who)).encode())
                 except OSError:
-                    continue
+                    pass
                 except Exception:  # the next one may be answered
                     _logger.exception("A request to the control socket failed")
+            if self._closing.wait(_GAP_S):
+                return
 
     def close(self) -> None:
         """Stop answering."""
@@ -95,7 +103,7 @@ def ask(address: Address, command: dict[str, Any] | None = None, timeout_s: floa
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
-        connection.connect(address.name)
+        _connect(connection, address, time.monotonic() + timeout_s)
         process, user = _peer(connection)
         if user != os.geteuid():
             raise PermissionError(f"Process {process} belongs to {_user_name(user)}, who alone may send requests to it.")
@@ -109,6 +117,16 @@ def ask(address: Address, command: dict[str, Any] | None = None, timeout_s: floa
             raise TimeoutError(f"Process {process} does not answer.") from None
 
 
+def _connect(connection: socket.socket, address: Address, deadline: float) -> None:
+    while True:
+        try:
+            return connection.connect(address.name)
+        except BlockingIOError:  # others are in line
+            if time.monotonic() > deadline:
+                raise TimeoutError("Too many processes ask this engine.") from None
+            time.sleep(_GAP_S / 4)
+
+
 def find() -> list[Address]:
     """The engines of all users in this network namespace."""
     lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
@@ -116,15 +134,12 @@ def find() -> list[Address]:
     return sorted({Address(match[1], int(match[2])) for match in found})
 
 
-def _command(connection: socket.socket) -> tuple[dict[str, Any], str]:
-    process, user = _peer(connection)
-    if user != os.geteuid():
-        return {}, ""
+def _command(connection: socket.socket) -> dict[str, Any]:
     request = b""
     while len(request) < _LONGEST_REQUEST and (more := connection.recv(_LONGEST_REQUEST)):
         request += more
-    command = json.loads(request) if request else {}
-    return command, f"{_user_name(user)} (process {process})" if command else ""
+    command: dict[str, Any] = json.loads(request) if request else {}
+    return command
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:

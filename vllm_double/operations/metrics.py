@@ -5,13 +5,16 @@ several front ends, the default with data parallelism, makes each page from file
 """
 
 import functools
+import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import accumulate
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -58,6 +61,7 @@ _BY_SOURCE = {
     "accepted": "Draft tokens that were accepted, by source.",
 }
 _GAUGES = {
+    "age_seconds": "Seconds since the engine gave these values.",
     "worker_up": "1 while a draft worker answers.",
     "draft_failed": "1 if the draft model cannot work here and has been given up: retrieval alone drafts.",
     "enabled": "0 while drafting is switched off.",
@@ -70,8 +74,8 @@ _GAUGES = {
 # fmt: on
 _WORKER_GAUGES = frozenset({"requests", "nodes_per_iteration", "step_seconds", "max_length", "index_bytes"})
 _OF_OTHERS = ("worker_restarts", "unindexed")  # which `Counters` does not have
-_TIMEOUT_S = 0.5
-_SILENCE_S = 30.0  # before an engine that did not answer in time is asked again
+_PATIENCE_S = 0.5  # of a scrape
+_TIMEOUT_S = 30.0  # before an engine that does not answer is asked again
 
 
 def snapshot(
@@ -119,7 +123,7 @@ def families(snapshots: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric
         yield plain(CounterMetricFamily, name, help_text, itemgetter(key))
     for key, help_text in _GAUGES.items():
         yield plain(GaugeMetricFamily, key, help_text, itemgetter(key))
-    for key in sorted({key for _, values in snapshots for key in values["worker"]}):
+    for key in sorted({key for _, values in snapshots for key in values["worker"] if key.isascii() and key.isidentifier()}):
         kind = GaugeMetricFamily if key in _WORKER_GAUGES else CounterMetricFamily
         help_text = f"{key.replace('_', ' ').capitalize()} of the draft worker."
         yield plain(kind, f"worker_{key}", help_text, lambda values, key=key: values["worker"].get(key, 0.0))  # type: ignore[misc]
@@ -140,33 +144,72 @@ def families(snapshots: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Metric
     yield histogram
 
 
-class _DoubleCollector(Collector):
-    """Asks every engine for its snapshot when the page is scraped, and leaves out those that do not answer.
+class _Engine:
+    """One engine as the page knows it. folder: where front ends leave each other what it said last."""
 
-    A scrape blocks the server. So an engine that did not answer in time is not asked again for a while.
+    def __init__(self, address: Address, clock: Callable[[], float], folder: str | None) -> None:
+        self._address = address
+        self._clock = clock
+        self._path = folder and Path(folder, f"double-{address.key}-{address.engine}.json")
+        self._asking: threading.Thread | None = None
+        self._is_there = True
+        self._last: tuple[float, dict[str, Any]] | None = None
+
+    def ask(self) -> threading.Thread | None:
+        """Ask for a snapshot, unless an answer is still awaited; returns the thread that does."""
+        if self._asking is not None and self._asking.is_alive():
+            return None
+        self._asking = threading.Thread(target=self._ask, name="double-metrics", daemon=True)
+        self._asking.start()
+        return self._asking
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest snapshot, with its age; None: there is none, or the engine has ended."""
+        known = [self._last]
+        if self._path and self._is_there:
+            with suppress(OSError, ValueError):  # counters must not fall from one front end's page to the next one's
+                known.append(json.loads(self._path.read_text()))
+        at, values = max(filter(None, known), key=itemgetter(0), default=(0.0, None))
+        return values and values | {"age_seconds": max(0.0, self._clock() - at)}
+
+    def _ask(self) -> None:
+        try:
+            values = ask(self._address, timeout_s=_TIMEOUT_S).values
+        except ConnectionRefusedError:  # nobody has that name any more
+            self._is_there, self._last = False, None
+        except (OSError, ValueError):  # late, or too busy to take a connection
+            return
+        else:
+            self._is_there, self._last = True, (self._clock(), values)
+            if self._path:
+                with suppress(OSError):
+                    written = self._path.with_suffix(f".{os.getpid()}")
+                    written.write_text(json.dumps(self._last))
+                    written.replace(self._path)
+
+
+class _DoubleCollector(Collector):
+    """Asks every engine for its snapshot when the page is scraped. Of one that answers late the last snapshot stays.
+
+    A scrape blocks the server: it waits a little for all answers together, and for a late one never again. clock: seconds,
+    the same for all processes.
     """
 
-    def __init__(self, key: str, num_engines: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._key = key
-        self._num_engines = num_engines
-        self._clock = clock
-        self._ask_again_at = [float("-inf")] * num_engines
+    def __init__(
+        self, key: str, num_engines: int, clock: Callable[[], float] = time.monotonic, folder: str | None = None
+    ) -> None:
+        self._engines = [_Engine(Address(key, engine), clock, folder) for engine in range(num_engines)]
 
     def describe(self) -> Iterable[Metric]:
         return []  # nothing is asked before the first scrape
 
     def collect(self) -> Iterator[Metric]:
-        snapshots = []
-        for engine, at in enumerate(self._ask_again_at):
-            if self._clock() < at:
-                continue
-            try:
-                snapshots.append((str(engine), ask(Address(self._key, engine), timeout_s=_TIMEOUT_S).values))
-            except TimeoutError:
-                self._ask_again_at[engine] = self._clock() + _SILENCE_S
-            except (OSError, ValueError):
-                continue
-        return families(snapshots)
+        deadline = time.monotonic() + _PATIENCE_S
+        for thread in [engine.ask() for engine in self._engines]:
+            if thread is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        found = ((str(number), engine.last()) for number, engine in enumerate(self._engines))
+        return families((number, values) for number, values in found if values is not None)
 
 
 def _remove(collector: Collector) -> None:
@@ -178,8 +221,9 @@ def expose(config: Any, num_engines: int) -> None:
     """Show the metrics of ``num_engines`` engines, with ``metrics_key`` of their configuration, on this process's page, as long
     as that configuration lives.
     """
-    collector = _DoubleCollector(config.metrics_key, num_engines)
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    collector = _DoubleCollector(config.metrics_key, num_engines, folder=folder)
+    if folder is None:
         REGISTRY.register(collector)
         weakref.finalize(config, _remove, collector)
         return

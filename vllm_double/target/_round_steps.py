@@ -59,9 +59,11 @@ def file_nodes(tries: Any, tally: Any, nodes: Any) -> None:
             node = make_node(tries, slot, said.prefix_hash, as_int(said.position))
             if node != NONE:
                 listed = tries.nodes[node]
-                listed.num_listed = min(as_int(said.count), len(listed.tokens))
-                for place in range(listed.num_listed):
+                num_said, place = min(as_int(said.count), len(listed.tokens)), 0
+                while place < num_said and 0 <= said.tokens[place] < tries.limits[0].vocab_size:
                     listed.tokens[place], listed.probs[place] = said.tokens[place], said.probs[place]
+                    place += 1
+                listed.num_listed = place
 
 
 # ---- commit ---------------------------------------------------------------------------------------------------------

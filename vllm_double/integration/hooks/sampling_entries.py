@@ -17,6 +17,7 @@ _V2_VERIFIED = "idx_mapping, idx_mapping_np, expanded_idx_mapping, expanded_loca
 
 _NOISE = "vLLM accepts a draft token if it is what the target draws there (shared noise)"
 _BY_ROW = "vLLM applies its logits processors behind each draft token"
+_BUDGETS = "vLLM's own runs ahead of the text, and forces tokens of the wrong row in steps without drafts"
 _ROWWISE = "knows requests, and is applied to the rows behind draft tokens"
 
 # fmt: off
@@ -80,13 +81,22 @@ SAMPLING: tuple[Entry | Names, ...] = (
                 "called: the processor that vLLM leaves out under speculation", "requests with logit_bias are served"),
             (f"{_PROCESSORS}.builtin:LogitBiasLogitsProcessor.update_state", "self, batch_update",
                 "relied upon: its attribute biases has the biases of each request", _ROWWISE),
+            (f"{_BUDGET}.__init__", "self, reasoning_config, max_num_seqs, num_spec_tokens, device, is_pin_memory",
+                "a subclass takes the place of the runner's own, as if there were no draft tokens", _BUDGETS),
+            (f"{_BUDGET}.sync_batch", "self, batch_update", "overridden: who takes a finished request's place begins anew",
+                "a budget passes from one request to the next"),
             (f"{_BUDGET}.update_state", "self, output_token_ids, spec_token_ids, repeat_indices=None",
-                "called with outputs and drafts by request", "the sampler would call it with those of rows"),
+                "overridden: sees texts token by token", _BUDGETS),
+            (f"{_BUDGET}._update_think_state", "self, state", "called for each token of a text, and behind each draft token",
+                _BUDGETS),
             (f"{_BUDGET}.apply_to_logits", "self, logits, predict_bonus_token, spec_token_ids",
-                "called for the rows before the last of each request, and for the last ones", "it takes them apart"),
+                "called while the states are those of rows", _ROWWISE),
         )
     ),
-    Names(_BUDGET, "has_tracked_requests"),
+    Names(_BUDGET, "has_tracked_requests _mask_capacity _state"),
+    Names("vllm.v1.worker.gpu_input_batch:InputBatch", "thinking_budget_state_holder"),
+    Names(f"{_PROCESSORS}.interface", "BatchUpdate MoveDirectionality"),
+    Names("vllm.v1.sample.thinking_budget_state", "ThinkingBudgetStateHolder"),
     Names("vllm.v1.sample.metadata:SamplingMetadata",
         "allowed_token_ids_mask bad_words_token_ids frequency_penalties generators logitsprocs logprob_token_ids "
         "no_penalties "
