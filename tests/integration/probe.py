@@ -112,9 +112,10 @@ class Probe:
         known = self.__dict__.setdefault("_probe_commit", inner._commit)
 
         def commit(batch: Any) -> Any:
-            live = known(batch)
-            live.limits[: len(live.slots)][live.rows == 0] = 0
-            return live
+            now = known(batch)
+            num = now.summary.num_live
+            now.live.limits[:num][now.live.rows[:num] == 0] = 0
+            return now
 
         inner._commit = commit if cut else known
 

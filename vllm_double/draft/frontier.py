@@ -331,8 +331,9 @@ class Frontier:
             self._drop(request)
 
     def _use_of_a_page(self, request: DraftRequest) -> float:
+        num_pages = self._num_held(request) + self._num_lacking(request)
         share = (request.num_foreseen + 1) / (request.num_committed + 2)
-        return share / (self._num_held(request) + self._num_lacking(request))
+        return share / num_pages if num_pages else math.inf  # to drop it would give none
 
     def _num_obtainable(self) -> int:
         """Pages that no text needs."""
