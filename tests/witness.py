@@ -25,7 +25,9 @@ from vllm_double.transport.messages import (
     Command,
     Commit,
     Commits,
+    Dropped,
     Release,
+    Report,
     decode_commands,
     encode,
 )  # fmt: skip
@@ -244,6 +246,15 @@ class WitnessChannel(QueueTargetChannel):
             self._texts.pop(command.handle, None)
             self._chains.pop(command.handle, None)
         return True
+
+    def drain(self, max_bytes: int) -> list[Report]:
+        """See TargetChannel."""
+        reports = super().drain(max_bytes)
+        for report in reports:
+            for handle in report.handles if isinstance(report, Dropped) else ():
+                self._texts.pop(handle, None)
+                self._chains.pop(handle, None)
+        return reports
 
     def outdate(self) -> None:
         """The target's weights changed."""

@@ -9,7 +9,7 @@ can read, or than the channel has room for, is not sent at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -71,20 +71,18 @@ class DraftLink:
         self._admit_budget = _ADMIT_TOKENS_PER_ROUND
         self._counters.rounds_without_worker += self._channel is not None and self._channel.session == 0
 
-    def receive(self) -> list[NodeArray]:
+    def receive(self) -> Iterator[NodeArray]:
         """What the worker has drafted since the last call."""
         if self._channel is None:
-            return []
-        nodes = []
+            return
         for report in self._channel.drain(_DRAIN_BYTES_PER_ROUND):
             if isinstance(report, Nodes):
-                nodes.append(report.records)
+                yield report.records
             elif isinstance(report, Dropped):
                 self._drop(report.handles)
             else:
                 self._counters.worker = report.values
                 self._longest = int(min(self._channel.longest_text, report.values.get("max_length", self._longest)))
-        return nodes
 
     def _drop(self, handles: Iterable[int]) -> None:
         """The worker has forgotten these requests, for lack of room: they are admitted again after as long a pause as after
