@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # vLLM cannot register its kernels twice
 def cpu_sampler() -> Iterator[None]:
     """vLLM's CPU sampler as a worker has it, with our mends."""
     torch = pytest.importorskip("torch")
