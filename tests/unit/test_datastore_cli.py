@@ -264,6 +264,14 @@ def test_what_is_no_datastore_is_never_replaced(
         assert not partial.exists()
 
 
+def test_a_build_called_as_a_function_replaces_no_other_file_either(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.write_text("of somebody's")
+    with pytest.raises(DatastoreError, match="is not a datastore: it is not replaced"):
+        builder.build(store, [np.arange(4, dtype=np.int32)], 8, bytes(32))
+    assert store.read_text() == "of somebody's"
+
+
 def test_a_cut_or_foreign_file_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "store"
     builder.build(path, [np.array([1, 2, 1, 2], np.int32)], 6, TOKENIZER)

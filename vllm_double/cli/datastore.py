@@ -48,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> None:
     from vllm_double.retrieval.datastore import fingerprint
-    from vllm_double.retrieval.datastore.build import build, build_shards
+    from vllm_double.retrieval.datastore.build import build, build_shards, check_replaced
     from vllm_double.retrieval.datastore.corpus import load_tokenizer, read_documents
 
-    _check_replaced(options.output)
+    check_replaced(options.output)  # before the documents are tokenized
     tokenizer = load_tokenizer(options.tokenizer)
     vocabulary = tokenizer.get_vocab()
     documents = read_documents(options.input, tokenizer, show_progress=True)
@@ -62,24 +62,6 @@ def _build(options: argparse.Namespace) -> None:
         headers = build_shards(options.output, documents, options.shard_tokens, *rest, show_progress=True)
     for header in headers:
         print(f"{header.num_corpus_tokens} tokens of {header.num_documents} documents: {header.num_bytes} bytes")
-
-
-def _check_replaced(output: Path) -> None:
-    """A build replaces its output and what a killed build left: neither may be anything but a datastore, whole or not."""
-    from vllm_double.retrieval.datastore import DatastoreError
-    from vllm_double.retrieval.datastore.build import partial_path
-    from vllm_double.retrieval.datastore.file import _MAGIC as MAGIC
-
-    unfinished = {MAGIC, bytes(len(MAGIC)), b""}  # the header is written last
-    for path, beginnings in ((output, {MAGIC}), (partial_path(output), unfinished)):
-        if not path.exists() or path.is_dir():  # of folders the build itself says what is wrong
-            continue
-        beginning = None
-        if path.is_file():
-            with path.open("rb") as file:
-                beginning = file.read(len(MAGIC))
-        if beginning not in beginnings:
-            raise DatastoreError(f'"{path}" exists and is not a datastore: it is not replaced.')
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from vllm_double.draft.lookups import Lookups
 from vllm_double.draft.noise_coupling import NoiseCoupling
 from vllm_double.draft.page_pool import PagePool
 from vllm_double.draft.prefix import Prefix
-from vllm_double.retrieval.base import Source
+from vllm_double.retrieval.base import Source, index_figures
 from vllm_double.retrieval.known_noise import know_noise
 from vllm_double.transport.messages import NODE_DTYPE, Admit, Command, Commit, Forget, Release
 
@@ -115,7 +115,7 @@ class Frontier:
     def counters(self) -> dict[str, int]:
         """By the names of `WorkerStats`."""
         totals = {name: int(self._pool.totals[name][0]) for name in ("retrieved_tokens", "confirmed_tokens", "nodes_evicted")}
-        return self._counters | totals | {"index_bytes": self._lookups.num_bytes, "unindexed": self._lookups.num_unindexed}
+        return self._counters | totals | index_figures(self._lookups.sources)
 
     # ---- commands ---------------------------------------------------------------------------------------------
 

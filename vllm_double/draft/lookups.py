@@ -21,16 +21,6 @@ class Lookups:
     def __len__(self) -> int:
         return len(self.sources)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of indexes."""
-        return sum(source.num_bytes for source in self.sources)
-
-    @property
-    def num_unindexed(self) -> int:
-        """Requests and answers that found no room in an index."""
-        return sum(source.num_unindexed for source in self.sources)
-
     def start(self, slot: int, text: Ints, tenant: str | None) -> None:
         """All of a request's text at admission is there."""
         self._started.add(slot)

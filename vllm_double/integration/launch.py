@@ -21,6 +21,7 @@ from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.operations.control_socket import Address, Endpoint
 from vllm_double.operations.metrics import snapshot
 from vllm_double.retrieval import known_noise
+from vllm_double.retrieval.base import index_figures
 from vllm_double.retrieval.sources import Sources
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.indexer import Indexer
@@ -96,8 +97,7 @@ class Launch:
             draft_failed=supervisor is not None and supervisor.state == "failed",
             enabled=self.proposer.enabled,
             paused_s=self.proposer.breaker.paused_s,
-            index_bytes=self.proposer.lookups.num_bytes,
-            unindexed=self.proposer.lookups.num_unindexed,
+            **index_figures(self.proposer.lookups.sources),
         )
 
     def _worker_answers(self) -> bool:

@@ -105,16 +105,15 @@ class TargetRank:
     def end_step(self, scheduler_output: Any, num_rows: int, batch_of: Callable[[], Batch]) -> list[list[int]]:
         """After a target forward and its sampling: the chains to verify next, one per row of the batch."""
         proposer = self._proposer
-        chains: list[list[int]] = [[] for _ in range(num_rows)]
         if proposer is None:
-            return chains
+            return [[] for _ in range(num_rows)]
         with proposer.guard():
             verified = scheduler_output.scheduled_spec_decode_tokens
             num_tokens = scheduler_output.total_num_scheduled_tokens
             if num_tokens == num_rows + sum(map(len, verified.values())):
                 proposer.step_cost.observe(num_tokens, time.perf_counter() - self._step_started)
-            chains = proposer.propose(batch_of())
-        return chains
+            return proposer.propose(batch_of())
+        return [[] for _ in range(num_rows)]  # an exception ended there
 
     def _params(self, new: Any, seed: int) -> RequestParams:
         sampling = new.sampling_params

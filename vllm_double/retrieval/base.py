@@ -2,13 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Continuation", "Found", "Queries", "Source", "Tokens", "beliefs", "check_tokens"]
+__all__ = ["Continuation", "Found", "Queries", "Source", "Tokens", "beliefs", "check_tokens", "index_figures"]
 
 Tokens = npt.NDArray[np.int32]
 """Token ids, one dimension, none negative."""
@@ -153,3 +153,12 @@ class Source(ABC):
             if one is not None:
                 found.tokens[i, :num_found] = one.tokens
                 found.beliefs[i, :num_found] = one.beliefs
+
+
+def index_figures(sources: Iterable[Source]) -> dict[str, int]:
+    """Bytes of all indexes, and requests and answers that found no room in one, by their metrics' names."""
+    sources = list(sources)
+    return {
+        "index_bytes": sum(source.num_bytes for source in sources),
+        "unindexed": sum(source.num_unindexed for source in sources),
+    }

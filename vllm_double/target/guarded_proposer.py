@@ -169,7 +169,7 @@ class GuardedProposer:
     def propose(self, rows: Batch | Sequence[Row]) -> list[list[int]]:
         """See Proposer.propose; all chains are empty while there is no drafting."""
         batch = rows if isinstance(rows, Batch) else Batch.of(rows)
-        chains: list[list[int]] = [[] for _ in batch.request_ids]
+        chains = None
         with self.guard():
             if self._goes_on():
                 self._wake_all(batch)
@@ -180,7 +180,7 @@ class GuardedProposer:
                 if self.breaker.succeeded():
                     _logger.info("Drafting is tried again, having paused %s.", self.breaker.why)
                 self._judge()
-        return chains
+        return [[] for _ in batch.request_ids] if chains is None else chains
 
     def check_integrity(self) -> None:
         """Assert that the proposer is sound, and that nothing is alive in it while there is no drafting."""

@@ -51,16 +51,6 @@ class Lookups:
         for source in self._calling():
             source.stop(slot, keep)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of indexes."""
-        return sum(source.num_bytes for source in self.sources)
-
-    @property
-    def num_unindexed(self) -> int:
-        """Requests and answers that found no room in an index."""
-        return sum(source.num_unindexed for source in self.sources)
-
     def drop(self, slot: int) -> None:
         """A request ends that may not be sound."""
         for source in self.sources:
@@ -96,8 +86,7 @@ class Lookups:
             self.found = self._room(2 * num_queries)
 
     def ask(self, queries: Queries) -> Found:
-        """What follows texts with tails, by each source. The answer is good until the next question."""
-        self.make_room(len(queries.keys))
+        """What follows texts with tails, by each source; `make_room` came before. Good until the next question."""
         for source, lengths, tokens, beliefs in zip(self._calling(), *self.found, strict=True):
             source.lookup_many(queries, Found(lengths, tokens, beliefs))
         return self.found

@@ -17,10 +17,19 @@ from tqdm import tqdm
 
 from vllm_double.retrieval.base import Tokens
 from vllm_double.retrieval.datastore.build_steps import build_steps
-from vllm_double.retrieval.datastore.file import MAX_TOKENS, MAX_VOCAB, SEPARATOR, SUFFIX, DatastoreError, Header, Section
+from vllm_double.retrieval.datastore.file import (
+    MAGIC,
+    MAX_TOKENS,
+    MAX_VOCAB,
+    SEPARATOR,
+    SUFFIX,
+    DatastoreError,
+    Header,
+    Section,
+)
 from vllm_double.retrieval.datastore.lookup_steps import MAX_DEPTH, NODE, NONE, SCAN
 
-__all__ = ["build", "build_shards", "partial_path"]
+__all__ = ["build", "build_shards", "check_replaced", "partial_path"]
 
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -34,6 +43,20 @@ _NOTHING = "The input has no document of two tokens or more."
 def partial_path(output: Path) -> Path:
     """Where a build writes until it ends. What a killed build leaves there, the next one clears."""
     return output.with_name(f"{output.name}.partial")
+
+
+def check_replaced(output: Path) -> None:
+    """A build replaces its output and what a killed build left. Raises DatastoreError if either is anything but a datastore."""
+    unfinished = {MAGIC, bytes(len(MAGIC)), b""}  # the header is written last
+    for path, beginnings in ((output, {MAGIC}), (partial_path(output), unfinished)):
+        if not path.exists() or path.is_dir():  # of folders the build itself says what is wrong
+            continue
+        beginning = None
+        if path.is_file():
+            with path.open("rb") as file:
+                beginning = file.read(len(MAGIC))
+        if beginning not in beginnings:
+            raise DatastoreError(f'"{path}" exists and is not a datastore: it is not replaced.')
 
 
 def build(
@@ -52,6 +75,7 @@ def build(
     Memory, besides what is mapped from the file: 12 bytes for each of 2^24 entries, or of the occurrences of the most frequent
     token if those are more; 4 for each of 2^26 positions.
     """
+    check_replaced(output)
     with _replacing(output) as file:
         header = _Builder(file, vocab_size, fingerprint, max_match, show_progress).run(documents)
         file.seek(0)

@@ -43,7 +43,7 @@ SUFFIX = ".vdd"
 """Of the files in a folder of shards."""
 MAX_TOKENS = 2**31 - 1
 MAX_VOCAB = 2**31 - 2
-_MAGIC = b"VDOUBLE\n"
+MAGIC = b"VDOUBLE\n"
 FORMAT_VERSION = 1
 # Magic, version, max_match, vocab_size, documents, tokens, entries, nodes, fingerprint, a checksum per section; then one of
 # all that.
@@ -126,13 +126,13 @@ class Header:
 
     def pack(self) -> bytes:
         numbers = (self.max_match, self.vocab_size, self.num_documents, self.num_tokens, self.num_entries, self.num_nodes)
-        packed = _HEADER.pack(_MAGIC, FORMAT_VERSION, *numbers, self.fingerprint, *self.checksums)
+        packed = _HEADER.pack(MAGIC, FORMAT_VERSION, *numbers, self.fingerprint, *self.checksums)
         return packed + _CHECKSUM.pack(zlib.crc32(packed))
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
         """Raises DatastoreError unless the header is whole and its numbers can belong to a file."""
-        if not data.startswith(_MAGIC):
+        if not data.startswith(MAGIC):
             raise DatastoreError("it is not a datastore, or its build did not end")
         if len(data) < _HEADER.size + _CHECKSUM.size:
             raise DatastoreError("it is cut off inside of the header")

@@ -29,7 +29,7 @@ class DatastoreRetriever(ArraySource):
     frequent ones the lowest id. Steps end with ``max_tokens``, or before a context would be shorter than the first one
     (``match_length``). tests/references/retrieval.py has the same in a few obvious lines.
 
-    An answer is shorter where the file is not in memory yet, and ends for good with a file that is changed: see `reader`.
+    An answer is shorter as long as the file is not in memory, and ends for good with a file that is changed: see `reader`.
     Of each text the last ``max_match`` tokens at least are kept. Costs: benchmarks/datastore_bench.py.
     """
 
