@@ -98,7 +98,7 @@ PARAMS = GREEDY | SAMPLED
 
 @dataclass
 class Live:
-    """A running request. length: of its text when it was last in a round. chain: what was proposed then.
+    """A running request. length: of its text when it was last in a round; longest: it ever was. chain: what was proposed then.
 
     handle: under which the worker's records are for it. drafted: what was delivered of these, as texts.
     """
@@ -106,6 +106,7 @@ class Live:
     params: RequestParams
     text: list[int]
     length: int
+    longest: int = 0
     finished: bool = False
     chain: list[int] = field(default_factory=list)
     handle: int | None = None
@@ -167,7 +168,7 @@ class TwoSides(RuleBasedStateMachine):
             tokens = np.array(prompt, np.int32)
             self.proposer.admit(name, tokens, params)
             tokens.fill(-1)
-            self.live[name] = Live(params, list(prompt), len(prompt))
+            self.live[name] = Live(params, list(prompt), len(prompt), len(prompt))
 
     @rule(name=st.sampled_from(NAMES))
     def finish(self, name: str) -> None:
@@ -230,6 +231,7 @@ class TwoSides(RuleBasedStateMachine):
         if len(live.text) - row.num_sampled != live.length:
             live.finished, live.drafted = False, set()
         live.length = len(live.text)
+        live.longest = max(live.longest, live.length)
         new = live.text[len(live.text) - row.num_sampled :]
         live.finished |= not live.params.stop_token_ids.isdisjoint(new) or live.length >= live.params.max_length
 
@@ -271,7 +273,8 @@ class TwoSides(RuleBasedStateMachine):
                 assert request["session"] == self.end.session
                 assert self.end.texts[handle] == bytes(live.text) and self.end.chains[handle] == chain
             else:
-                assert self.end.session == 0 or self.end.refused or self.proposer.link._admit_budget < 0
+                is_too_long = not request["use_worker"] and live.longest >= self.worker.frontier.max_length
+                assert self.end.session == 0 or self.end.refused or is_too_long or self.proposer.link._admit_budget < 0
 
     # ---- the worker -------------------------------------------------------------------------------------------
 
