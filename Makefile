@@ -18,7 +18,7 @@ SAMPLER_TESTS := tests/integration/test_patches.py tests/integration/test_cpu_me
 V2_TESTS := tests/integration/test_v2.py tests/integration/test_target_ranks.py
 # What the benchmarks serve, and what only Ray can fail, is run with the newer vLLM alone.
 NEWER_TESTS := $(addprefix tests/integration/, test_scripted.py test_data_parallel.py test_draft_on_ranks.py test_host.py \
-	test_v2.py test_starts.py test_draft_found.py)
+	test_v2.py test_starts.py test_draft_found.py test_differential.py)
 INTERPRETED := TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/integration/interpreted
 
 .PHONY: install install-older test test-engines test-rest test-gpu quality fuzz demo serve bench bench-gpu parity cost plots clean

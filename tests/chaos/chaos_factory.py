@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker, shared_memory
 
+from vllm_double.hosting import actor
 from vllm_double.hosting.settings import DraftSettings
 from vllm_double.transport.shared import SharedDraftChannel
 
@@ -33,6 +35,21 @@ def build_with_openmp(settings: DraftSettings, address: str, rank: int, rendezvo
 
     torch.ones(512, 512) @ torch.ones(512, 512)
     return build(settings, address, rank, rendezvous)
+
+
+class StandingWorker(BeatingWorker):
+    """Its loop turns a few times, and then never again."""
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        for _ in range(3):
+            should_stop()
+            self._channel.beat()
+        threading.Event().wait()
+
+
+def stand_still(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
+    actor._LONGEST_TURN_S = 0.5
+    return StandingWorker(SharedDraftChannel.attach(address))
 
 
 def refuse(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:

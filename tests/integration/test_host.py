@@ -110,6 +110,18 @@ def test_a_worker_that_may_be_built_later_says_why_and_is_tried_again() -> None:
         target.end()
 
 
+def test_a_worker_whose_loop_stands_still_is_ended_and_another_one_started() -> None:
+    target = Target(factory="chaos_factory:stand_still")
+    try:
+        first = target.wait_for(lambda seen: seen["state"] == "up", START_S)["actor_pid"]
+        target.wait_for(lambda seen: seen["state"] == "up" and seen["actor_pid"] != first, START_S)
+        sentence = "The draft actor ended: its loop has stood still for 120 s. It is started again in"
+        assert any(sentence in line for line in target.log)
+        assert target.process.poll() is None and target.seen["starts"] == 1
+    finally:
+        target.end()
+
+
 def test_a_cluster_that_is_not_there_is_named_in_one_sentence_and_tried_again() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

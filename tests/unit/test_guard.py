@@ -13,10 +13,13 @@ from tests.unit.test_proposer import PARAMS, VOCAB, Ticks, World
 from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.retrieval import ContextRetriever, HistoryRetriever
 from vllm_double.retrieval.base import Source
+from vllm_double.target import draft_health
 from vllm_double.target import guarded_proposer as guard
 from vllm_double.target.batch import Batch, Row
+from vllm_double.target.draft_health import DraftHealth
 from vllm_double.target.guarded_proposer import GuardedProposer
 from vllm_double.target.proposer import Proposer, RequestParams
+from vllm_double.target.stats import Counters
 
 FIRST_S, MOST_S = 1.0, 8.0
 
@@ -508,3 +511,46 @@ def test_a_request_that_cannot_be_admitted_goes_without_drafts_and_others_do_not
     assert world.accepted() > accepted and world.guarded.counters.failures == 2
     assert not world.chains["poison"]
     world.check_texts({"r": [1, 5], "poison": [2, 5]})
+
+
+def test_a_draft_that_is_never_right_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(guard, "_JUDGED_ROUNDS", 16)
+    monkeypatch.setattr(draft_health, "_JUDGED_TOKENS", 32)  # a request whose drafts are of no use soon gets none for a while
+    world = Guarded()
+    target = world.target
+    world.worker._engine._next_token = lambda context: -target(context)  # type: ignore[attr-defined]
+    for name in "abcdef":
+        world.admit(name, [ord(name) % VOCAB, 5])
+    world.run(64)
+    assert world.guarded.draft_health.is_useless
+    (said,) = [record for record in caplog.records if "of no use" in record.message]
+    assert said.levelno == logging.WARNING and "right for 0 of the last" in said.message
+    world.worker._engine._next_token = target  # type: ignore[attr-defined]
+    for name in "uvwxyz":
+        world.admit(name, [ord(name) % VOCAB, 5])
+    world.run(48)
+    assert not world.guarded.draft_health.is_useless
+
+
+@pytest.mark.parametrize(("num_right", "is_useless"), [(25, True), (26, False)])
+def test_one_word_in_twenty_is_of_some_use(num_right: int, is_useless: bool) -> None:
+    counters, health = Counters(), DraftHealth()
+    counters.tally.counts["draft_first_examples"], counters.tally.counts["draft_first_accepted"] = 511, 0
+    health.judge(counters)
+    assert not health.is_useless, "too little is known"
+    counters.tally.counts["draft_first_examples"], counters.tally.counts["draft_first_accepted"] = 512, num_right
+    health.judge(counters)
+    assert health.is_useless is is_useless
+
+
+def test_logits_that_are_not_finite_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    counters, health = Counters(), DraftHealth()
+    counters.worker = {"answers_not_finite": 0.0}
+    health.judge(counters)
+    assert not health.is_useless
+    for number in (1.0, 40.0):
+        counters.worker = {"answers_not_finite": number}
+        health.judge(counters)
+        assert health.is_useless
+    (said,) = caplog.records
+    assert said.levelno == logging.WARNING and "not finite" in said.message

@@ -19,7 +19,14 @@ from vllm_double.target.stats import Counters
 
 
 def serve(key: str, engine: int, counters: Counters, **state: Any) -> Endpoint:
-    said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0} | state
+    said = {
+        "worker_up": True,
+        "worker_restarts": 0,
+        "draft_failed": False,
+        "draft_useless": False,
+        "enabled": True,
+        "paused_s": 0.0,
+    } | state
     return Endpoint(Address(key, engine), lambda command, who: snapshot(counters, (0.02, 0.001), **said))
 
 
@@ -120,7 +127,8 @@ from vllm_double.target.stats import Counters
 from vllm_double.operations.control_socket import Address, Answer, Endpoint
 from vllm_double.operations.metrics import expose, snapshot
 
-said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "enabled": True, "paused_s": 0.0}
+said = {"worker_up": True, "worker_restarts": 0, "draft_failed": False, "draft_useless": False}
+said |= {"enabled": True, "paused_s": 0.0}
 engines = [Endpoint(Address("%s", engine), lambda command, who: snapshot(Counters(), (1.0, 1.0), **said)) for engine in (0, 1)]
 expose(types.SimpleNamespace(metrics_key="%s"), 2)
 Counter("other", "").inc()
@@ -152,7 +160,13 @@ class Late:
         assert self.may_answer.wait(10)
         if self.error is not None:
             raise self.error
-        state: dict[str, Any] = {"worker_up": True, "draft_failed": False, "worker_restarts": 0, "enabled": True}
+        state: dict[str, Any] = {
+            "worker_up": True,
+            "draft_failed": False,
+            "draft_useless": False,
+            "worker_restarts": 0,
+            "enabled": True,
+        }
         return Answer(7, snapshot(Counters(failures=self.failures), (0.02, 0.001), **state, paused_s=0.0))
 
 

@@ -90,7 +90,7 @@ def test_an_idle_worker_fills_the_log_with_what_has_not_changed() -> None:
     assert len(told) == 2 and told[1]["iterations"] == 1
 
 
-def test_a_draft_that_overflows_for_one_request_takes_the_others_drafts() -> None:
+def test_a_draft_that_overflows_for_one_request_is_counted_and_leaves_the_others_their_drafts() -> None:
     target, end = in_process_pair()
     sound = hashed_logits(24)
 
@@ -99,15 +99,20 @@ def test_a_draft_that_overflows_for_one_request_takes_the_others_drafts() -> Non
 
     for children, retrievers in ((1, [ContextRetriever()]), (4, [])):
         engine = FakeEngine(logits, vocab_size=24, num_pages=60, page_size=4, max_length=60)
-        worker = DraftWorker(engine, end, FrontierLimits(4, children_per_node=children), _Clock(), retrievers)
+        clock = _Clock()
+        worker = DraftWorker(engine, end, FrontierLimits(4, children_per_node=children), clock, retrievers)
         for handle, first in ((1, 7), (2, 3)):
             tokens = np.array([first, *[1, 2, 3] * 4], np.int32)
             target.send(Admit(handle, len(tokens), tokens, 0.0, 40, (), ""))
         for _ in range(8):
+            clock.now += 1.0
             worker.turn()
         reports = target.drain(1 << 20)
+        told = [report.values["answers_not_finite"] for report in reports if isinstance(report, WorkerStats)]
+        assert told[-1] >= 1
         nodes = np.concatenate([report.records for report in reports if isinstance(report, Nodes)])
         assert np.count_nonzero(nodes["handle"] == 2) > 4
+        assert not nodes["probs"][nodes["handle"] == 1].any()
         for handle in (1, 2):
             target.send(Release(handle))
         worker.turn()

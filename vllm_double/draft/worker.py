@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from vllm_double.draft.engine.base import DraftEngine
 from vllm_double.draft.frontier import Frontier, FrontierLimits
 from vllm_double.retrieval.base import Source
@@ -36,8 +38,12 @@ class DraftWorker:
         self._reported: dict[str, float] = {}
         self._step_seconds = 0.0  # of an iteration that reads no prompt, lately
         self._counters = dict.fromkeys(
-            ("iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped"), 0.0
-        )
+            (
+                "iterations", "forward_seconds", "rows", "query_tokens", "nodes_published", "records_dropped",
+                "answers_not_finite",
+            ),
+            0.0,
+        )  # fmt: skip
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """The drafting loop: commands, one forward for the most useful nodes, publish, again."""
@@ -63,6 +69,10 @@ class DraftWorker:
             self._counters["forward_seconds"] += self._clock() - started
             self._counters["rows"] += len(batch)
             self._counters["query_tokens"] += len(batch.token_ids)
+            if not np.isfinite(probs).all():  # the model is broken: nothing follows there
+                is_broken = ~np.isfinite(probs).all(axis=1, keepdims=True)
+                self._counters["answers_not_finite"] += np.count_nonzero(is_broken)
+                probs = np.where(is_broken, np.float32(0.0), probs)
             records = self.frontier.expand(tokens, probs)
             if len(records) and not self._channel.publish(records):
                 self._counters["records_dropped"] += len(records)

@@ -33,6 +33,7 @@ _OBJECT_STORE_BYTES = 75 << 20  # Ray's minimum; nothing of ours goes through it
 _LOOK_EVERY_S = 0.25
 _PING_EVERY_S = 10.0
 _PING_TIMEOUT_S = 60.0
+_LONGEST_TURN_S = 120.0  # of the drafting loop; kernels that compile in one take less
 # Of the server's environment: what vLLM's own Ray executor passes on, and how models are found and reached.
 _PASSED_ON = (
     "HF_", "HUGGING_FACE_", "NCCL_", "TRANSFORMERS_", "VLLM_", "MODELSCOPE_", "RUNAI_", "AWS_", "GOOGLE_", "AZURE_",
@@ -102,6 +103,7 @@ class DraftActor:
         self._cores = self._settings.cores_of(rank)
         self._target = ProcessWatch(target_pid)
         self._state = "building"
+        self._last_turn = math.inf
         _join_log(log_path)
         # A cluster's workers have its raylet's environment, not our host's.
         os.environ.update(host_environment)
@@ -116,8 +118,9 @@ class DraftActor:
 
     @ray.method(concurrency_group="control")
     def ping(self) -> str:
-        """The state: "building", "up" or "ended"."""
-        return self._state
+        """The state: "building", "up", "ended", or "still": the loop has not turned for long."""
+        is_still = self._state == "up" and time.monotonic() - self._last_turn > _LONGEST_TURN_S
+        return "still" if is_still else self._state
 
     @ray.method(concurrency_group="control")
     def info(self) -> dict[str, Any]:
@@ -138,11 +141,16 @@ class DraftActor:
             except Exception as error:
                 raise BuildError.of(error) from error
             unlink_shared_memory()
+            self._last_turn = time.monotonic()
             self._state = "up"
-            worker.run(lambda: not self._target.alive())
+            worker.run(self._should_stop)
         finally:
             self._state = "ended"
         return "the worker returned" if self._target.alive() else "the target is gone"
+
+    def _should_stop(self) -> bool:
+        self._last_turn = time.monotonic()
+        return not self._target.alive()
 
     def _build(self) -> Any:
         module, _, name = self._settings.factory.partition(":")
@@ -230,6 +238,8 @@ class Cluster:
             if time.monotonic() >= next_ping:
                 # The first is up when all others are.
                 seen, *_ = [self._await(handle.ping.remote(), _PING_TIMEOUT_S) for handle in handles]
+                if seen == "still":
+                    return f"its loop has stood still for {_LONGEST_TURN_S:.0f} s"
                 if seen != state:
                     state = seen
                     on_state(state, pid)

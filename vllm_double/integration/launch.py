@@ -95,6 +95,7 @@ class Launch:
             worker_up=self._worker_answers(),
             worker_restarts=supervisor.restarts if supervisor is not None else 0,
             draft_failed=supervisor is not None and supervisor.state == "failed",
+            draft_useless=self.proposer.draft_health.is_useless,
             enabled=self.proposer.enabled,
             paused_s=self.proposer.breaker.paused_s,
             **index_figures(self.proposer.lookups.sources),

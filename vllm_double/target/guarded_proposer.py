@@ -21,6 +21,7 @@ import numpy.typing as npt
 from vllm_double.operations.circuit_breaker import CircuitBreaker
 from vllm_double.target.batch import Batch, Row
 from vllm_double.target.calibration import Calibration
+from vllm_double.target.draft_health import DraftHealth
 from vllm_double.target.indexer import Turnstile
 from vllm_double.target.lookups import Lookups
 from vllm_double.target.proposer import Proposer
@@ -52,6 +53,7 @@ class GuardedProposer:
         self._nap = nap
         self.turnstile = Turnstile()
         self.breaker = breaker
+        self.draft_health = DraftHealth()
         self._proposer = proposer
         self._is_drafting = True
         self._live: dict[str, RequestParams] = {}
@@ -206,9 +208,10 @@ class GuardedProposer:
         self._proposer.reset()
 
     def _judge(self) -> None:
-        """Open the breaker where the last rounds would have been faster without drafts."""
+        """Open the breaker where the last rounds would have been faster without drafts. Say if the draft is of no use."""
         if self.counters.rounds - self._judged[0] < _JUDGED_ROUNDS:
             return
+        self.draft_health.judge(self.counters)
         totals = self._totals()
         rounds, rows, committed, proposed, seconds = (now - before for now, before in zip(totals, self._judged, strict=True))
         self._judged = totals
