@@ -69,10 +69,7 @@ class DraftWorker:
             self._counters["forward_seconds"] += self._clock() - started
             self._counters["rows"] += len(batch)
             self._counters["query_tokens"] += len(batch.token_ids)
-            if not np.isfinite(probs).all():  # the model is broken: nothing follows there
-                is_broken = ~np.isfinite(probs).all(axis=1, keepdims=True)
-                self._counters["answers_not_finite"] += np.count_nonzero(is_broken)
-                probs = np.where(is_broken, np.float32(0.0), probs)
+            self._counters["answers_not_finite"] += np.count_nonzero(~np.isfinite(probs).all(axis=1))
             records = self.frontier.expand(tokens, probs)
             if len(records) and not self._channel.publish(records):
                 self._counters["records_dropped"] += len(records)
