@@ -158,10 +158,11 @@ class ScriptedRetriever(Source):
 def simulate(
     script: Script, times: Times, *, num_tokens: int, batch: int = 1, num_speculative_tokens: int = 16,
     nodes_per_iteration: int | None = None, children_per_node: int = 64, min_path_prob: float = 1e-3,
-    step_cost: StepCost | None = None, may_wait: bool = True,
+    step_cost: StepCost | None = None, may_wait: bool = True, num_learnt_tokens: int = 0,
 ) -> Outcome:  # fmt: skip
     """Decode ``num_tokens`` tokens for each of ``batch`` requests with the real proposer and the real draft worker.
 
+    num_learnt_tokens: of each of as many requests before, which do not count; a server learns for longer than one answer.
     nodes_per_iteration: None is what the draft would choose by these times. step_cost: None is what the proposer learns.
     may_wait: whether the target may wait for the draft.
     """
@@ -174,27 +175,42 @@ def simulate(
         children_per_node=min(children_per_node, NUM_LISTED),
         min_path_prob=min_path_prob,
     )
-    max_length = num_tokens + 256
+    max_length = max(num_tokens, num_learnt_tokens) + 256
     engine = ScriptedEngine(tables, times, clock, max_length, num_pages=batch * (max_length // _PAGE_SIZE + 2000))
     at_target, at_draft = ([ScriptedRetriever(tables)] if script.copied > 0 else [] for _ in range(2))
     worker = DraftWorker(engine, worker_end, limits, clock, at_draft)
     proposer = Proposer(num_speculative_tokens, target_end, at_target, clock, may_wait=may_wait)
     if step_cost is not None:
         proposer.step_cost = step_cost
-    target = _Target(texts(tables, batch, max_length), times, clock, proposer, num_tokens, script.temperature)
-    while target.ended_at is None:
-        if not worker.turn():
-            clock.advance(times.draft / 8)
-    counters = proposer.counters
+    scripted = texts(tables, 2 * batch if num_learnt_tokens else batch, max_length)
+
+    def decode(some: Sequence[Text], length: int) -> float:
+        began, target = clock.now, _Target(some, times, clock, proposer, length, script.temperature)
+        while target.ended_at is None:
+            if not worker.turn():
+                clock.advance(times.draft / 8)
+        return target.ended_at - began
+
+    if num_learnt_tokens:
+        decode(scripted[batch:], num_learnt_tokens)
+    before = _counts(proposer)
+    seconds = decode(scripted[:batch], num_tokens)
+    committed, rows, hits, lookups, proposed, rounds, waits = (_counts(proposer) - before).tolist()
     return Outcome(
-        speedup=times.step(batch) * (num_tokens - 1) / target.ended_at,
-        tokens_per_forward=counters.committed_tokens / counters.rows,
-        hit_rate=counters.hits / max(counters.lookups, 1),
-        chain_length=counters.proposed_tokens / counters.rows,
-        rounds=counters.rounds,
-        forwards=counters.rows,
-        waits=counters.waits / counters.rounds,
+        speedup=times.step(batch) * (num_tokens - 1) / seconds,
+        tokens_per_forward=committed / rows,
+        hit_rate=hits / max(lookups, 1),
+        chain_length=proposed / rows,
+        rounds=rounds,
+        forwards=rows,
+        waits=waits / rounds,
     )
+
+
+def _counts(proposer: Proposer) -> npt.NDArray[np.int64]:
+    counters = proposer.counters
+    names = ("committed_tokens", "rows", "hits", "lookups", "proposed_tokens", "rounds", "waits")
+    return np.array([getattr(counters, name) for name in names])
 
 
 class _Target:
