@@ -4,7 +4,7 @@ Each op has a file with its contract, dispatch and reference, and a file triton_
 """
 
 from double_kernels.fork_pages import fork_pages
-from double_kernels.noise import Noise, draw_chances, gumbel_noise, quick_gumbel_noise
+from double_kernels.noise import Noise, draw_chances, gumbel_noise
 from double_kernels.sample_with_noise import sample_with_noise
 from double_kernels.support import Support
 from double_kernels.top_branches import top_branches
@@ -15,7 +15,6 @@ __all__ = [
     "draw_chances",
     "fork_pages",
     "gumbel_noise",
-    "quick_gumbel_noise",
     "sample_with_noise",
     "top_branches",
 ]

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = [
-    "Noise", "draw_chances", "gumbel_noise", "hash_finished", "hash_mixed", "hash_prefix", "hash_word", "quick_gumbel_noise",
-]  # fmt: skip
+__all__ = ["Noise", "draw_chances", "gumbel_noise", "hash_finished", "hash_mixed", "hash_prefix", "hash_word"]
 
 _MASK = 0xFFFFFFFF
 _LARGEST_COMPLEMENT = 2.0**-24  # 1 - u is at least this: u is rounded to float32, and may be 1
@@ -55,17 +53,6 @@ def gumbel_noise(
     complement = np.maximum(np.float32(1) - uniform, np.float32(_LARGEST_COMPLEMENT))
     log_complement = np.where(uniform < np.float32(_SERIES_ENDS), -uniform * series, np.log(complement))
     return np.asarray(-np.log(-log_complement), dtype=np.float32)
-
-
-def quick_gumbel_noise(
-    seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
-) -> npt.NDArray[np.float32]:
-    """float32 [rows, n], `gumbel_noise` but for float32's last digits, compiled: seeds, positions [rows], tokens [rows, n]."""
-    from double_kernels.ranking import compiled_noise
-
-    noise = np.empty(tokens.shape, dtype=np.float32)
-    compiled_noise()(hash_prefix(seeds, positions), np.ascontiguousarray(tokens), noise)
-    return noise
 
 
 def draw_chances(

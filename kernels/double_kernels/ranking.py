@@ -25,7 +25,7 @@ from double_kernels.support import fill_up
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["compiled_chances", "compiled_noise", "compiled_ranking", "ranked_tokens", "row_chances", "score_errors"]
+__all__ = ["compiled_chances", "compiled_ranking", "ranked_tokens", "row_chances", "row_noise", "score_errors"]
 
 _BLOCK = 256
 _LOG2_E = math.log2(math.e)
@@ -128,11 +128,25 @@ def _exponential(state: Any) -> Any:
     return -math.log(max(1 - uniform, _LARGEST_COMPLEMENT)) if uniform > 0.25 else -math.log1p(-uniform)
 
 
+@numba.njit
+def _seed_state(seed: Any) -> Any:
+    """Of the hash, before the position is mixed in."""
+    state = _mixed(np.uint32(0), _word(np.uint32(seed & _LOW_BITS)))
+    return _mixed(state, _word(np.uint32((seed >> 32) & _LOW_BITS)))
+
+
+@numba.njit
+def row_noise(seed: Any, position: Any, tokens: Any, noise: Any) -> None:
+    """`noise.gumbel_noise` of tokens at one position, but for float32's last digits; for other compiled functions."""
+    prefix = _mixed(_seed_state(seed), _word(np.uint32(position & _LOW_BITS)))
+    for place in range(len(tokens)):
+        noise[place] = -math.log(_exponential(_hash(prefix, _word(np.uint32(tokens[place])))))
+
+
 @numba.njit(error_model="numpy")
 def row_chances(seed: Any, position: Any, tokens: Any, length: Any, probs: Any) -> None:
     """`noise.draw_chances` of one row, for other compiled functions."""
-    state = _mixed(np.uint32(0), _word(np.uint32(seed & _LOW_BITS)))
-    state = _mixed(state, _word(np.uint32((seed >> 32) & _LOW_BITS)))
+    state = _seed_state(seed)
     for place in range(length):
         prefix = _mixed(state, _word(np.uint32((position + place) & _LOW_BITS)))
         exponential = _exponential(_hash(prefix, _word(np.uint32(tokens[place]))))
@@ -150,12 +164,6 @@ def _compiled(function: Any, signature: str) -> Any:
 
 
 @functools.cache
-def compiled_noise() -> Any:
-    """`_noise`"""
-    return _compiled(_noise, "void(uint32[::1], int32[:,::1], float32[:,::1])")
-
-
-@functools.cache
 def compiled_chances() -> Any:
     """`_chances`"""
     return _compiled(_chances, "void(int64[::1], int64[::1], int32[:,::1], int32[::1], float32[:,::1])")
@@ -166,14 +174,6 @@ def compiled_ranking() -> Any:
     """`_rank`"""
     numbers_of_rows = "uint32[::1], float32[::1], float32[::1], float32[::1], float32[::1]"
     return _compiled(_rank, f"void(float32[:,::1], uint32[::1], {numbers_of_rows}, int64[:,::1], float64[:,::1], int64[::1])")
-
-
-def _noise(prefixes: npt.NDArray[np.uint32], tokens: npt.NDArray[np.int32], noise: npt.NDArray[np.float32]) -> None:
-    """`gumbel_noise` but for the last digits: of tokens [rows, n] behind hash_prefix [rows], to ``noise`` [rows, n]."""
-    for row in range(tokens.shape[0]):
-        for place in range(tokens.shape[1]):
-            state = _hash(prefixes[row], _word(np.uint32(tokens[row, place])))
-            noise[row, place] = -math.log(_exponential(state))
 
 
 def _chances(

@@ -10,6 +10,7 @@ from double_kernels import gumbel_noise
 
 from tests.draft_view import check_integrity
 from tests.fakes.engine import is_kept
+from tests.unit.test_noise_coupling import chances
 from tests.witness import WitnessEngine
 from vllm_double.draft.engine.base import Row
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -80,6 +81,31 @@ def test_the_first_token_of_every_list_is_what_a_target_with_the_same_distributi
             num_records[handle] += 1
         check_integrity(world.frontier)
     assert min(num_records.values()) >= 4
+
+
+def test_listed_chances_are_those_of_the_coupling_whatever_was_learnt() -> None:
+    world, listed = Sampled(*ADMISSIONS), 0
+    for number in range(12):
+        world.iterate()
+        if number % 4 == 3:
+            for handle in (1, 2, 3):
+                world.commit(handle, world.drawn(handle, world.texts[handle]))
+        arena, coupling = world.frontier._arena, world.frontier._coupling
+        if number < 4:
+            assert coupling.weights(1.0)[2] == 1.0
+        for node in world.frontier._forward.outputs[: world.frontier._forward.progress["num_outputs"][0]].tolist():
+            slot = int(arena.nodes["slot"][node])
+            one, seed = arena.listed[node, : arena.nodes["num_listed"][node]], int(world.frontier._draws["seed"][slot])
+            if not arena.requests["is_sampled"][slot] or number % 4 == 3:  # the weights are newer than the list
+                continue
+            noise = gumbel_noise(np.array(seed), arena.nodes["position"][node], one["token"])
+            np.testing.assert_allclose(one["noise"], noise, rtol=1e-4, atol=1e-5)
+            temperature = world.frontier._by_slot[slot].temperature
+            np.testing.assert_allclose(
+                one["prob"], chances(coupling, temperature, one["log_q"], one["noise"]), rtol=1e-4, atol=1e-7
+            )
+            listed += 1
+    assert listed > 20
 
 
 def test_records_carry_chances_that_fall() -> None:

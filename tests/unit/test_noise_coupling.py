@@ -24,6 +24,14 @@ class Listing(NamedTuple):
     noise: np.ndarray
 
 
+def chances(coupling: NoiseCoupling, temperature: float, log_probs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """That each listed token is drawn: what `list_chances` compiles."""
+    log_q_weight, noise_weight, coverage = coupling.weights(temperature)
+    scores = log_q_weight * log_probs + noise_weight * noise
+    found = np.exp(scores - max(scores.max(), -1e30))
+    return found * coverage / max(found.sum(), 1e-9)
+
+
 def coverage(coupling: NoiseCoupling, bucket: int) -> float:
     """How often the drawn token is listed."""
     return float(coupling._listed[bucket] / coupling._tried[bucket])
@@ -74,8 +82,7 @@ def test_chances_are_how_often_a_token_is_drawn(error: float) -> None:
         one = listing(rng)
         drawn = int((one.log_probs + rng.normal(scale=error, size=NUM_LISTED) + one.noise).argmax())
         if number >= 2000:
-            chances = coupling.chances(np.array([1.0], np.float32), one.log_probs[None], one.noise[None])[0]
-            said.append(chances)
+            said.append(chances(coupling, 1.0, one.log_probs, one.noise))
             right.append(np.arange(NUM_LISTED) == drawn)
         coupling.learn(1.0, *one, int(TOKENS[drawn]))
     all_said, all_right = np.concatenate(said), np.concatenate(right)
@@ -93,25 +100,22 @@ def test_what_is_often_not_listed_has_smaller_chances() -> None:
         coupling.learn(1.0, *one, 7 if number % 4 == 0 else int(TOKENS[(one.log_probs + one.noise).argmax()]))
     assert coverage(coupling, 3) == pytest.approx(0.75, abs=0.04)
     one = listing(rng)
-    chances = coupling.chances(np.array([1.0], np.float32), one.log_probs[None], one.noise[None])
-    assert chances.sum() == pytest.approx(coverage(coupling, 3), rel=1e-4)
+    assert chances(coupling, 1.0, one.log_probs, one.noise).sum() == pytest.approx(coverage(coupling, 3), rel=1e-4)
 
 
 def test_chances_fall_as_the_list_is_ranked() -> None:
     rng, coupling = np.random.default_rng(3), learnt((3.0, 1.5), 300)
     one = listing(rng)
     order = np.argsort(-(one.log_probs + coupling.noise_scale(1.0) * one.noise))
-    chances = coupling.chances(np.array([1.0], np.float32), one.log_probs[None, order], one.noise[None, order])[0]
-    assert (np.diff(chances) <= 0).all()
+    assert (np.diff(chances(coupling, 1.0, one.log_probs[order], one.noise[order])) <= 0).all()
 
 
 def test_a_row_of_which_nothing_is_known_has_no_chances() -> None:
     coupling = NoiseCoupling()
     unknown = np.full((2, 4), -np.inf, np.float32)
     unknown[1, 0] = -0.5
-    chances = coupling.chances(np.ones(2, np.float32), unknown, np.ones((2, 4), np.float32))
-    assert chances[0].tolist() == [0.0] * 4
-    assert chances[1].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert chances(coupling, 1.0, unknown[0], np.ones(4, np.float32)).tolist() == [0.0] * 4
+    assert chances(coupling, 1.0, unknown[1], np.ones(4, np.float32)).tolist() == [1.0, 0.0, 0.0, 0.0]
     weights = coupling._weights.copy()
     coupling.learn(1.0, TOKENS[:4], unknown[0], np.ones(4, np.float32), 100)
     assert np.array_equal(coupling._weights, weights) and coverage(coupling, 3) < 1.0
@@ -137,7 +141,7 @@ def test_chances_are_numbers_whatever_is_learnt(examples: list[tuple[np.ndarray,
     coupling = NoiseCoupling()
     for log_probs, noise, drawn, temperature in examples:
         coupling.learn(temperature, TOKENS[:4], log_probs, noise, drawn)
-        chances = coupling.chances(np.array([temperature], np.float32), log_probs[None], noise[None])
-        assert ((chances >= 0) & (chances <= 1)).all() and chances.sum() <= 1 + 1e-5
+        found = chances(coupling, temperature, log_probs, noise)
+        assert ((found >= 0) & (found <= 1)).all() and found.sum() <= 1 + 1e-5
         assert 0.009 < coupling.noise_scale(temperature) < 101
         assert 0 < (coupling._listed / coupling._tried).min() <= 1

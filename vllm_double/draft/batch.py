@@ -6,6 +6,7 @@ from vllm_double.draft.arena import NONE, Arena, Floats, Forward, Ints, Records,
 from vllm_double.draft.branches import extend, own_page
 from vllm_double.draft.candidates import push, remove
 from vllm_double.draft.choice import add_node, add_run, pick_again
+from vllm_double.draft.drawn import list_chances
 from vllm_double.draft.request_tree import following, list_next, may_go_on
 from vllm_double.jit import view_part
 from vllm_double.transport.messages import MAX_CHILDREN
@@ -79,11 +80,11 @@ def _lay_out(arena: Arena, forward: Forward) -> None:
             table[first + index] = own_page(arena, run.branch, index)
 
 
-def expand(arena: Arena, forward: Forward, tokens: Ints, probs: Floats, log_q: Floats, noise: Floats, records: Records) -> int:
+def expand(arena: Arena, forward: Forward, tokens: Ints, probs: Floats, draws: Records, records: Records) -> int:
     """Note what the draft says behind the forward's nodes: [outputs, children], best first. Fills NODE_DTYPE records.
 
-    Of a retrieved child the draft knows better. log_q and noise: empty if no request of the batch is sampled. Returns how many
-    of ``forward.filled`` are set: slots whose trunk has new full pages.
+    Of a retrieved child the draft knows better. draws: DRAW by slot. Returns how many of ``forward.filled`` are set: slots
+    whose trunk has new full pages.
     """
     nodes, listed, progress = arena.nodes, arena.listed, forward.progress[0]
     num_listed = tokens.shape[1]
@@ -98,8 +99,8 @@ def expand(arena: Arena, forward: Forward, tokens: Ints, probs: Floats, log_q: F
         for place in range(num_listed):
             entry, prob = listed[node, place], probs[output, place]
             entry.token, entry.prob = tokens[output, place], max(0.0, prob)  # a draft that overflows says NaN
-            if request.is_sampled:
-                entry.log_q, entry.noise = log_q[output, place], noise[output, place]
+        if request.is_sampled:
+            list_chances(draws, it.slot, it.position, tokens[output], listed[node, :num_listed])
         _correct_retrieved(arena, node)
         list_next(arena, node)
         record.handle, record.prefix_hash, record.position, record.count = request.handle, it.hash, it.position + 1, num_sent

@@ -8,6 +8,7 @@ import numpy as np
 
 from vllm_double.draft import batch, choice, eviction, request_tree
 from vllm_double.draft.arena import Arena, Floats, Forward, Ints, Records, make_arena, make_forward, with_slots
+from vllm_double.draft.drawn import DRAW
 from vllm_double.draft.page_pool import PagePool
 from vllm_double.jit import machine_code
 from vllm_double.retrieval.base import Found
@@ -28,7 +29,7 @@ class Steps(NamedTuple):
     pick: Callable[[Arena, Forward, int, float, float], int]
     note_found: Callable[[Arena, Forward, Found, float], None]
     place: Callable[[Arena, Forward], int]
-    expand: Callable[[Arena, Forward, Ints, Floats, Floats, Floats, Records], int]
+    expand: Callable[[Arena, Forward, Ints, Floats, Records, Records], int]
     evict: Callable[[Arena, float, int, int], bool]
 
 
@@ -50,7 +51,7 @@ def steps() -> Steps:
         machine_code(choice.note_found, arena, forward, Found(numbers, tokens, floats), 0.0, counts_references=False),
         machine_code(batch.place, arena, forward, counts_references=False),
         machine_code(
-            batch.expand, arena, forward, tokens, floats, floats, floats, np.zeros(1, NODE_DTYPE), counts_references=False
+            batch.expand, arena, forward, tokens, floats, np.zeros(1, DRAW), np.zeros(1, NODE_DTYPE), counts_references=False
         ),
         machine_code(eviction.evict, arena, 0.0, 0, 0, counts_references=False),
     )

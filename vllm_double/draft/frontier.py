@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vllm_double.draft.arena import Ints, make_arena, make_forward, with_slots
 from vllm_double.draft.compiled import steps
+from vllm_double.draft.drawn import DRAW
 from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, DraftEngine
 from vllm_double.draft.lookups import Lookups
 from vllm_double.draft.noise_coupling import NoiseCoupling
@@ -28,7 +29,7 @@ __all__ = ["MIN_ASKED_PROB", "DraftRequest", "Frontier", "FrontierLimits"]
 MIN_ASKED_PROB = 0.02
 """Sources are not asked what follows a path less probable than this: it takes longer than it brings."""
 _MIN_BELIEF = 0.5  # a retrieved token that is less sure than this is left to the draft
-_NO_TOKENS, _NO_PROBS, _NO_NUMBERS = np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+_NO_TOKENS, _NO_PROBS = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Frontier:
             engine.vocab_size, limits.num_speculative_tokens,
         )  # fmt: skip
         self._free_slots: list[int] = []
-        self._sampling = np.zeros(0, SAMPLING_DTYPE)  # by slot
+        self._sampling, self._draws = np.zeros(0, SAMPLING_DTYPE), np.zeros(0, DRAW)  # by slot
         self._requests: dict[int, DraftRequest] = {}
         self._by_slot: dict[int, DraftRequest] = {}
         self._steps = steps()
@@ -148,8 +149,9 @@ class Frontier:
         entry["handle"], entry["num_admitted"], entry["max_length"] = command.handle, command.base, command.max_length
         entry["num_stops"], entry["is_sampled"] = len(command.stop_token_ids), command.temperature > 0
         arena.stops[slot, : len(command.stop_token_ids)] = command.stop_token_ids
-        scale = self._coupling.noise_scale(command.temperature)
-        self._sampling[slot] = command.seed, command.temperature, scale, command.top_k, command.top_p, command.min_p
+        self._sampling[slot] = command.seed, command.temperature, 0.0, command.top_k, command.top_p, command.min_p
+        self._draws["seed"][slot] = command.seed
+        self._weigh_noise(slot, command.temperature)
         self._steps.admit(arena, slot)
         request = DraftRequest(command, slot, self._pool, self._page_size)
         self._requests[command.handle] = self._by_slot[slot] = request
@@ -163,6 +165,7 @@ class Frontier:
         num_slots = before if num_slots <= len(self._free_slots) else max(2 * before, 8)
         self._arena = with_slots(self._arena, num_slots, text if text <= width else max(text, 2 * width), stops)
         self._sampling = np.concatenate([self._sampling, np.zeros(num_slots - before, SAMPLING_DTYPE)])
+        self._draws = np.concatenate([self._draws, np.zeros(num_slots - before, DRAW)])
         self._free_slots += range(num_slots - 1, before - 1, -1)
         self._forward = make_forward(self._arena, self._limits.nodes_per_iteration, self._limits.prefill_tokens)
 
@@ -208,7 +211,12 @@ class Frontier:
             listed = self._arena.listed[node, :num_listed]
             self._coupling.learn(request.temperature, listed["token"], listed["log_q"], listed["noise"], drawn)
         for one in self._requests.values():
-            self._sampling["noise_scale"][one.slot] = self._coupling.noise_scale(one.temperature)
+            self._weigh_noise(one.slot, one.temperature)
+
+    def _weigh_noise(self, slot: int, temperature: float) -> None:
+        """As has been learnt."""
+        self._sampling["noise_scale"][slot] = self._coupling.noise_scale(temperature)
+        self._draws[["log_q_weight", "noise_weight", "coverage"]][slot] = self._coupling.weights(temperature)
 
     def _release(self, request: DraftRequest, keep: bool = False) -> None:
         """``keep``: whether the sources may offer its text to later requests."""
@@ -282,29 +290,10 @@ class Frontier:
         """Grow the trees by the latest batch's answer, int32 and float32 [outputs, children]; returns NODE_DTYPE records."""
         records = np.zeros(len(tokens), dtype=NODE_DTYPE)
         tokens, probs = np.ascontiguousarray(tokens, np.int32), np.ascontiguousarray(probs, np.float32)
-        log_q = noise = _NO_NUMBERS
-        if self._latest.is_sampled and len(tokens):
-            probs, log_q, noise = self._couple(tokens, probs)
-        num_filled = self._steps.expand(self._arena, self._forward, tokens, probs, log_q, noise, records)
+        num_filled = self._steps.expand(self._arena, self._forward, tokens, probs, self._draws, records)
         for slot in self._forward.filled[:num_filled].tolist():
             self._by_slot[slot].prefix.insert(self._arena, slot)
         return records
-
-    def _couple(self, tokens: npt.NDArray[np.int32], probs: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
-        """The chances of sampled requests' tokens to be drawn instead of the draft's probabilities; log q and noise of all."""
-        from double_kernels import quick_gumbel_noise  # imports torch, which a plan for greedy requests does not need
-
-        batch = self._latest
-        sampling = batch.output_sampling
-        outputs = np.flatnonzero(sampling["noise_scale"] > 0)
-        sampling = sampling[outputs]
-        log_q, noise = np.zeros_like(probs), np.zeros_like(probs)
-        noise[outputs] = quick_gumbel_noise(sampling["seed"], batch.output_positions[outputs], tokens[outputs])
-        with np.errstate(divide="ignore"):
-            log_q[outputs] = np.log(np.fmax(probs[outputs], np.float32(0.0)))  # a draft that overflows says NaN
-        probs = probs.copy()
-        probs[outputs] = self._coupling.chances(sampling["temperature"], log_q[outputs], noise[outputs])
-        return probs, log_q, noise
 
     # ---- when room runs out -----------------------------------------------------------------------------------
 

@@ -33,21 +33,17 @@ class NoiseCoupling:
         """The weight of the noise beside log q by which lists are ranked; 0 if the request is greedy."""
         if temperature == 0.0:
             return 0.0
-        weights = self._weights[temperature_bucket(temperature)]
-        return float(weights[1] / weights[0])
+        log_q_weight, noise_weight, _ = self.weights(temperature)
+        return noise_weight / log_q_weight
 
-    def chances(
-        self, temperatures: npt.NDArray[np.float32], log_probs: npt.NDArray[np.float32], noise: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]:
-        """float32 [rows, n]: that each listed token is drawn; temperatures [rows], log q and noise [rows, n]."""
-        buckets = list(map(temperature_bucket, temperatures.tolist()))
-        weights = self._weights[buckets].astype(np.float32)
-        scores = weights[:, :1] * log_probs + weights[:, 1:] * noise
-        scores -= np.maximum(scores.max(axis=1, keepdims=True), np.float32(-1e30))  # nothing may be known of a row
-        chances = np.exp(scores)
-        coverage = (self._listed / self._tried)[buckets].astype(np.float32)
-        chances *= (coverage / np.maximum(chances.sum(axis=1), np.float32(1e-9)))[:, None]
-        return chances
+    def weights(self, temperature: float) -> tuple[float, float, float]:
+        """Of log q and of the noise in a token's score, and the sum of the chances of a list: how often it holds what is drawn.
+
+        The chances are the softmax of the scores, times that sum.
+        """
+        bucket = temperature_bucket(temperature)
+        log_q_weight, noise_weight = self._weights[bucket].tolist()
+        return log_q_weight, noise_weight, float(self._listed[bucket] / self._tried[bucket])
 
     def learn(
         self, temperature: float, tokens: npt.NDArray[np.int32], log_probs: npt.NDArray[np.float32],
