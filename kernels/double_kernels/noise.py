@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Noise", "draw_chances", "gumbel_noise", "hash_finished", "hash_mixed", "hash_prefix", "hash_word"]
+__all__ = ["Noise", "draw_chances", "gumbel_noise", "hash_finished", "hash_mixed", "hash_word"]
 
 _MASK = 0xFFFFFFFF
 _LARGEST_COMPLEMENT = 2.0**-24  # 1 - u is at least this: u is rounded to float32, and may be 1
@@ -45,7 +45,7 @@ def gumbel_noise(
     """
     shape = np.broadcast_shapes(np.shape(seeds), np.shape(positions), np.shape(tokens))
     words = hash_word(np.atleast_1d(tokens).astype(np.uint32))
-    uniform = _uniform(hash_finished(hash_mixed(hash_prefix(seeds, positions), words))).reshape(shape)
+    uniform = _uniform(hash_finished(hash_mixed(_hash_prefix(seeds, positions), words))).reshape(shape)
     # log(1 - u), for small u as a series: the largest noise comes from there, and 1 - u would lose its digits.
     series = np.full_like(uniform, 1 / 8)
     for degree in range(7, 0, -1):
@@ -75,7 +75,7 @@ def draw_chances(
     compiled_chances()(seeds, positions, tokens, lengths, probs)
 
 
-def hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+def _hash_prefix(seeds: npt.NDArray[Any], positions: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     """State of the hash before the token is mixed in."""
     seeds, positions = np.atleast_1d(seeds), np.atleast_1d(positions)  # numpy warns where a scalar overflows
     state = np.zeros(1, dtype=np.uint32)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
-from double_kernels.noise import hash_finished, hash_mixed, hash_prefix, hash_word
+from double_kernels.noise import hash_finished, hash_mixed, hash_word
 from double_kernels.support import fill_up
 
 if TYPE_CHECKING:
@@ -65,11 +65,12 @@ def ranked_tokens(
     lowest = np.full(num_rows, np.finfo(np.float32).min)
     floors = lowest if floors is None else np.maximum(floors, lowest)
     temperatures = np.ones(num_rows, np.float32) if temperatures is None else np.ascontiguousarray(temperatures)
-    prefixes, scales, words = np.zeros(num_rows, np.uint32), np.zeros(num_rows, np.float32), _token_words(vocab_size)
     bounds = np.full(num_rows, -np.inf, np.float32)
     if noise is not None:
-        prefixes, scales = hash_prefix(noise[0], noise[1]), np.ascontiguousarray(noise[2])
+        seeds, positions, scales = map(np.ascontiguousarray, noise)
     else:
+        seeds = positions = np.zeros(num_rows, np.int64)
+        scales = np.zeros(num_rows, np.float32)
         # The best of every width-th logit, from the first on, from the second on, ..: `count` of all reach the last of these.
         width = min(vocab_size, 4 * count)
         height = vocab_size // width
@@ -77,12 +78,13 @@ def ranked_tokens(
         bounds = np.nextafter(np.partition(best, -count, axis=1)[:, -count], np.float32(-np.inf))
     tokens, scores = np.zeros((num_rows, count), np.int64), np.full((num_rows, count), -np.inf)
     num_found = np.empty(num_rows, np.int64)
-    rank = compiled_ranking()
+    rank, words = compiled_ranking(), _token_words(vocab_size)
 
     def rank_rows(begin: int, end: int) -> None:
         rank(
-            np.ascontiguousarray(logits[begin:end]), words, prefixes[begin:end], temperatures[begin:end], scales[begin:end],
-            floors[begin:end], bounds[begin:end], tokens[begin:end], scores[begin:end], num_found[begin:end],
+            np.ascontiguousarray(logits[begin:end]), words, seeds[begin:end], positions[begin:end], temperatures[begin:end],
+            scales[begin:end], floors[begin:end], bounds[begin:end], tokens[begin:end], scores[begin:end],
+            num_found[begin:end],
         )  # fmt: skip
 
     num_threads = max(1, min(num_threads, num_rows, logits.size // _SCORES_OF_A_THREAD))
@@ -117,7 +119,7 @@ _word, _mixed, _finished = map(numba.njit, (hash_word, hash_mixed, hash_finished
 
 @numba.njit
 def _hash(prefix: Any, word: Any) -> Any:
-    """Of a seed and a position, whose `hash_prefix` this is, and a token."""
+    """Of a seed and a position, whose `_prefix` this is, and a token."""
     return _finished(_mixed(prefix, word))
 
 
@@ -136,9 +138,15 @@ def _seed_state(seed: Any) -> Any:
 
 
 @numba.njit
+def _prefix(seed: Any, position: Any) -> Any:
+    """State of the hash before the token is mixed in."""
+    return _mixed(_seed_state(seed), _word(np.uint32(position & _LOW_BITS)))
+
+
+@numba.njit
 def row_noise(seed: Any, position: Any, tokens: Any, noise: Any) -> None:
     """`noise.gumbel_noise` of tokens at one position, but for float32's last digits; for other compiled functions."""
-    prefix = _mixed(_seed_state(seed), _word(np.uint32(position & _LOW_BITS)))
+    prefix = _prefix(seed, position)
     for place in range(len(tokens)):
         noise[place] = -math.log(_exponential(_hash(prefix, _word(np.uint32(tokens[place])))))
 
@@ -172,7 +180,7 @@ def compiled_chances() -> Any:
 @functools.cache
 def compiled_ranking() -> Any:
     """`_rank`"""
-    numbers_of_rows = "uint32[::1], float32[::1], float32[::1], float32[::1], float32[::1]"
+    numbers_of_rows = "int64[::1], int64[::1], float32[::1], float32[::1], float32[::1], float32[::1]"
     return _compiled(_rank, f"void(float32[:,::1], uint32[::1], {numbers_of_rows}, int64[:,::1], float64[:,::1], int64[::1])")
 
 
@@ -191,7 +199,8 @@ def _chances(
 def _rank(
     logits: npt.NDArray[np.float32],
     words: npt.NDArray[np.uint32],
-    prefixes: npt.NDArray[np.uint32],
+    seeds: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
     temperatures: npt.NDArray[np.float32],
     scales: npt.NDArray[np.float32],
     floors: npt.NDArray[np.float32],
@@ -203,15 +212,14 @@ def _rank(
     """Write the best tokens of all rows, in order, to ``tokens`` and their scores to ``scores`` [rows, n], and how many there
     are to ``num_found`` [rows].
 
-    words: hash_word of all tokens. prefixes: hash_prefix of seeds and positions. floors: finite numbers [rows].
-    bounds: less than the last score of each row, or -inf.
+    words: hash_word of all tokens. floors: finite numbers [rows]. bounds: less than the last score of each row, or -inf.
     """
     one, zero, most = np.float32(1), np.float32(0), np.float32(31)
     vocab_size, count = logits.shape[1], tokens.shape[1]
     passes = np.empty(_BLOCK, dtype=np.uint32)
     hashes = np.empty(_BLOCK, dtype=np.uint32)
     for row in range(logits.shape[0]):
-        prefix, floor, scale = prefixes[row], floors[row], scales[row]
+        prefix, floor, scale = _prefix(seeds[row], positions[row]), floors[row], scales[row]
         best, best_tokens = scores[row], tokens[row]
         inverse_temperature = one / temperatures[row] if scale > zero else one
         steepness = np.float32(_LOG2_E / max(scale, _LEAST_SCALE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -46,7 +47,7 @@ class Row:
     min_p: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """The rows of one forward, flat; see `Row` for their meaning.
 
@@ -87,7 +88,7 @@ class Batch:
         """float32 [rows]"""
         return self.sampling["temperature"]
 
-    @property
+    @cached_property
     def is_sampled(self) -> bool:
         """Whether any row is ranked with noise."""
         return bool(self.sampling["noise_scale"].any())
@@ -98,7 +99,7 @@ class Batch:
         sampling = self.sampling
         return bool((sampling["top_k"] > 0).any() or (sampling["top_p"] < 1).any() or (sampling["min_p"] > 0).any())
 
-    @property
+    @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         """int64 [tokens]: of the tokens in their texts."""
         shifts = self.starts.astype(np.int64) - self.query_start[:-1]
@@ -109,7 +110,7 @@ class Batch:
         row, positions = np.repeat(np.arange(len(self)), np.diff(self.query_start)), self.positions
         return self.pages[row, positions // page_size].astype(np.int64) * page_size + positions % page_size
 
-    @property
+    @cached_property
     def output_indices(self) -> npt.NDArray[np.int64]:
         """int64 [outputs]: places of the tokens whose next-token distribution is wanted, each row's last ones."""
         ends, counts = self.query_start[1:], self.num_outputs

@@ -16,7 +16,7 @@ from double_kernels import Noise, Support, fork_pages, top_branches
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, Row
+from vllm_double.draft.engine.base import Batch, Row
 from vllm_double.draft.engine.cuda_graphs import CudaRecorder, Recorder, StepGraphs, StepInputs, bucket_sizes, record_steps
 from vllm_double.draft.engine.loader import EngineConfig, load
 
@@ -153,11 +153,13 @@ class VllmDraftEngine:
             values = np.where(batch.temperatures == 0.0, np.float32(1.0), batch.temperatures)
             temperatures = self._tensor(np.repeat(values, batch.num_outputs))
         if batch.is_sampled:
-            sampling = batch.output_sampling
-            columns = {name: self._tensor(sampling[name].copy()) for name in SAMPLING_DTYPE.names or ()}
-            noise = Noise(columns["seed"], self._tensor(batch.output_positions), columns["noise_scale"])
+
+            def column(name: str) -> torch.Tensor:
+                return self._tensor(np.repeat(batch.sampling[name], batch.num_outputs))
+
+            noise = Noise(column("seed"), self._tensor(batch.output_positions), column("noise_scale"))
             if batch.is_filtered:
-                support = Support(columns["top_k"], columns["top_p"], columns["min_p"])
+                support = Support(*map(column, Support._fields))
         return temperatures, noise, support
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
