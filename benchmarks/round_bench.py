@@ -38,6 +38,7 @@ PROMPT_TOKENS, ANSWER_TOKENS, HISTORY_TOKENS = 2000, 4096, 1_000_000
 NODES_PER_ITERATION = 12
 NODES = {1: 160, 4: 400, 8: 690, 16: 900, 32: 1200, 64: 1500, 256: 2400}
 """Nodes that are published in a round, by batch."""
+_SLOW_STEP_S = 1.0  # of the draft: the target asks itself whether to wait, and never does
 NUM_CHILDREN = NODE_DTYPE["tokens"].shape[0]
 
 
@@ -126,7 +127,8 @@ class Engine:
         self.worker = Worker(SharedDraftChannel.attach(self.channel.address))
         sources = Sources(history_tokens=HISTORY_TOKENS, share_history=True).open()
         self.fill_history(sources)
-        proposer = Proposer(K, self.channel, sources, time.perf_counter, VOCAB, may_wait=False)
+        proposer = Proposer(K, self.channel, sources, time.perf_counter, VOCAB)
+        proposer.counters.worker = {"step_seconds": _SLOW_STEP_S}
         self.slots = proposer._slots
         self.proposer = GuardedProposer(proposer, CircuitBreaker(time.monotonic))
         for num_tokens in range(1, 40):

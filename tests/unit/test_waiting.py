@@ -2,114 +2,193 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.fakes.engine import FakeEngine, hashed_logits
 from vllm_double.draft.frontier import FrontierLimits
 from vllm_double.draft.worker import DraftWorker
 from vllm_double.planning.script import Script, Times
 from vllm_double.planning.world import simulate
-from vllm_double.target._round_steps import observe
+from vllm_double.target.batch import Live
+from vllm_double.target.means import Means, observe
 from vllm_double.target.proposer import Proposer, RequestParams, Row
-from vllm_double.target.waiting import Prospects, Rates, WaitRule
+from vllm_double.target.round_calls import calls
+from vllm_double.target.speculation_trie import Tries
 from vllm_double.transport.inprocess import in_process_pair
 
 VOCAB, STEP_S, TARGET_S = 24, 0.001, 0.016
 
 
-def observe_token(rule: WaitRule, accepted: bool) -> None:
-    """As the commit does if the draft's first token behind a miss was the target's, or not."""
-    observe(rule.means.accepted, 0, float(accepted))
-    observe(rule.means.accepted_after_miss, 0, float(accepted))
+class Rule:
+    """The compiled rule for live rows of which each is told by its path's accept probability (0.0: it has no path), and by how
+    often the draft's next token is accepted there."""
+
+    def __init__(self, step_s: float = STEP_S) -> None:
+        self.means, self.step_s = Means.empty(), step_s
+        self.calls = calls()
+
+    def _world(self, rows: Sequence[tuple[float, float]], tokens_per_s: float, price: float) -> tuple[Any, ...]:
+        num = len(rows)
+        tries, live = Tries.empty(max(num, 1), 4, 64, 64), Live.empty(max(num, 1), 4, 1)
+        live.summary[0] = num
+        for one, (accept_prob, acceptance) in enumerate(rows):
+            request = tries.requests[one]
+            request["session"], request["has_drafted"], request["temperature"] = 7, True, one
+            live.slots[one], live.limits[one], live.path_lengths[one] = one, 4, accept_prob > 0.0
+            live.paths["accept_prob"][one, 0] = accept_prob
+            for sums in (self.means.accepted, self.means.accepted_after_miss):
+                sums[one] = acceptance * 1e9, 1e9
+        # One token a step, whose time is such that so many are decoded in a second, and one more costs so many of them.
+        per_token = price / tokens_per_s
+        return tries, live, max(num, 1) / tokens_per_s - per_token * num, per_token
+
+    def awaited(self, *rows: tuple[float, float], tokens_per_s: float, price: float = 0.0) -> list[int]:
+        tries, live, fixed, per_token = self._world(rows, tokens_per_s, price)
+        chosen = np.zeros(max(len(rows), 1), np.int32)
+        num = self.calls.choose_awaited(tries, live, self.means, 7, self.step_s, fixed, per_token, chosen)
+        return chosen[:num].tolist()
+
+    def next_worth(self, *rows: tuple[float, float], price: float = 0.0) -> float:
+        tries, live, *_ = self._world(rows, 100.0, price)
+        return self.calls.next_worth(tries, live, self.means, np.arange(len(rows), dtype=np.int32), price)
+
+    def pays(self, *rows: tuple[float, float], tokens_per_s: float, price: float = 0.0) -> bool:
+        return bool(self.awaited(*rows, tokens_per_s=tokens_per_s, price=price))
 
 
-def rule(accepted: float = 0.7, step_s: float = STEP_S) -> WaitRule:
-    """One that has seen how often the draft is right after a miss."""
-    made = WaitRule()
-    made.step_s = step_s
-    for place in range(400):
-        observe_token(made, place * accepted % 1 < accepted)
-    return made
+def missed(acceptance: float) -> tuple[float, float]:
+    """A row for which nothing was prepared."""
+    return 0.0, acceptance
 
 
-def missed(*acceptances: float) -> Prospects:
-    """Of rows for which nothing was prepared."""
-    return Prospects(np.array(acceptances), np.array(acceptances), np.ones(len(acceptances), np.bool_))
-
-
-def after_paths(*accept_probs: float, acceptance: float = 0.7) -> Prospects:
-    """Of rows with something to verify."""
-    num = len(accept_probs)
-    return Prospects(np.array(accept_probs) * acceptance, np.full(num, acceptance), np.zeros(num, np.bool_))
+def after_path(accept_prob: float, acceptance: float = 0.7) -> tuple[float, float]:
+    """A row with something to verify."""
+    return accept_prob, acceptance
 
 
 def test_it_waits_if_the_draft_is_quick_and_often_right() -> None:
-    prospects = rule(0.7).prospects(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1))
-    assert prospects.accept_probs[0] == pytest.approx(0.7, abs=0.1) and prospects.are_missed.all()
-    assert rule(0.7).pays_to_begin(prospects, Rates(100.0, 0.0))
-    assert not rule(0.7).pays_to_begin(missed(0.1), Rates(1000.0, 0.0))
-    assert not rule(0.7, step_s=0.02).pays_to_begin(missed(0.7), Rates(100.0, 0.0))
+    assert Rule().awaited(missed(0.7), tokens_per_s=100.0) == [0]
+    assert not Rule().pays(missed(0.1), tokens_per_s=1000.0)
+    assert not Rule(step_s=0.02).pays(missed(0.7), tokens_per_s=100.0)
+
+
+def test_what_is_believed_of_the_draft_is_learnt_by_temperature_and_apart_for_misses() -> None:
+    rule = Rule()
+    tries, live, *_ = rule._world([missed(0.5), missed(0.5), after_path(1.0)], 100.0, 0.0)
+    for name in ("accepted", "accepted_after_miss"):
+        getattr(rule.means, name)[:] = 0.0, 0.0
+    rule.means.accepted[1], rule.means.accepted_after_miss[1] = (8.0, 8.0), (0.0, 8.0)
+    worths = [rule.calls.next_worth(tries, live, rule.means, np.array([one], np.int32), 0.0) for one in range(3)]
+    # A guess of 0.5 that counts 8 times; then 8 of 8, so 0.75; after misses 0 of 8 beside that guess.
+    assert worths == pytest.approx([0.5, 0.375, 0.5])
 
 
 def test_it_waits_for_nobody_of_whom_nothing_is_known() -> None:
-    assert not rule(step_s=0.0).pays_to_begin(missed(0.9), Rates(1.0, 0.0))
-    assert not rule().pays_to_begin(missed(), Rates(1.0, 0.0))
+    assert not Rule(step_s=0.0).pays(missed(0.9), tokens_per_s=1.0)
+    assert not Rule().pays(tokens_per_s=1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"session": 0}, {"session": 8}, {"has_drafted": False}, {"pause": 3}, {"chain": 4}], ids=str
+)
+def test_it_waits_for_nobody_who_cannot_draft(change: dict[str, int]) -> None:
+    rule = Rule()
+    tries, live, fixed, per_token = rule._world([missed(0.9)], 100.0, 0.0)
+    for name, number in change.items():
+        if name == "chain":
+            live.path_lengths[0], live.paths["accept_prob"][0] = number, 1.0  # as long as it may be
+        else:
+            tries.requests[name][0] = number
+    chosen = np.zeros(1, np.int32)
+    assert rule.calls.choose_awaited(tries, live, rule.means, 7, STEP_S, fixed, per_token, chosen) == 0
 
 
 def test_what_a_token_costs_to_verify_is_taken_off_what_it_brings() -> None:
-    assert rule().pays_to_begin(missed(0.5), Rates(100.0, 0.001))
-    assert not rule().pays_to_begin(missed(0.5), Rates(100.0, 0.0045))
+    assert Rule().pays(missed(0.5), tokens_per_s=100.0, price=0.1)
+    assert not Rule().pays(missed(0.5), tokens_per_s=100.0, price=0.45)
 
 
-def test_it_goes_on_while_the_next_token_is_worth_a_step() -> None:
-    assert rule().pays_to_go_on(missed(0.2), Rates(100.0, 0.0))
-    assert not rule().pays_to_go_on(missed(0.09), Rates(100.0, 0.0))
-    assert rule().pays_to_go_on(missed(0.09, 0.09), Rates(100.0, 0.0))
+def test_the_next_token_is_worth_what_it_brings_to_all_rows() -> None:
+    assert Rule().next_worth(missed(0.2)) == pytest.approx(0.2)
+    assert Rule().next_worth(missed(0.2), after_path(0.5, 0.5), price=0.1) == pytest.approx(0.1 + 0.15)
+    assert Rule().next_worth(missed(0.09), price=0.1) == 0.0
 
 
 def test_a_forward_that_verifies_nothing_is_preferred_if_the_next_outcome_is_then_prepared() -> None:
-    either, rates = rule(0.5), Rates(150.0, 0.0)
-    assert either.pays_to_begin(missed(0.5), rates)
+    rule = Rule()
+    assert rule.pays(missed(0.5), tokens_per_s=150.0)
     for _ in range(200):
-        observe(either.means.hits_after_nothing, 0, 1.0)
-        observe(either.means.hits_after_wait, 0, 0.0)
-        observe(either.means.hits_after_chain, 0, 0.0)
-        observe(either.means.tokens_of_hit, 0, 4.0)
-    assert not either.pays_to_begin(missed(0.5), rates)
+        observe(rule.means.hits_after_nothing, 1.0)
+        observe(rule.means.hits_after_wait, 0.0)
+        observe(rule.means.hits_after_chain, 0.0)
+        observe(rule.means.tokens_of_hit, 4.0)
+    assert not rule.pays(missed(0.5), tokens_per_s=150.0)
 
 
 def test_it_waits_behind_a_short_path_too_while_the_path_is_likely() -> None:
-    quick = rule(0.7)
-    prospects = quick.prospects(np.zeros(2, np.int32), np.array([0, 2], np.int32), np.array([0.0, 0.5]))
-    assert prospects.accept_probs.tolist() == pytest.approx([0.7, 0.35], abs=0.1)
-    assert prospects.are_missed.tolist() == [True, False]
-    assert quick.pays_to_begin(after_paths(0.9), Rates(100.0, 0.0))
-    assert not quick.pays_to_begin(after_paths(0.1), Rates(100.0, 0.0))
+    rule = Rule()
+    assert rule.pays(after_path(0.9), tokens_per_s=100.0)
+    assert not rule.pays(after_path(0.1), tokens_per_s=100.0)
     # Behind a path nothing is lost that a forward without one would have prepared.
     for _ in range(200):
-        observe(quick.means.hits_after_nothing, 0, 1.0)
-        observe(quick.means.hits_after_chain, 0, 0.0)
-        observe(quick.means.tokens_of_hit, 0, 4.0)
-    assert quick.pays_to_begin(after_paths(0.9), Rates(100.0, 0.0)) and not quick.pays_to_begin(missed(0.63), Rates(100.0, 0.0))
+        observe(rule.means.hits_after_nothing, 1.0)
+        observe(rule.means.hits_after_chain, 0.0)
+        observe(rule.means.tokens_of_hit, 4.0)
+    assert rule.pays(after_path(0.9), tokens_per_s=100.0) and not rule.pays(missed(0.63), tokens_per_s=100.0)
 
 
 def test_a_token_that_is_not_worth_its_verification_is_not_waited_for() -> None:
-    prospects = after_paths(0.9, 0.2)
-    worth_it = rule().pay_to_verify(prospects, Rates(100.0, 0.002))
-    assert worth_it.tolist() == [True, False] and len(prospects.only(worth_it).accept_probs) == 1
+    assert Rule().awaited(after_path(0.9), after_path(0.2), tokens_per_s=100.0, price=0.2) == [0]
 
 
 def test_waits_that_took_long_are_forgotten_in_time() -> None:
-    slow = rule(0.5)
+    rule = Rule()
     for _ in range(200):
-        slow.observe_first(0.05)
-    assert not slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0))
-    rounds = next(
-        n for n in itertools.count(1) if not slow.observe_no_wait() and slow.pays_to_begin(missed(0.5), Rates(100.0, 0.0))
-    )
+        observe(rule.means.first_s, 0.05)
+    assert not rule.pays(missed(0.5), tokens_per_s=100.0)
+    rounds = next(n for n in itertools.count(1) if rule.pays(missed(0.5), tokens_per_s=100.0))
     assert 10 < rounds < 1000
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.05, 0.5, 0.95]), st.floats(0.01, 0.99)), max_size=4),
+    st.floats(10, 2000), st.floats(0, 0.5), st.floats(1e-4, 0.02),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3), st.floats(1, 6),
+)  # fmt: skip
+def test_the_rule_is_that_of_its_twin(
+    rows: list[tuple[float, float]], tokens_per_s: float, price: float, step_s: float, hits: list[float], tokens: float
+) -> None:
+    """Written as it is explained, with a list in the place of a sum."""
+    rule = Rule(step_s)
+    for sums, number in zip((rule.means.hits_after_nothing, rule.means.hits_after_chain), hits, strict=False):
+        sums[0] = number * 1e9, 1e9
+    rule.means.hits_after_wait[0], rule.means.tokens_of_hit[0] = (hits[2] * 1e9, 1e9), (tokens * 1e9, 1e9)
+    nexts = [(path or 1.0) * acceptance for path, acceptance in rows]
+    worthy = [one for one in range(len(rows)) if nexts[one] > price]
+    gains = [
+        sum(max(nexts[one] * rows[one][1] ** step - price, 0.0) for one in worthy)
+        - tokens_per_s * step_s * (1.5 if step == 0 else 1)
+        for step in range(8)
+    ]
+    ends = next((step for step in range(8) if gains[step] + (0.5 if step == 0 else 0) * tokens_per_s * step_s <= 0), 7)
+    best = max(0.0, *itertools.accumulate(gains[: ends + 1]))
+    num_missed = sum(rows[one][0] == 0.0 for one in worthy)
+    charge = max(hits[0] - hits[2], 0.0) * max((tokens - 1) * num_missed - best, 0.0)
+    if abs(best - charge) > 1e-6 and all(abs(one - price) > 1e-6 for one in nexts):
+        assert rule.awaited(*rows, tokens_per_s=tokens_per_s, price=price) == (worthy if best > charge else [])
+
+
+def always_right(means: Means) -> None:
+    """As the commit notes if the draft's first tokens behind misses were the target's."""
+    for _ in range(100):
+        observe(means.accepted[:1], 1.0)
+        observe(means.accepted_after_miss[:1], 1.0)
 
 
 class World:
@@ -168,8 +247,7 @@ def warm(world: World, names: Sequence[str] = ("a",)) -> None:
         world.worker._last_report = float("-inf")
         world.step()
     world.prepares = False
-    for _ in range(100):
-        observe_token(world.proposer.waiting.rule, True)
+    always_right(world.proposer.waiting.means)
 
 
 def test_after_an_outcome_that_was_not_prepared_the_target_waits_for_the_drafts_tokens() -> None:

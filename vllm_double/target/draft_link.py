@@ -94,11 +94,6 @@ class DraftLink:
             request["session"], request["pause"] = 0, request["next_pause"]
             request["next_pause"] = min(2 * request["next_pause"], limits["longest_pause"])
 
-    def all_have_drafted(self) -> bool:
-        """Whether the worker has drafted for all requests that it may know since their admission, but for paused ones."""
-        requests = self._table.tries.requests
-        return bool(((requests["session"] == 0) | requests["has_drafted"] | (requests["pause"] > 0)).all())
-
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def admit(self, slot: int, tokens: npt.NDArray[np.int32]) -> None:

@@ -28,7 +28,7 @@ from vllm_double.target.speculation_trie import Search
 from vllm_double.target.stats import Counters
 from vllm_double.target.step_cost import StepCost
 from vllm_double.target.verify_length import least_threshold
-from vllm_double.target.waiting import Prospects, Rates, Waiting
+from vllm_double.target.waiting import Waiting
 from vllm_double.transport.base import TargetChannel
 
 __all__ = ["Proposer", "RequestParams", "Row"]
@@ -91,6 +91,7 @@ class Proposer:
         """For so many rows, and so many sampled tokens in all."""
         self._live = Live.empty(num_rows, self.table.max_chain, num_new)
         self._everyone = np.arange(num_rows, dtype=np.int32)
+        self._awaited_rows = np.zeros(num_rows, np.int32)
 
     # ---- lifecycle --------------------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ class Proposer:
         now = self._commit(batch)
         everyone = self._everyone[: now.summary.num_live]
         self._find_paths(now, everyone)
-        awaited = self._awaited(now, everyone)
+        awaited = self._awaited(now)
         self._choose(now, np.setdiff1d(everyone, awaited) if len(awaited) else everyone)
         if len(awaited):
             waited = yield from self._wait(now, awaited)
@@ -200,7 +201,7 @@ class Proposer:
         while True:
             live = self._live
             status = self._calls.commit(
-                self.table.tries, self.calibration.tables, self.counters.tally, self.waiting.rule.means, rows, live,
+                self.table.tries, self.calibration.tables, self.counters.tally, self.waiting.means, rows, live,
                 self.link.session, lookups.bundle.indexes(),
             )  # fmt: skip
             if status == NONE:
@@ -266,26 +267,15 @@ class Proposer:
 
     # ---- waiting ----------------------------------------------------------------------------------------------
 
-    def _rates(self, now: _Round) -> Rates:
-        return self.waiting.rule.rates(now.fixed_s, now.token_s, now.summary.num_live)
-
-    def _awaited(self, now: _Round, everyone: Ints) -> Ints:
+    def _awaited(self, now: _Round) -> Ints:
         """The live rows for whose next draft tokens the target waits: all to which one is worth its verification, or none."""
-        nobody, live, num = everyone[:0], now.live, len(everyone)
-        if not self._may_wait or not num or not self.waiting.is_prompt():
-            return nobody
-        known = self.table.tries.requests[["session", "has_drafted", "pause"]][live.slots[:num]]
-        may_draft = (known["session"] != 0) & (known["session"] == self.link.session) & known["has_drafted"]
-        awaited = everyone[may_draft & (known["pause"] == 0) & (live.path_lengths[:num] < live.limits[:num])]
-        rates, prospects = self._rates(now), self._prospects(live, awaited)
-        pay = self.waiting.rule.pay_to_verify(prospects, rates)
-        return awaited[pay] if self.waiting.pays(prospects.only(pay), rates) else nobody
-
-    def _prospects(self, live: Live, picked: Ints) -> Prospects:
-        """The draft's next tokens behind the picked rows' paths."""
-        lengths = live.path_lengths[picked]
-        accept_probs = live.paths["accept_prob"][picked, np.maximum(lengths - 1, 0)]
-        return self.waiting.rule.prospects(self.table.tries.requests["temperature"][live.slots[picked]], lengths, accept_probs)
+        num = 0
+        if self._may_wait and now.summary.num_live and self.waiting.is_prompt():
+            num = self._calls.choose_awaited(
+                self.table.tries, now.live, self.waiting.means, self.link.session, self.waiting.step_s, now.fixed_s,
+                now.token_s, self._awaited_rows,
+            )  # fmt: skip
+        return self._awaited_rows[:num]
 
     def _wait(self, now: _Round, awaited: Ints) -> Generator[None, None, float]:
         """Wait for the next draft tokens of these live rows, and choose; returns the seconds."""
@@ -293,17 +283,19 @@ class Proposer:
         slots = live.slots[awaited]
         tries.requests["waited"][slots] = tries.requests["missed"][slots]
         self.link.send_commits(now.batch, live.rows[awaited], slots, waits=True)
-        found, no_sources = self.lookups.found, self.lookups.indices[:0]
+        found, no_sources, means = self.lookups.found, self.lookups.indices[:0], self.waiting.means
+        tokens_per_s = self._calls.tokens_per_s(means, now.summary.num_live, now.fixed_s, now.token_s)
 
-        def look() -> tuple[int, Prospects]:
+        def look() -> tuple[int, float]:
             self._drain()
             self._calls.find_paths(
                 tries, self.calibration.tables, self._search, now.batch.rows, live, awaited, now.floor, found, no_sources
             )
-            return int(live.path_lengths[awaited].sum()), self._prospects(live, awaited)
+            worth = self._calls.next_worth(tries, live, means, awaited, tokens_per_s * now.token_s)
+            return int(live.path_lengths[awaited].sum()), worth
 
         num_known = int(live.path_lengths[awaited].sum())
-        waited = yield from self.waiting.wait(look, self._rates(now), num_known)
+        waited = yield from self.waiting.wait(look, tokens_per_s, num_known)
         self._find_paths(now, awaited)
         self._choose(now, awaited)
         return waited

@@ -11,6 +11,7 @@ from vllm_double.retrieval.base import Found
 from vllm_double.retrieval.bundle import Indexes
 from vllm_double.target import _choose_steps as choosing
 from vllm_double.target import _round_steps as steps
+from vllm_double.target import _wait_steps as waiting
 from vllm_double.target.batch import Batch, Live, Row
 from vllm_double.target.calibration import Tables
 from vllm_double.target.means import Means
@@ -22,7 +23,7 @@ __all__ = ["RoundCalls", "calls"]
 
 
 class RoundCalls(NamedTuple):
-    """See `_round_steps`, `_choose_steps` and `_whole_steps`."""
+    """See `_round_steps`, `_choose_steps`, `_whole_steps` and `_wait_steps`."""
 
     file_nodes: Callable[..., None]
     commit: Callable[..., int]
@@ -30,6 +31,9 @@ class RoundCalls(NamedTuple):
     find_paths: Callable[..., None]
     extend_paths: Callable[..., None]
     find_whole_paths: Callable[..., int]
+    choose_awaited: Callable[..., int]
+    next_worth: Callable[..., float]
+    tokens_per_s: Callable[..., float]
     cut_chains: Callable[..., None]
     pack_commits: Callable[..., tuple[int, int, int]]
     forget_retrieved: Callable[..., None]
@@ -56,6 +60,9 @@ def calls() -> RoundCalls:
         find_paths=machine_code(choosing.find_paths, *paths),
         extend_paths=machine_code(choosing.extend_paths, *paths),
         find_whole_paths=machine_code(_whole_steps.find_whole_paths, *paths, indexes),
+        choose_awaited=machine_code(waiting.choose_awaited, tries, live, means, session, 0.5, 0.5, 0.5, ints),
+        next_worth=machine_code(waiting.next_worth, tries, live, means, ints, 0.5),
+        tokens_per_s=machine_code(waiting.tokens_per_s, means, 1, 0.5, 0.5),
         cut_chains=machine_code(choosing.cut_chains, tries, tally, live, ints, 0.5, 0.5),
         pack_commits=machine_code(
             steps.pack_commits, tries, rows, ints, ints, ints, session, False, 1, 1, words, words.view(np.float32), ints
