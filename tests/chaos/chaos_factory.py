@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker, shared_memory
 
-from vllm_double.hosting import actor
+from vllm_double.hosting import process_care
 from vllm_double.hosting.settings import DraftSettings
 from vllm_double.transport.shared import SharedDraftChannel
 
@@ -48,7 +48,7 @@ class StandingWorker(BeatingWorker):
 
 
 def stand_still(settings: DraftSettings, address: str, rank: int, rendezvous: str) -> BeatingWorker:
-    actor._LONGEST_TURN_S = 0.5
+    process_care.LONGEST_TURN_S = 0.5
     return StandingWorker(SharedDraftChannel.attach(address))
 
 

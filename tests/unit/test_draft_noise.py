@@ -10,7 +10,6 @@ from double_kernels import gumbel_noise
 
 from tests.draft_view import check_integrity
 from tests.fakes.engine import is_kept
-from tests.unit.test_noise_coupling import chances
 from tests.witness import WitnessEngine
 from vllm_double.draft.engine.base import Row
 from vllm_double.draft.frontier import Frontier, FrontierLimits
@@ -101,9 +100,9 @@ def test_listed_chances_are_those_of_the_coupling_whatever_was_learnt() -> None:
             noise = gumbel_noise(np.array(seed), arena.nodes["position"][node], one["token"])
             np.testing.assert_allclose(one["noise"], noise, rtol=1e-4, atol=1e-5)
             temperature = world.frontier._by_slot[slot].temperature
-            np.testing.assert_allclose(
-                one["prob"], chances(coupling, temperature, one["log_q"], one["noise"]), rtol=1e-4, atol=1e-7
-            )
+            log_q_weight, noise_weight, coverage = coupling.weights(temperature)
+            expected = np.exp(log_q_weight * one["log_q"] + noise_weight * one["noise"])
+            np.testing.assert_allclose(one["prob"], coverage * expected / expected.sum(), rtol=1e-4, atol=1e-7)
             listed += 1
     assert listed > 20
 

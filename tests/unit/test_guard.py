@@ -543,14 +543,19 @@ def test_one_word_in_twenty_is_of_some_use(num_right: int, is_useless: bool) -> 
     assert health.is_useless is is_useless
 
 
-def test_logits_that_are_not_finite_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_logits_that_are_not_finite_are_named_once_and_forgotten_with_their_worker(caplog: pytest.LogCaptureFixture) -> None:
     counters, health = Counters(), DraftHealth()
-    counters.worker = {"answers_not_finite": 0.0}
-    health.judge(counters)
-    assert not health.is_useless
-    for number in (1.0, 40.0):
-        counters.worker = {"answers_not_finite": number}
+
+    def judge(num_answers: int, num_broken: int, num_examples: int) -> bool:
+        counters.worker = {"nodes_published": float(num_answers), "answers_not_finite": float(num_broken)}
+        counters.tally.counts["draft_first_examples"] = num_examples
         health.judge(counters)
-        assert health.is_useless
+        return health.is_useless
+
+    assert not judge(1000, 1, 0), "one prompt that overflows is no broken model"
+    assert judge(2000, 900, 100) and judge(3000, 1900, 1000)
     (said,) = caplog.records
     assert said.levelno == logging.WARNING and "not finite" in said.message
+    counters.tally.counts["draft_first_accepted"] = 300
+    assert not judge(500, 0, 1600), "a new worker, which is sound; lists of the old one do not count"
+    assert len(caplog.records) == 1

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from vllm_double.draft.arena import DRAW, LISTED
+from vllm_double.draft.drawn import weigh
 from vllm_double.draft.noise_coupling import NoiseCoupling
 
 NUM_LISTED = 16
@@ -25,11 +27,12 @@ class Listing(NamedTuple):
 
 
 def chances(coupling: NoiseCoupling, temperature: float, log_probs: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """That each listed token is drawn: what `list_chances` compiles."""
-    log_q_weight, noise_weight, coverage = coupling.weights(temperature)
-    scores = log_q_weight * log_probs + noise_weight * noise
-    found = np.exp(scores - max(scores.max(), -1e30))
-    return found * coverage / max(found.sum(), 1e-9)
+    """That each listed token is drawn, as the draft works it out."""
+    draws, listed = np.zeros(1, DRAW), np.zeros(len(noise), LISTED)
+    draws[0] = 0, *coupling.weights(temperature)
+    listed["log_q"], listed["noise"] = log_probs, noise
+    weigh(draws, 0, listed)
+    return listed["prob"]
 
 
 def coverage(coupling: NoiseCoupling, bucket: int) -> float:

@@ -119,6 +119,8 @@ class Arena(NamedTuple):
 # One row of the forward: num_text tokens of the text and then num_nodes nodes, the last of which is ``tip``.
 RUN = np.dtype([("slot", "i8"), ("branch", "i8"), ("start", "i8"), ("num_text", "i8"), ("num_nodes", "i8"), ("tip", "i8")])
 COPY = np.dtype([("source", "i8"), ("destination", "i8"), ("used", "i8")])
+DRAW = np.dtype([("seed", "i8"), ("log_q_weight", "f4"), ("noise_weight", "f4"), ("coverage", "f4")], align=True)
+"""Of a sampled request, by slot: its seed, and the weights of `NoiseCoupling`."""
 LESSON = np.dtype([("node", "i8"), ("num_listed", "i8"), ("drawn", "i8")])
 PROGRESS = np.dtype(
     [

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_double.draft import batch, choice, eviction, request_tree
-from vllm_double.draft.arena import Arena, Floats, Forward, Ints, Records, make_arena, make_forward, with_slots
-from vllm_double.draft.drawn import DRAW
+from vllm_double.draft import choice, eviction, request_tree
+from vllm_double.draft.arena import DRAW, Arena, Floats, Forward, Ints, Records, make_arena, make_forward, with_slots
 from vllm_double.draft.page_pool import PagePool
 from vllm_double.jit import machine_code
 from vllm_double.retrieval.base import Found
@@ -36,6 +35,8 @@ class Steps(NamedTuple):
 @functools.cache
 def steps() -> Steps:
     """Compiles them, or loads what an earlier process compiled, once."""
+    from vllm_double.draft import batch  # imports torch
+
     pool = PagePool(2)
     arena = with_slots(make_arena(pool.pages, pool.totals, 2, 1, 1, 1, 1, 1), 1)
     forward = make_forward(arena, 1, 1)

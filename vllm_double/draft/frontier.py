@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_double.draft.arena import Ints, make_arena, make_forward, with_slots
+from vllm_double.draft.arena import DRAW, Ints, make_arena, make_forward, with_slots
 from vllm_double.draft.compiled import steps
-from vllm_double.draft.drawn import DRAW
 from vllm_double.draft.engine.base import SAMPLING_DTYPE, Batch, DraftEngine
 from vllm_double.draft.lookups import Lookups
 from vllm_double.draft.noise_coupling import NoiseCoupling
@@ -95,7 +94,6 @@ class Frontier:
         self._steps = steps()
         self._lookups = Lookups(retrievers)
         self._coupling = NoiseCoupling()
-        self._latest = Batch.of([])
         self._make_room(num_slots=1)
         self._counters = dict.fromkeys(
             (
@@ -264,11 +262,10 @@ class Frontier:
         forward, (progress,) = self._forward, self._forward.progress
         num_runs, num_tokens = int(progress["num_runs"]), int(progress["num_tokens"])
         starts, num_outputs, query_start = forward.layout
-        self._latest = Batch(
+        return Batch(
             forward.token_ids[:num_tokens], query_start[: num_runs + 1], starts[:num_runs], num_outputs[:num_runs],
             self._sampling[forward.runs["slot"][:num_runs]], forward.tables[:num_runs],
         )  # fmt: skip
-        return self._latest
 
     @property
     def tail_copies(self) -> list[tuple[int, int, int]]:

@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from vllm_double.hosting import process_care
 from vllm_double.hosting.cores import bind_all_threads
 from vllm_double.hosting.process_care import ProcessWatch, children, unlink_shared_memory
 from vllm_double.hosting.settings import DraftSettings
@@ -33,7 +34,6 @@ _OBJECT_STORE_BYTES = 75 << 20  # Ray's minimum; nothing of ours goes through it
 _LOOK_EVERY_S = 0.25
 _PING_EVERY_S = 10.0
 _PING_TIMEOUT_S = 60.0
-_LONGEST_TURN_S = 120.0  # of the drafting loop; kernels that compile in one take less
 # Of the server's environment: what vLLM's own Ray executor passes on, and how models are found and reached.
 _PASSED_ON = (
     "HF_", "HUGGING_FACE_", "NCCL_", "TRANSFORMERS_", "VLLM_", "MODELSCOPE_", "RUNAI_", "AWS_", "GOOGLE_", "AZURE_",
@@ -119,7 +119,7 @@ class DraftActor:
     @ray.method(concurrency_group="control")
     def ping(self) -> str:
         """The state: "building", "up", "ended", or "still": the loop has not turned for long."""
-        is_still = self._state == "up" and time.monotonic() - self._last_turn > _LONGEST_TURN_S
+        is_still = self._state == "up" and time.monotonic() - self._last_turn > process_care.LONGEST_TURN_S
         return "still" if is_still else self._state
 
     @ray.method(concurrency_group="control")
@@ -238,8 +238,8 @@ class Cluster:
             if time.monotonic() >= next_ping:
                 # The first is up when all others are.
                 seen, *_ = [self._await(handle.ping.remote(), _PING_TIMEOUT_S) for handle in handles]
-                if seen == "still":
-                    return f"its loop has stood still for {_LONGEST_TURN_S:.0f} s"
+                if seen == "still" == state:  # twice: a machine that was suspended goes on
+                    return f"its loop has stood still for {process_care.LONGEST_TURN_S:.0f} s"
                 if seen != state:
                     state = seen
                     on_state(state, pid)

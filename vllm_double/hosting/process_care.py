@@ -43,6 +43,7 @@ from shutil import rmtree
 from typing import Final
 
 __all__ = [
+    "LONGEST_TURN_S",
     "ProcessWatch",
     "RuntimeFolder",
     "adopt_orphans",
@@ -62,6 +63,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+LONGEST_TURN_S = 300.0
+"""Of a drafting loop: kernels that are compiled in one take less. One that stands still for longer is started again."""
 _LOOK_EVERY_S = 0.5  # if there is no pidfd to wait on
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _DEAD = (b"Z", b"X", b"")  # states of processes that have ended

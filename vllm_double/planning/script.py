@@ -237,7 +237,7 @@ class Tables:
 
 def _noise(seeds: _Integers, positions: _Integers, listed: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     """The noise of each token of the lists [n, NUM_LISTED]."""
-    from double_kernels import gumbel_noise  # here: a greedy plan needs no torch
+    from double_kernels import gumbel_noise  # imports torch
 
     return gumbel_noise(np.asarray(seeds, np.int64)[..., None], np.asarray(positions, np.int64)[..., None], listed)
 

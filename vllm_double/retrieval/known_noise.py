@@ -23,7 +23,7 @@ def know_noise(
     """
     if not is_sampled.any():
         return
-    from double_kernels import draw_chances  # imports torch, which greedy requests do not need
+    from double_kernels import draw_chances  # imports torch
 
     num = len(seeds)
     seeds, places = np.ascontiguousarray(seeds), np.ascontiguousarray(positions, np.int64)

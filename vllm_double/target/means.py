@@ -10,7 +10,7 @@ from vllm_double.target._round_steps import DECAY
 from vllm_double.target.calibration import NUM_TEMPERATURES
 from vllm_double.target.speculation_trie import Records
 
-__all__ = ["MEAN", "Means", "observe", "value"]
+__all__ = ["Means", "observe", "value"]
 
 MEAN = np.dtype([("total", "f8"), ("weight", "f8")])
 _BATCH = np.dtype([("tokens_per_row", "f8"), ("chain_length", "f8"), ("num_rows", "i8")])

@@ -36,7 +36,7 @@ class Waiting:
         self._late_beat = -1  # the heartbeat of a worker that was waited for in vain
 
     def is_prompt(self) -> bool:
-        """Whether the worker can be expected to answer at once: it is there and not late."""
+        """Whether the worker is not late; takes in how long its steps take."""
         self.step_s = self._counters.worker.get("step_seconds", 0.0)
         return self._link.heartbeat != self._late_beat
 
