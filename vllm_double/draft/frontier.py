@@ -93,7 +93,7 @@ class Frontier:
         self._by_slot: dict[int, DraftRequest] = {}
         self._steps = steps()
         self._lookups = Lookups(retrievers)
-        self._coupling = NoiseCoupling()
+        self._coupling, self._has_learnt = NoiseCoupling(), False
         self._make_room(num_slots=1)
         self._counters = dict.fromkeys(
             (
@@ -208,8 +208,7 @@ class Frontier:
         for node, num_listed, drawn in self._forward.lessons[: self._forward.progress["num_lessons"][0]].tolist():
             listed = self._arena.listed[node, :num_listed]
             self._coupling.learn(request.temperature, listed["token"], listed["log_q"], listed["noise"], drawn)
-        for one in self._requests.values():
-            self._weigh_noise(one.slot, one.temperature)
+        self._has_learnt = True
 
     def _weigh_noise(self, slot: int, temperature: float) -> None:
         """As has been learnt."""
@@ -232,6 +231,10 @@ class Frontier:
     def select(self) -> Batch:
         """The most useful work for one forward; no rows if there is none. Copy `tail_copies` before it."""
         limits, steps = self._limits, self._steps
+        if self._has_learnt:
+            self._has_learnt = False
+            for request in self._requests.values():
+                self._weigh_noise(request.slot, request.temperature)
         if self._pool.totals["is_short"][0]:
             self._evict_requests()
         for request in self._requests.values():
